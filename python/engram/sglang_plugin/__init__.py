@@ -1,0 +1,1 @@
+"""The seam to SGLang: the only room of Engram that imports `sglang`."""

@@ -1,0 +1,1 @@
+"""What stock SGLang needs to serve on a machine without an accelerator."""

@@ -3,3 +3,6 @@
 
 def register() -> None:
     """Register Engram's hooks with SGLang."""
+    from engram.sglang_plugin import cpu
+
+    cpu.install()

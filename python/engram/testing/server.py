@@ -1,0 +1,177 @@
+"""An SGLang server as a child process, for end-to-end tests and the demo."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import httpx
+
+HOST = "127.0.0.1"
+
+
+class ServerError(RuntimeError):
+    """The server did not come up; the message ends with the tail of its log."""
+
+
+class ServerProcess:
+    """One `python -m sglang.launch_server` in a process group of its own, on a free local port.
+
+        with ServerProcess(model, ["--device", "cpu"], log_path=path) as server:
+            httpx.post(f"{server.url}/generate", json=...)
+
+    The arguments are passed through; only host and port are set here. Entering the context starts
+    the server and waits until it serves; leaving it stops it. A server that was killed can be
+    started again: it keeps its port, its arguments and its log, which is appended to.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        args: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+        log_path: str | Path = "server.log",
+        timeout: float = 300.0,
+    ) -> None:
+        """Describe a server; nothing is started.
+
+        Args:
+            model: model directory or name.
+            args: more arguments of `sglang.launch_server`.
+            env: variables added to this process's environment.
+            log_path: file that takes the server's output.
+            timeout: seconds until the server has to serve.
+        """
+        self.model = str(model)
+        self.args = list(args)
+        self.env = dict(env or {})
+        self.log_path = Path(log_path)
+        self.timeout = timeout
+        self.port = _free_port()
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """Base address of the server, without a slash at the end."""
+        return f"http://{HOST}:{self.port}"
+
+    def start(self) -> None:
+        """Start the server and wait until it serves.
+
+        Raises:
+            ServerError: it ended or did not serve within the timeout; it is killed by then.
+        """
+        if self.process is not None:
+            raise ServerError("the server is already started")
+        command = [
+            sys.executable,
+            "-m",
+            "sglang.launch_server",
+            "--model-path",
+            self.model,
+        ]
+        command += ["--host", HOST, "--port", str(self.port), *self.args]
+        with self.log_path.open("ab") as log:
+            self.process = subprocess.Popen(
+                command,
+                env={**os.environ, **self.env},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            self._wait_until_serving(self.process)
+        except BaseException:
+            self.kill()
+            raise
+
+    def kill(self) -> None:
+        """Kill every process of the server at once (SIGKILL), as a crash would."""
+        self._signal_group(signal.SIGKILL)
+        self._reap(timeout=30.0)
+
+    def stop(self, grace: float = 20.0) -> None:
+        """Ask the server to end (SIGTERM); kill what is left of it after `grace` seconds."""
+        if self.process is None:
+            return
+        # To the leader alone: it drains requests and ends its workers; a worker that ended first
+        # would look like a crash to it.
+        self.process.terminate()
+        try:
+            self.process.wait(grace)
+        except subprocess.TimeoutExpired:
+            pass
+        self.kill()
+
+    def log_tail(self, lines: int = 40) -> str:
+        """Return the last lines of the server's log."""
+        if not self.log_path.exists():
+            return "(no log)"
+        return "\n".join(
+            self.log_path.read_text(errors="replace").splitlines()[-lines:]
+        )
+
+    def __enter__(self) -> ServerProcess:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def _wait_until_serving(self, process: subprocess.Popen[bytes]) -> None:
+        # /health_generate runs a token through the model, so a 200 says that all processes work.
+        deadline = time.monotonic() + self.timeout
+        while time.monotonic() < deadline:
+            if process.poll() is not None:
+                raise ServerError(
+                    f"the server ended with status {process.returncode} before it served\n"
+                    f"{self.log_tail()}"
+                )
+            try:
+                if (
+                    httpx.get(f"{self.url}/health_generate", timeout=30.0).status_code
+                    == 200
+                ):
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.2)
+        raise ServerError(
+            f"the server did not serve in {self.timeout:g} s\n{self.log_tail()}"
+        )
+
+    def _signal_group(self, number: signal.Signals) -> None:
+        if self.process is None:
+            return
+        try:
+            # The group outlives its leader as long as any worker process is left.
+            os.killpg(self.process.pid, number)
+        except ProcessLookupError:
+            pass
+
+    def _reap(self, timeout: float) -> None:
+        if self.process is None:
+            return
+        self.process.wait(timeout)
+        self.process = None
+
+
+def _free_port() -> int:
+    """Return a port that is free now, as the operating system gives it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
+        return port

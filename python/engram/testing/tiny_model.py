@@ -1,0 +1,184 @@
+"""Small models with random weights, written as model directories that SGLang serves.
+
+    python -m engram.testing.tiny_model --family granite-hybrid --out DIR --seed 0
+
+The same seed writes the same bytes. The weights mean nothing, but they are scaled so that greedy
+output varies, and time steps are drawn as in a fresh Mamba-2, so that a state remembers tens to
+hundreds of tokens: a test in which a wrong state changes nothing would prove nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from engram.testing import granite_hybrid
+from engram.testing.tiny_tokenizer import BYTES, SPECIALS, build_tokenizer
+
+MAX_LENGTH = 8192
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of tiny model.
+
+    `build(layers, vocab_size, max_length)` returns the untrained model in float32; `layers` is a
+    sequence of the family's layer kinds, of which `default_layers` is the usual one.
+    """
+
+    build: Callable[[Sequence[str], int, int], PreTrainedModel]
+    layer_kinds: tuple[str, ...]
+    default_layers: tuple[str, ...]
+
+
+FAMILIES = {
+    "granite-hybrid": Family(
+        granite_hybrid.build, granite_hybrid.LAYER_KINDS, granite_hybrid.DEFAULT_LAYERS
+    ),
+}
+
+
+def write_tiny_model(
+    out: str | Path,
+    family: str = "granite-hybrid",
+    seed: int = 0,
+    dtype: str = "float32",
+    layers: Sequence[str] | None = None,
+    force: bool = False,
+) -> Path:
+    """Write a model directory: config, weights, tokenizer with chat template, generation config.
+
+    Args:
+        out: the directory; made if missing.
+        family: a key of `FAMILIES`.
+        seed: of the weights.
+        dtype: "float32" or "bfloat16", of the weights and in the config.
+        layers: kinds of the family, first layer first.
+        force: replace a directory that is not empty.
+
+    Returns:
+        The directory.
+
+    Raises:
+        ValueError: unknown family, dtype or layer kind, or a negative seed.
+        FileExistsError: the directory is not empty and `force` is not given.
+    """
+    if family not in FAMILIES:
+        raise ValueError(
+            f"unknown family {family!r}; supported: {', '.join(sorted(FAMILIES))}"
+        )
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; supported: {', '.join(DTYPES)}")
+    if seed < 0:
+        raise ValueError(f"the seed must not be negative, got {seed}")
+    spec = FAMILIES[family]
+    kinds = tuple(spec.default_layers if layers is None else layers)
+    unknown = sorted(set(kinds) - set(spec.layer_kinds))
+    if unknown or not kinds:
+        raise ValueError(
+            f"unknown or no layer kinds {unknown}; {family} has {', '.join(spec.layer_kinds)}"
+        )
+    out = Path(out)
+    _make_empty(out, force)
+
+    tokenizer = build_tokenizer(MAX_LENGTH)
+    model = spec.build(kinds, len(tokenizer), MAX_LENGTH)
+    fill_weights(model, seed)
+    model.to(DTYPES[dtype]).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    ).save_pretrained(out)
+    return out
+
+
+def fill_weights(model: PreTrainedModel, seed: int) -> None:
+    """Draw every weight of the model from one generator, in the order of the parameters' names.
+
+    Matrices keep the variance of their input (gain 1), which with Granite's residual multiplier
+    gives varied greedy output; one-dimensional parameters get the distribution of a fresh model.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(shape: torch.Size, low: float, high: float) -> torch.Tensor:
+        return torch.rand(shape, generator=generator) * (high - low) + low
+
+    for name, parameter in sorted(model.named_parameters()):
+        leaf = name.rsplit(".", 1)[-1]
+        if leaf == "A_log":
+            value = uniform(parameter.shape, 1.0, 16.0).log()
+        elif leaf == "dt_bias":
+            step = uniform(parameter.shape, math.log(1e-3), math.log(1e-1)).exp()
+            value = torch.log(torch.expm1(step))  # softplus gives the step back
+        elif leaf == "D" or "norm" in name:
+            value = uniform(parameter.shape, 0.5, 1.5)
+        elif parameter.dim() == 1:
+            value = uniform(parameter.shape, -0.1, 0.1)
+        else:
+            fan_in = parameter[0].numel()
+            value = torch.randn(parameter.shape, generator=generator) / math.sqrt(
+                fan_in
+            )
+        parameter.data.copy_(value)
+
+    # The model never says a role or a byte escape: their logits are 0, and another is above that.
+    head = model.get_output_embeddings().weight.data
+    head[1 : len(SPECIALS)] = 0
+    head[-len(BYTES) :] = 0
+
+
+def _make_empty(out: Path, force: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} exists and is not a directory")
+    if out.is_dir() and any(out.iterdir()):
+        if not force:
+            raise FileExistsError(f"{out} is not empty; --force replaces what is in it")
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m engram.testing.tiny_model",
+        description="Write a small random model.",
+    )
+    parser.add_argument("--family", choices=sorted(FAMILIES), default="granite-hybrid")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
+    parser.add_argument(
+        "--layers", help="layer kinds, comma-separated, first layer first"
+    )
+    parser.add_argument("--force", action="store_true", help="replace what is in DIR")
+    options = parser.parse_args(arguments)
+    layers = options.layers.split(",") if options.layers else None
+    try:
+        out = write_tiny_model(
+            options.out,
+            options.family,
+            options.seed,
+            options.dtype,
+            layers,
+            options.force,
+        )
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    print(
+        json.dumps({"model": str(out), "family": options.family, "seed": options.seed})
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+from engram.catalog.checksum import damaged_row, with_checksum
 from engram.catalog.schema import migrate, schema_problem
 from engram.errors import EngramError, StoreError, StoreFullError
 
@@ -50,7 +51,7 @@ class Database:
                 connection.execute("PRAGMA synchronous = FULL")
                 connection.execute("PRAGMA foreign_keys = ON")
                 migrate(connection)
-                problem = schema_problem(connection)
+                problem = schema_problem(connection) or damaged_row(connection)
         except (sqlite3.Error, UnicodeDecodeError) as error:
             if connection is not None:
                 connection.close()
@@ -98,6 +99,16 @@ class Database:
         with self._lock:
             return self._run(sql, parameters).rowcount
 
+    def insert(self, table: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Insert rows, with their checksums; those whose unique columns are there are left out."""
+        checked = [with_checksum(row) for row in rows]
+        names = ", ".join(f'"{name}"' for name in checked[0])
+        marks = ", ".join("?" * len(checked[0]))
+        self.run_many(
+            f"INSERT INTO {table} ({names}) VALUES ({marks}) ON CONFLICT DO NOTHING",
+            [tuple(row.values()) for row in checked],
+        )
+
     def run_many(self, sql: str, parameters: Sequence[Sequence[Any]]) -> None:
         """Execute one statement for each item of ``parameters``."""
         with self._lock:
@@ -109,13 +120,15 @@ class Database:
     def rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[sqlite3.Row]:
         """All rows of a query."""
         with self._lock:
-            return self._run(sql, parameters).fetchall()
+            cursor = self._run(sql, parameters)
+            try:
+                return cursor.fetchall()
+            except sqlite3.Error as error:
+                raise _catalog_error(self._path, error) from error
 
     def row(self, sql: str, parameters: Sequence[Any] = ()) -> sqlite3.Row | None:
         """The first row of a query."""
-        with self._lock:
-            row: sqlite3.Row | None = self._run(sql, parameters).fetchone()
-            return row
+        return next(iter(self.rows(sql, parameters)), None)
 
     def _run(self, sql: str, parameters: Sequence[Any] = ()) -> sqlite3.Cursor:
         try:

@@ -37,6 +37,7 @@ MIGRATIONS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
                 rid TEXT,
                 manifest_name TEXT NOT NULL UNIQUE,
                 manifest_stamp TEXT NOT NULL,
+                checksum INTEGER NOT NULL,
                 UNIQUE (tenant, snapshot_id),
                 UNIQUE (tenant, conversation_id, branch_name, turn_number)
             )
@@ -55,6 +56,7 @@ MIGRATIONS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
                 "end" INTEGER NOT NULL,
                 has_state INTEGER NOT NULL,
                 bytes INTEGER NOT NULL,
+                checksum INTEGER NOT NULL,
                 UNIQUE (namespace, rank, segment_id)
             )
             """,

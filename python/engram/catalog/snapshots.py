@@ -19,7 +19,7 @@ from engram.core.canonical import canonical_json
 from engram.core.ids import check_id
 from engram.errors import AlreadyExistsError, InvalidRequestError, NotFoundError
 from engram.snapshot.listing import ManifestEntry
-from engram.snapshot.manifest import Manifest
+from engram.snapshot.manifest import Manifest, SegmentRef
 
 MAX_PAGE: Final = 1000
 # In an id "~" cannot occur, so that it ends the time in a cursor.
@@ -72,13 +72,7 @@ class SnapshotTable:
         """Add a stored manifest. Raises `AlreadyExistsError` as `ensure_free` does."""
         with self._db.atomic():
             self.ensure_free(manifest)
-            values = _columns_of(manifest, entry)
-            names = ", ".join(values)
-            marks = ", ".join("?" * len(values))
-            self._db.run(
-                f"INSERT INTO snapshots ({names}) VALUES ({marks})",
-                tuple(values.values()),
-            )
+            self._db.insert("snapshots", [_columns_of(manifest, entry)])
             self._insert_segments(manifest)
 
     def replace(self, manifest: Manifest, entry: ManifestEntry) -> None:
@@ -214,23 +208,8 @@ class SnapshotTable:
             for rank, chain in enumerate(manifest.segments)
             for position, ref in enumerate(chain)
         ]
-        self._db.run_many(
-            'INSERT INTO segments (namespace, rank, world_size, segment_id, key, start, "end",'
-            " has_state, bytes) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
-            [
-                (
-                    manifest.namespace,
-                    rank,
-                    manifest.world_size,
-                    ref.segment_id,
-                    ref.key,
-                    ref.start,
-                    ref.end,
-                    ref.has_state,
-                    ref.bytes,
-                )
-                for rank, _, ref in refs
-            ],
+        self._db.insert(
+            "segments", [_segment_columns(manifest, rank, ref) for rank, _, ref in refs]
         )
         self._db.run_many(
             "INSERT INTO snapshot_segments (snapshot, rank, position, segment)"
@@ -302,9 +281,23 @@ def _columns_of(manifest: Manifest, entry: ManifestEntry) -> dict[str, Any]:
     }
 
 
+def _segment_columns(manifest: Manifest, rank: int, ref: SegmentRef) -> dict[str, Any]:
+    return {
+        "namespace": manifest.namespace,
+        "rank": rank,
+        "world_size": manifest.world_size,
+        "segment_id": ref.segment_id,
+        "key": ref.key,
+        "start": ref.start,
+        "end": ref.end,
+        "has_state": ref.has_state,
+        "bytes": ref.bytes,
+    }
+
+
 def _snapshot(row: sqlite3.Row) -> SnapshotRow:
     values = dict(row)
-    for name in ("id", "manifest_name", "manifest_stamp"):
+    for name in ("id", "manifest_name", "manifest_stamp", "checksum"):
         del values[name]
     values["pinned"] = bool(values["pinned"])
     values["user_metadata"] = json.loads(values["user_metadata"])

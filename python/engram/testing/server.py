@@ -115,7 +115,9 @@ class ServerProcess:
         """Return the last lines of the server's log."""
         if not self.log_path.exists():
             return "(no log)"
-        return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-lines:])
+        return "\n".join(
+            self.log_path.read_text(errors="replace").splitlines()[-lines:]
+        )
 
     def __enter__(self) -> ServerProcess:
         self.start()
@@ -139,12 +141,17 @@ class ServerProcess:
                     f"{self.log_tail()}"
                 )
             try:
-                if httpx.get(f"{self.url}/health_generate", timeout=30.0).status_code == 200:
+                if (
+                    httpx.get(f"{self.url}/health_generate", timeout=30.0).status_code
+                    == 200
+                ):
                     return
             except httpx.TransportError:
                 pass
             time.sleep(0.2)
-        raise ServerError(f"the server did not serve in {self.timeout:g} s\n{self.log_tail()}")
+        raise ServerError(
+            f"the server did not serve in {self.timeout:g} s\n{self.log_tail()}"
+        )
 
     def _signal_group(self, number: signal.Signals) -> None:
         if self.process is None:

@@ -74,7 +74,9 @@ def write_tiny_model(
         FileExistsError: the directory is not empty and `force` is not given.
     """
     if family not in FAMILIES:
-        raise ValueError(f"unknown family {family!r}; supported: {', '.join(sorted(FAMILIES))}")
+        raise ValueError(
+            f"unknown family {family!r}; supported: {', '.join(sorted(FAMILIES))}"
+        )
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; supported: {', '.join(DTYPES)}")
     if seed < 0:
@@ -124,7 +126,9 @@ def fill_weights(model: PreTrainedModel, seed: int) -> None:
             value = uniform(parameter.shape, -0.1, 0.1)
         else:
             fan_in = parameter[0].numel()
-            value = torch.randn(parameter.shape, generator=generator) / math.sqrt(fan_in)
+            value = torch.randn(parameter.shape, generator=generator) / math.sqrt(
+                fan_in
+            )
         parameter.data.copy_(value)
 
     # The model never says a role or a byte escape: their logits are 0, and another is above that.
@@ -153,7 +157,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
-    parser.add_argument("--layers", help="layer kinds, comma-separated, first layer first")
+    parser.add_argument(
+        "--layers", help="layer kinds, comma-separated, first layer first"
+    )
     parser.add_argument("--force", action="store_true", help="replace what is in DIR")
     options = parser.parse_args(arguments)
     layers = options.layers.split(",") if options.layers else None
@@ -168,7 +174,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
-    print(json.dumps({"model": str(out), "family": options.family, "seed": options.seed}))
+    print(
+        json.dumps({"model": str(out), "family": options.family, "seed": options.seed})
+    )
     return 0
 
 

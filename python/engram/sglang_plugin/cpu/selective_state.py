@@ -47,7 +47,11 @@ def selective_state_update(
     Raises:
         NotImplementedError: for several tokens a row or any keyword of speculative decoding.
     """
-    used = [name for name, value in speculative.items() if value is not None and value is not False]
+    used = [
+        name
+        for name, value in speculative.items()
+        if value is not None and value is not False
+    ]
     if used or x.dim() != 3:
         raise NotImplementedError(
             f"the CPU state update takes one token a sequence (got x of {x.dim()} dimensions"

@@ -85,13 +85,15 @@ class RamTier:
         """
         with self.lock:
             held = self._index.get(boundary.key)
+            if boundary.in_ram:
+                self._recency[boundary] = None
             if held is not None and held is not boundary and not replace and self.whole(held):
+                # Nobody will find this one, so its bytes are the first to go.
+                self._recency.move_to_end(boundary, last=False)
                 return held
             if held is not None and held is not boundary:
                 self._unlist(held)
             self._index[boundary.key] = boundary
-            if boundary.in_ram:
-                self._recency[boundary] = None
             return boundary
 
     def complete(self, boundary: Boundary) -> None:
@@ -180,21 +182,27 @@ class RamTier:
                         self._unlist(boundary)
 
     def clear(self) -> None:
-        """Forget every boundary that nobody holds (tests and benchmarks: a cold RAM tier)."""
+        """Forget every boundary that nobody holds or stands on (for a cold RAM tier)."""
         with self.lock:
-            for boundary in list(self._recency):
-                if boundary.holders == 0:
+            for boundary in sorted(self._recency, key=lambda b: -b.end):
+                if boundary.holders == 0 and boundary.resident_children == 0:
                     self._drop_payload(boundary)
                     self._unlist(boundary)
             for boundary in list(self._cold):
                 self._unlist(boundary)
 
     def _take_room(self, boundary: Boundary) -> None:
-        self._make_room(boundary.nbytes)
-        self.used += boundary.nbytes
-        boundary.in_ram = True
+        # Counted before room is made, so that a parent does not go to make room for its child.
         if boundary.parent is not None:
             boundary.parent.resident_children += 1
+        try:
+            self._make_room(boundary.nbytes)
+        except RamTierFullError:
+            if boundary.parent is not None:
+                boundary.parent.resident_children -= 1
+            raise
+        self.used += boundary.nbytes
+        boundary.in_ram = True
 
     def _make_room(self, nbytes: int) -> None:
         if nbytes > self.capacity:
@@ -202,18 +210,37 @@ class RamTier:
                 f"a segment of {nbytes} bytes is larger than the RAM tier ({self.capacity} bytes)",
                 hint="raise --max-warm-memory-gb",
             )
-        if self.used + nbytes <= self.capacity:
-            return
-        for boundary in list(self._recency):
-            if boundary.holders or boundary.resident_children or boundary.fill is Fill.FILLING:
-                continue
+        for boundary in self._victims(nbytes - (self.capacity - self.used)):
             self._evict(boundary)
-            if self.used + nbytes <= self.capacity:
-                return
-        raise RamTierFullError(
-            f"the RAM tier is full: {self.used} of {self.capacity} bytes are held",
-            hint="raise --max-warm-memory-gb, or retry when running saves and restores are done",
-        )
+
+    def _victims(self, nbytes: int) -> list[Boundary]:
+        """What to evict for `nbytes`; nothing goes for a request that cannot be met anyway."""
+        victims: list[Boundary] = []
+        blocked: set[Boundary] = set()
+        gone: dict[Boundary, int] = {}
+        for boundary in self._recency:
+            if nbytes <= 0:
+                break
+            node: Boundary | None = boundary
+            while node is not None and nbytes > 0:
+                children = node.resident_children - gone.get(node, 0)
+                if node.holders or children or node.fill is Fill.FILLING:
+                    blocked.add(node)
+                    break
+                victims.append(node)
+                nbytes -= node.nbytes
+                parent = node.parent
+                if parent is not None:
+                    gone[parent] = gone.get(parent, 0) + 1
+                # A parent passed over for the sake of this child was used less recently.
+                node = parent if parent in blocked else None
+        if nbytes > 0:
+            raise RamTierFullError(
+                f"the RAM tier is full: {self.used} of {self.capacity} bytes are held",
+                hint="raise --max-warm-memory-gb, or retry when running saves and restores are "
+                "done",
+            )
+        return victims
 
     def _evict(self, boundary: Boundary) -> None:
         self._drop_payload(boundary)

@@ -89,6 +89,7 @@ class TierManager:
         end = start + len(tokens)
         buffers = self._buffers(key, start, end, has_state)
         with self.ram.lock:
+            self._expire()
             try:
                 boundary = self.ram.reserve(key, start, end, parent, buffers, has_state=has_state)
             except RamTierFullError:
@@ -175,18 +176,25 @@ class TierManager:
         written = 0
         for boundary in chain:
             if not boundary.durable:
-                written += self._write_segment(boundary)
+                written += self._write_segment(boundary, chain[-1].end)
             assert boundary.segment_id is not None
             refs.append(self._ref(boundary))
         return Persisted(tuple(refs), sum(ref.bytes for ref in refs), written)
 
-    def _write_segment(self, boundary: Boundary) -> int:
-        boundary.filled.result(FILL_TIMEOUT_S)
-        payload = boundary.payload
+    def _write_segment(self, boundary: Boundary, chain_end: int) -> int:
+        payload = None
+        cause = None
+        try:
+            boundary.filled.result(FILL_TIMEOUT_S)
+            payload = boundary.payload
+        except Exception as error:
+            cause = error
         if payload is None:
             raise CaptureLostError(
-                f"the bytes of the segment that ends at token {boundary.end} have left memory"
-            )
+                f"the bytes of the segment that ends at token {boundary.end} are not in memory",
+                # Where whoever asked can have the state computed again.
+                details={"boundary": chain_end},
+            ) from cause
         segment_id = self.store.put_segment(self._header(boundary), bytes_of(payload))
         self.ram.mark_durable(boundary, segment_id)
         self.ram.stats.persisted_segments += 1
@@ -265,9 +273,11 @@ class TierManager:
         def into(header: SegmentHeader) -> memoryview:
             nonlocal boundary
             self._check(header, ref, parent)
-            boundary = self.ram.reserve(
-                ref.key, ref.start, ref.end, parent, header.buffers, has_state=header.has_state
-            )
+            with self.ram.lock:
+                self._expire()
+                boundary = self.ram.reserve(
+                    ref.key, ref.start, ref.end, parent, header.buffers, has_state=header.has_state
+                )
             boundary.payload = self.ram.allocate(boundary.nbytes)
             return bytes_of(boundary.payload)
 

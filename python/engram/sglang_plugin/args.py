@@ -25,7 +25,7 @@ LINKER_MODULE: Final = "engram.sglang_plugin.linker"
 
 @dataclass(frozen=True)
 class Flag:
-    """One flag; `since` is empty while its machinery is still to come."""
+    """One flag; not `active` while its machinery is still to come."""
 
     field: str
     help: str
@@ -92,6 +92,10 @@ FLAGS: Final = (
 )
 
 
+UNSAFE_TO_IGNORE: Final = frozenset({"snapshot_encryption_key_file", "snapshot_tenants"})
+"""Flags of machinery still to come whom an operator trusts with secrets: refused, not ignored."""
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add Engram's flags and the alias of an upstream flag that was renamed."""
     group = parser.add_argument_group("Engram: snapshots of inference state")
@@ -144,6 +148,9 @@ def _settings(args: argparse.Namespace) -> Settings:
         option = "--" + str(problem["loc"][0]).replace("_", "-")
         _exit(f"{option}: {problem['msg']}")
     if settings.enable_snapshot_persistence:
+        for field in sorted(given.keys() & UNSAFE_TO_IGNORE):
+            option = "--" + field.replace("_", "-")
+            _exit(f"{option} is not available yet, and running without it would not be safe")
         for flag in FLAGS:
             if flag.field in given and not flag.active:
                 logger.warning("Engram: %s is accepted but not yet active", flag.option)

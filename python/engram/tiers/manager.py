@@ -89,12 +89,15 @@ class TierManager:
         end = start + len(tokens)
         buffers = self._buffers(key, start, end, has_state)
         with self.ram.lock:
+            self._expire()
             try:
                 boundary = self.ram.reserve(key, start, end, parent, buffers, has_state=has_state)
             except RamTierFullError:
                 self.ram.stats.capture_refused += 1
                 return False
-            self.ram.publish(boundary)
+            # The index cannot hold a whole boundary here: the caller has looked, and whoever else
+            # publishes has read it from disk, which makes this copy the newer one.
+            self.ram.publish(boundary, replace=True)
         self._copy.submit(self._fill, boundary, np.asarray(tokens, dtype="<u4"), read, on_done)
         return True
 
@@ -175,18 +178,24 @@ class TierManager:
         written = 0
         for boundary in chain:
             if not boundary.durable:
-                written += self._write_segment(boundary)
+                try:
+                    written += self._write_segment(boundary)
+                except CaptureLostError as lost:
+                    lost.details["boundary"] = chain[-1].end
+                    raise
             assert boundary.segment_id is not None
             refs.append(self._ref(boundary))
         return Persisted(tuple(refs), sum(ref.bytes for ref in refs), written)
 
     def _write_segment(self, boundary: Boundary) -> int:
-        boundary.filled.result(FILL_TIMEOUT_S)
-        payload = boundary.payload
-        if payload is None:
+        try:
+            boundary.filled.result(FILL_TIMEOUT_S)
+        except Exception as error:
             raise CaptureLostError(
-                f"the bytes of the segment that ends at token {boundary.end} have left memory"
-            )
+                f"the copy of the state at token {boundary.end} failed: {error!r}"
+            ) from error
+        payload = boundary.payload
+        assert payload is not None, "a held boundary is not evicted"
         segment_id = self.store.put_segment(self._header(boundary), bytes_of(payload))
         self.ram.mark_durable(boundary, segment_id)
         self.ram.stats.persisted_segments += 1

@@ -10,7 +10,7 @@ A durable boundary keeps its entry when its bytes leave RAM; the others are forg
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from threading import RLock
@@ -81,17 +81,18 @@ class RamTier:
         """Put a reserved boundary into the index and return the one that stands there.
 
         The first write wins unless `replace`: keys name tokens, not bits, so a second computation
-        of the same tokens must not change what others already read.
+        of the same tokens must not change what others already read.  What lost stays in RAM for
+        its holders and goes like everything else when room is needed.
         """
         with self.lock:
+            if boundary.in_ram:
+                self._recency[boundary] = None
             held = self._index.get(boundary.key)
             if held is not None and held is not boundary and not replace and self.whole(held):
                 return held
             if held is not None and held is not boundary:
                 self._unlist(held)
             self._index[boundary.key] = boundary
-            if boundary.in_ram:
-                self._recency[boundary] = None
             return boundary
 
     def complete(self, boundary: Boundary) -> None:
@@ -179,16 +180,6 @@ class RamTier:
                     if not boundary.in_ram:
                         self._unlist(boundary)
 
-    def clear(self) -> None:
-        """Forget every boundary that nobody holds (tests and benchmarks: a cold RAM tier)."""
-        with self.lock:
-            for boundary in list(self._recency):
-                if boundary.holders == 0:
-                    self._drop_payload(boundary)
-                    self._unlist(boundary)
-            for boundary in list(self._cold):
-                self._unlist(boundary)
-
     def _take_room(self, boundary: Boundary) -> None:
         self._make_room(boundary.nbytes)
         self.used += boundary.nbytes
@@ -204,16 +195,31 @@ class RamTier:
             )
         if self.used + nbytes <= self.capacity:
             return
-        for boundary in list(self._recency):
-            if boundary.holders or boundary.resident_children or boundary.fill is Fill.FILLING:
-                continue
-            self._evict(boundary)
-            if self.used + nbytes <= self.capacity:
-                return
+        victims = self._victims(self.used + nbytes - self.capacity)
+        if victims:
+            for boundary in victims:
+                self._evict(boundary)
+            return
         raise RamTierFullError(
             f"the RAM tier is full: {self.used} of {self.capacity} bytes are held",
             hint="raise --max-warm-memory-gb, or retry when running saves and restores are done",
         )
+
+    def _victims(self, wanted: int) -> list[Boundary]:
+        """What to evict for `wanted` bytes, children before parents; nothing if it is not enough."""
+        victims: list[Boundary] = []
+        gone: Counter[Boundary] = Counter()
+        for boundary in self._recency:
+            children = boundary.resident_children - gone[boundary]
+            if boundary.holders or children or boundary.fill is Fill.FILLING:
+                continue
+            victims.append(boundary)
+            wanted -= boundary.nbytes
+            if boundary.parent is not None:
+                gone[boundary.parent] += 1
+            if wanted <= 0:
+                return victims
+        return []
 
     def _evict(self, boundary: Boundary) -> None:
         self._drop_payload(boundary)

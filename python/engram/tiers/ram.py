@@ -206,7 +206,7 @@ class RamTier:
         )
 
     def _victims(self, wanted: int) -> list[Boundary]:
-        """What to evict for `wanted` bytes, children before parents; nothing if it is not enough."""
+        """What to evict for `wanted` bytes, children before parents; nothing if not enough."""
         victims: list[Boundary] = []
         gone: Counter[Boundary] = Counter()
         for boundary in self._recency:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 PAD_SLOT_ID = -1
 
@@ -51,16 +51,8 @@ def causal_conv1d_fn(
     keep = weight.shape[1] - 1
     _check_state(conv_states, keep)
     starts = query_start_loc.tolist()
-    slots = (
-        list(range(len(starts) - 1))
-        if cache_indices is None
-        else cache_indices.tolist()
-    )
-    live = [
-        i
-        for i, slot in enumerate(slots)
-        if slot != pad_slot_id and starts[i + 1] > starts[i]
-    ]
+    slots = list(range(len(starts) - 1)) if cache_indices is None else cache_indices.tolist()
+    live = [i for i, slot in enumerate(slots) if slot != pad_slot_id and starts[i + 1] > starts[i]]
     tokens = x.t()
     if not live:
         return torch.zeros_like(tokens).t()
@@ -87,9 +79,7 @@ def causal_conv1d_fn(
         position += keep + starts[i + 1] - starts[i]
     lengths = [starts[i + 1] - starts[i] for i in live]
     if conv_states is not None:
-        last = [
-            inputs[f + n : f + n + keep] for f, n in zip(first, lengths, strict=True)
-        ]
+        last = [inputs[f + n : f + n + keep] for f, n in zip(first, lengths, strict=True)]
         conv_states[index] = torch.stack(last).transpose(1, 2).to(conv_states.dtype)
 
     outputs = [mixed[f : f + n] for f, n in zip(first, lengths, strict=True)]
@@ -128,11 +118,7 @@ def causal_conv1d_update(
         NotImplementedError: for a circular state (`cache_seqlens`) and for several tokens a row
             (speculative decoding), neither of which SGLang's CPU serving uses.
     """
-    if (
-        cache_seqlens is not None
-        or intermediate_conv_window is not None
-        or x.dim() != 2
-    ):
+    if cache_seqlens is not None or intermediate_conv_window is not None or x.dim() != 2:
         raise NotImplementedError(
             "the CPU convolution takes one token a sequence and no circular state; "
             "serve without speculative decoding on a machine without an accelerator"
@@ -169,9 +155,7 @@ def _apply_taps(
 ) -> torch.Tensor:
     """Convolve along the first axis: [n, ..., dim] to [n - width + 1, ..., dim] in float32."""
     if activation not in ("silu", "swish", True, False, None):
-        raise ValueError(
-            f"unknown activation {activation!r}; supported: 'silu', 'swish', None"
-        )
+        raise ValueError(f"unknown activation {activation!r}; supported: 'silu', 'swish', None")
     width = weight.shape[1]
     count = inputs.shape[0] - width + 1
     values, taps = inputs.float(), weight.float().t().contiguous()
@@ -179,7 +163,7 @@ def _apply_taps(
     total = torch.addcmul(start, values[:count], taps[0])
     for tap in range(1, width):
         total.addcmul_(values[tap : tap + count], taps[tap])
-    return F.silu(total, inplace=True) if activation else total
+    return functional.silu(total, inplace=True) if activation else total
 
 
 def _check_state(states: torch.Tensor | None, keep: int) -> None:

@@ -1,7 +1,7 @@
 """The Mamba-2 scan over ragged batches in its chunked, state-space dual form, in plain torch.
 
-Stands in for `mamba_chunk_scan_combined` of SGLang (Triton there). The form is that of "Transformers
-are SSMs" (Dao and Gu, arXiv 2405.21060, section 6): inside a block of tokens the recurrence is a
+Stands in for `mamba_chunk_scan_combined` of SGLang (Triton there). The form is that of section 6 of
+"Transformers are SSMs" (Dao and Gu, arXiv 2405.21060): inside a block of tokens the recurrence is a
 masked matrix product, and only the states at block ends are passed on one after the other.
 
 Blocks are laid from each sequence's own first token, where SGLang's kernel lays one grid over the
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 # Tokens a block: work inside a block grows with its length, work between blocks shrinks. 64 was
 # the fastest of 32, 64, 128 and 256 on two x86 cores.
@@ -91,28 +91,20 @@ def mamba_chunk_scan_combined(
         [1, n, heads, head_dim, state_dim], or None where none is asked for.
     """
     del seq_idx, chunk_indices, chunk_offsets
-    if (
-        not (return_varlen_states and return_track_states)
-        or cu_seqlens is None
-        or out is None
-    ):
+    if not (return_varlen_states and return_track_states) or cu_seqlens is None or out is None:
         raise NotImplementedError(
             "the CPU scan serves ragged batches with tracked states, as SGLang's Mamba-2 mixer "
             "calls it: cu_seqlens, out, return_varlen_states=True and return_track_states=True"
         )
     if return_final_states or return_intermediate_states:
-        raise NotImplementedError(
-            "the CPU scan returns grid, final and tracked states only"
-        )
+        raise NotImplementedError("the CPU scan returns grid, final and tracked states only")
 
     heads, head_dim = x.shape[2:]
     shape = (heads, head_dim, B.shape[3])
     dtype = state_dtype or C.dtype
     starts = cu_seqlens.tolist()
     step = _time_steps(dt[0], dt_bias, dt_softplus, dt_limit)
-    inputs = _Inputs(
-        x[0].float(), step, step.double() * A.double(), B[0].float(), C[0].float()
-    )
+    inputs = _Inputs(x[0].float(), step, step.double() * A.double(), B[0].float(), C[0].float())
     if initial_states is None:
         states = inputs.x.new_zeros(len(starts) - 1, *shape)
     else:
@@ -123,11 +115,7 @@ def mamba_chunk_scan_combined(
     )
     tracked = None
     wanted: dict[tuple[int, int], int] = {}
-    if (
-        track_seq_idx is not None
-        and track_end_locs is not None
-        and track_end_locs.numel() > 0
-    ):
+    if track_seq_idx is not None and track_end_locs is not None and track_end_locs.numel() > 0:
         tracked = grid.new_empty(track_end_locs.numel(), *shape)
         pairs = zip(track_seq_idx.tolist(), track_end_locs.tolist(), strict=True)
         wanted = {(seq, end - starts[seq]): row for row, (seq, end) in enumerate(pairs)}
@@ -151,7 +139,7 @@ def mamba_chunk_scan_combined(
     if D is not None:
         y.addcmul_(inputs.x, D.float().view(heads, -1))
     if z is not None:
-        y.mul_(F.silu(z[0].float()))
+        y.mul_(functional.silu(z[0].float()))
     out[0].copy_(y)
     return (
         grid.unsqueeze(0),
@@ -171,7 +159,7 @@ def _time_steps(
     if bias is not None:
         step = step + bias.float()
     if softplus:
-        step = F.softplus(step)
+        step = functional.softplus(step)
     return step.clamp(*limit)
 
 
@@ -242,9 +230,7 @@ def _advance(part: _Inputs, state: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     inside = torch.matmul(decay, x.transpose(1, 2)).transpose(1, 2)
 
     before = state.view(batch, groups, -1, state_dim)
-    carried = torch.matmul(C, before.transpose(2, 3)).view(
-        batch, groups, block, -1, head_dim
-    )
+    carried = torch.matmul(C, before.transpose(2, 3)).view(batch, groups, block, -1, head_dim)
     carried = carried.transpose(1, 2).reshape(batch, block, heads, head_dim)
     outputs = inside + carried * total.exp().float().unsqueeze(-1)
 

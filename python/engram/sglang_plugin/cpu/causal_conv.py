@@ -4,12 +4,14 @@ Stands in for `causal_conv1d_fn` and `causal_conv1d_update` of SGLang (Triton an
 A state is a sequence's last `width - 1` inputs, [dim, width - 1], oldest first.
 
 Every output is one multiply-add a tap in float32, bias first, oldest tap first, in prefill as in
-decode: a token's value does not depend on how the sequence was cut or on what else is in the batch.
+decode. Sequences are computed one after the other: torch's vectorised functions round a value by
+its place in the tensor, so a shared tensor would let a sequence's bits depend on its neighbours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch.nn import functional
@@ -48,46 +50,24 @@ def causal_conv1d_fn(
         [dim, tokens] in the dtype of `x`.
     """
     del seq_lens_cpu
-    keep = weight.shape[1] - 1
-    _check_state(conv_states, keep)
+    width = weight.shape[1]
+    _check_state(conv_states, width - 1)
     starts = query_start_loc.tolist()
     slots = list(range(len(starts) - 1)) if cache_indices is None else cache_indices.tolist()
-    live = [i for i, slot in enumerate(slots) if slot != pad_slot_id and starts[i + 1] > starts[i]]
+    carry_on = [False] * len(slots) if has_initial_state is None else has_initial_state.tolist()
     tokens = x.t()
-    if not live:
-        return torch.zeros_like(tokens).t()
-
-    index = torch.tensor([slots[i] for i in live], device=x.device)
-    before = tokens.new_zeros(len(live), keep, tokens.shape[1])
-    if conv_states is not None and has_initial_state is not None:
-        kept = conv_states.index_select(0, index).transpose(1, 2).to(x.dtype)
-        before = torch.where(has_initial_state[live].view(-1, 1, 1), kept, before)
-
-    # One row of inputs for all: [state 0 | tokens 0 | state 1 | tokens 1 | ...]
-    pieces = [
-        piece
-        for n, i in enumerate(live)
-        for piece in (before[n], tokens[starts[i] : starts[i + 1]])
-    ]
-    inputs = torch.cat(pieces)
-    mixed = _apply_taps(inputs, weight, bias, activation)
-
-    first = []  # of each sequence's state rows in `inputs`; there its outputs are in `mixed`
-    position = 0
-    for i in live:
-        first.append(position)
-        position += keep + starts[i + 1] - starts[i]
-    lengths = [starts[i + 1] - starts[i] for i in live]
-    if conv_states is not None:
-        last = [inputs[f + n : f + n + keep] for f, n in zip(first, lengths, strict=True)]
-        conv_states[index] = torch.stack(last).transpose(1, 2).to(conv_states.dtype)
-
-    outputs = [mixed[f : f + n] for f, n in zip(first, lengths, strict=True)]
-    if sum(lengths) == tokens.shape[0]:
-        return torch.cat(outputs).to(x.dtype).t()
     result = torch.zeros_like(tokens)
-    for i, output in zip(live, outputs, strict=True):
-        result[starts[i] : starts[i + 1]] = output
+    nothing = tokens.new_zeros(width - 1, tokens.shape[1])
+    for (start, end), slot, carries_on in zip(pairwise(starts), slots, carry_on, strict=True):
+        if start == end or slot == pad_slot_id:
+            continue
+        before = nothing
+        if conv_states is not None and carries_on:
+            before = conv_states[slot].t().to(x.dtype)
+        inputs = torch.cat([before, tokens[start:end]])
+        result[start:end] = _apply_taps(inputs, weight, bias, activation)
+        if conv_states is not None:
+            conv_states[slot] = inputs[inputs.shape[0] - (width - 1) :].t()
     return result.t()
 
 

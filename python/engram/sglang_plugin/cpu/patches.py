@@ -71,12 +71,13 @@ def install() -> list[str]:
     """
     if not is_active():
         return []
-    targets = [_apply(patch) for patch in MAMBA2_PATCHES]
+    targets = [apply_patch(patch) for patch in MAMBA2_PATCHES]
     torch.Tensor.pin_memory = _pin_memory  # type: ignore[method-assign,assignment]
     return [*targets, "torch.Tensor.pin_memory"]
 
 
-def _apply(patch: Patch) -> str:
+def apply_patch(patch: Patch) -> str:
+    """Put one replacement in place; return the full name of what it replaces."""
     try:
         module = importlib.import_module(patch.module)
     except ImportError as error:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -94,7 +95,30 @@ def test_install_leaves_other_platforms_alone(monkeypatch: pytest.MonkeyPatch) -
     assert torch.Tensor.pin_memory is pin_memory
 
 
-@pytest.mark.parametrize("module", ["json", "no_such_module"])
-def test_a_missing_name_says_which_and_which_version_is_supported(module: str) -> None:
-    with pytest.raises(RuntimeError, match=rf"no {module}\.no_such_name.*sglang==0\.5\.23"):
-        apply_patch(Patch(module, "no_such_name", print))
+@pytest.mark.parametrize(
+    ("patch", "missing"),
+    [
+        (Patch("no_such_module", "dumps", "json.dumps", print), "no_such_module"),
+        (Patch("json", "dumps", "no_such_module.f", print), "no_such_module"),
+        (Patch("json", "dumps", "json.no_such_name", print), "json.no_such_name"),
+        (Patch("json", "dumps", "json.loads", print), "json.dumps that is json.loads"),
+    ],
+)
+def test_a_missing_name_says_which_and_which_version_is_supported(
+    patch: Patch, missing: str
+) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        apply_patch(patch)
+    assert f"SGLang has no {missing}," in str(caught.value)
+    assert "sglang==0.5.23" in str(caught.value)
+    assert json.dumps is not print
+
+
+def test_a_name_that_sglang_leaves_undefined_is_defined() -> None:
+    module = ModuleType("holder")
+    sys.modules["holder"] = module
+    try:
+        assert apply_patch(Patch("holder", "dumps", "json.dumps", print)) == "holder.dumps"
+    finally:
+        del sys.modules["holder"]
+    assert module.dumps is print

@@ -99,13 +99,16 @@ class Database:
         with self._lock:
             return self._run(sql, parameters).rowcount
 
-    def insert(self, table: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Insert rows, with their checksums; those whose unique columns are there are left out."""
+    def insert(
+        self, table: str, rows: Sequence[Mapping[str, Any]], *, or_keep: bool = False
+    ) -> None:
+        """Insert rows, with their checksums. With ``or_keep``, those that are there stay."""
         checked = [with_checksum(row) for row in rows]
         names = ", ".join(f'"{name}"' for name in checked[0])
         marks = ", ".join("?" * len(checked[0]))
+        conflict = " ON CONFLICT DO NOTHING" if or_keep else ""
         self.run_many(
-            f"INSERT INTO {table} ({names}) VALUES ({marks}) ON CONFLICT DO NOTHING",
+            f"INSERT INTO {table} ({names}) VALUES ({marks}){conflict}",
             [tuple(row.values()) for row in checked],
         )
 

@@ -122,7 +122,7 @@ class SnapshotTable:
         return _snapshot(row)
 
     def find_rid(self, rid: str, tenant: str = "") -> SnapshotRow | None:
-        """The newest snapshot of the request ``rid``, on whichever branch; None if there is none."""
+        """The newest snapshot of the request ``rid``, on whichever branch; None without one."""
         row = self._db.row(
             "SELECT * FROM snapshots WHERE tenant = ? AND rid = ? ORDER BY created_at DESC LIMIT 1",
             (tenant, rid),
@@ -209,7 +209,9 @@ class SnapshotTable:
             for position, ref in enumerate(chain)
         ]
         self._db.insert(
-            "segments", [_segment_columns(manifest, rank, ref) for rank, _, ref in refs]
+            "segments",
+            [_segment_columns(manifest, rank, ref) for rank, _, ref in refs],
+            or_keep=True,
         )
         self._db.run_many(
             "INSERT INTO snapshot_segments (snapshot, rank, position, segment)"

@@ -15,6 +15,9 @@ from engram.sglang_plugin import compat, cpu
 
 logger = logging.getLogger(__name__)
 
+_in_use: set[str] = set()
+"""What hooks without a server's settings at hand may do in this process."""
+
 
 def register() -> None:
     """Register Engram's hooks with SGLang, and its CPU kernels where there is no accelerator."""
@@ -71,6 +74,7 @@ def around_create_unified_radix_cache(
     from engram.sglang_plugin.rank import MODEL_CONFIG
 
     compat.require_whole(HOOKS)
+    _in_use.add("page keys")
     token = MODEL_CONFIG.set(ctx.model_config)
     try:
         return original(ctx, cache_class=EngramRadixCache)
@@ -90,6 +94,8 @@ def after_init_request_dispatcher(result: None, scheduler: Any) -> None:
 
 def around_get_native_hash(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Hash pages without compiling anything inside the scheduler loop."""
+    if "page keys" not in _in_use:
+        return original(*args, **kwargs)
     from engram.sglang_plugin.keys import replace_native_hash
 
     return replace_native_hash(*args, **kwargs)

@@ -95,7 +95,9 @@ class TierManager:
             except RamTierFullError:
                 self.ram.stats.capture_refused += 1
                 return False
-            self.ram.publish(boundary)
+            # The index cannot hold a whole boundary here: the caller has looked, and whoever else
+            # publishes has read it from disk, which makes this copy the newer one.
+            self.ram.publish(boundary, replace=True)
         self._copy.submit(self._fill, boundary, np.asarray(tokens, dtype="<u4"), read, on_done)
         return True
 
@@ -176,25 +178,24 @@ class TierManager:
         written = 0
         for boundary in chain:
             if not boundary.durable:
-                written += self._write_segment(boundary, chain[-1].end)
+                try:
+                    written += self._write_segment(boundary)
+                except CaptureLostError as lost:
+                    lost.details["boundary"] = chain[-1].end
+                    raise
             assert boundary.segment_id is not None
             refs.append(self._ref(boundary))
         return Persisted(tuple(refs), sum(ref.bytes for ref in refs), written)
 
-    def _write_segment(self, boundary: Boundary, chain_end: int) -> int:
-        payload = None
-        cause = None
+    def _write_segment(self, boundary: Boundary) -> int:
         try:
             boundary.filled.result(FILL_TIMEOUT_S)
-            payload = boundary.payload
         except Exception as error:
-            cause = error
-        if payload is None:
             raise CaptureLostError(
-                f"the bytes of the segment that ends at token {boundary.end} are not in memory",
-                # Where whoever asked can have the state computed again.
-                details={"boundary": chain_end},
-            ) from cause
+                f"the copy of the state at token {boundary.end} failed: {error!r}"
+            ) from error
+        payload = boundary.payload
+        assert payload is not None, "a held boundary is not evicted"
         segment_id = self.store.put_segment(self._header(boundary), bytes_of(payload))
         self.ram.mark_durable(boundary, segment_id)
         self.ram.stats.persisted_segments += 1
@@ -273,11 +274,9 @@ class TierManager:
         def into(header: SegmentHeader) -> memoryview:
             nonlocal boundary
             self._check(header, ref, parent)
-            with self.ram.lock:
-                self._expire()
-                boundary = self.ram.reserve(
-                    ref.key, ref.start, ref.end, parent, header.buffers, has_state=header.has_state
-                )
+            boundary = self.ram.reserve(
+                ref.key, ref.start, ref.end, parent, header.buffers, has_state=header.has_state
+            )
             boundary.payload = self.ram.allocate(boundary.nbytes)
             return bytes_of(boundary.payload)
 

@@ -10,7 +10,7 @@ A durable boundary keeps its entry when its bytes leave RAM; the others are forg
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from threading import RLock
@@ -81,15 +81,14 @@ class RamTier:
         """Put a reserved boundary into the index and return the one that stands there.
 
         The first write wins unless `replace`: keys name tokens, not bits, so a second computation
-        of the same tokens must not change what others already read.
+        of the same tokens must not change what others already read.  What lost stays in RAM for
+        its holders and goes like everything else when room is needed.
         """
         with self.lock:
-            held = self._index.get(boundary.key)
             if boundary.in_ram:
                 self._recency[boundary] = None
+            held = self._index.get(boundary.key)
             if held is not None and held is not boundary and not replace and self.whole(held):
-                # Nobody will find this one, so its bytes are the first to go.
-                self._recency.move_to_end(boundary, last=False)
                 return held
             if held is not None and held is not boundary:
                 self._unlist(held)
@@ -181,28 +180,12 @@ class RamTier:
                     if not boundary.in_ram:
                         self._unlist(boundary)
 
-    def clear(self) -> None:
-        """Forget every boundary that nobody holds or stands on (for a cold RAM tier)."""
-        with self.lock:
-            for boundary in sorted(self._recency, key=lambda b: -b.end):
-                if boundary.holders == 0 and boundary.resident_children == 0:
-                    self._drop_payload(boundary)
-                    self._unlist(boundary)
-            for boundary in list(self._cold):
-                self._unlist(boundary)
-
     def _take_room(self, boundary: Boundary) -> None:
-        # Counted before room is made, so that a parent does not go to make room for its child.
-        if boundary.parent is not None:
-            boundary.parent.resident_children += 1
-        try:
-            self._make_room(boundary.nbytes)
-        except RamTierFullError:
-            if boundary.parent is not None:
-                boundary.parent.resident_children -= 1
-            raise
+        self._make_room(boundary.nbytes)
         self.used += boundary.nbytes
         boundary.in_ram = True
+        if boundary.parent is not None:
+            boundary.parent.resident_children += 1
 
     def _make_room(self, nbytes: int) -> None:
         if nbytes > self.capacity:
@@ -210,37 +193,33 @@ class RamTier:
                 f"a segment of {nbytes} bytes is larger than the RAM tier ({self.capacity} bytes)",
                 hint="raise --max-warm-memory-gb",
             )
-        for boundary in self._victims(nbytes - (self.capacity - self.used)):
-            self._evict(boundary)
+        if self.used + nbytes <= self.capacity:
+            return
+        victims = self._victims(self.used + nbytes - self.capacity)
+        if victims:
+            for boundary in victims:
+                self._evict(boundary)
+            return
+        raise RamTierFullError(
+            f"the RAM tier is full: {self.used} of {self.capacity} bytes are held",
+            hint="raise --max-warm-memory-gb, or retry when running saves and restores are done",
+        )
 
-    def _victims(self, nbytes: int) -> list[Boundary]:
-        """What to evict for `nbytes`; nothing goes for a request that cannot be met anyway."""
+    def _victims(self, wanted: int) -> list[Boundary]:
+        """What to evict for `wanted` bytes, children before parents; nothing if not enough."""
         victims: list[Boundary] = []
-        blocked: set[Boundary] = set()
-        gone: dict[Boundary, int] = {}
+        gone: Counter[Boundary] = Counter()
         for boundary in self._recency:
-            if nbytes <= 0:
-                break
-            node: Boundary | None = boundary
-            while node is not None and nbytes > 0:
-                children = node.resident_children - gone.get(node, 0)
-                if node.holders or children or node.fill is Fill.FILLING:
-                    blocked.add(node)
-                    break
-                victims.append(node)
-                nbytes -= node.nbytes
-                parent = node.parent
-                if parent is not None:
-                    gone[parent] = gone.get(parent, 0) + 1
-                # A parent passed over for the sake of this child was used less recently.
-                node = parent if parent in blocked else None
-        if nbytes > 0:
-            raise RamTierFullError(
-                f"the RAM tier is full: {self.used} of {self.capacity} bytes are held",
-                hint="raise --max-warm-memory-gb, or retry when running saves and restores are "
-                "done",
-            )
-        return victims
+            children = boundary.resident_children - gone[boundary]
+            if boundary.holders or children or boundary.fill is Fill.FILLING:
+                continue
+            victims.append(boundary)
+            wanted -= boundary.nbytes
+            if boundary.parent is not None:
+                gone[boundary.parent] += 1
+            if wanted <= 0:
+                return victims
+        return []
 
     def _evict(self, boundary: Boundary) -> None:
         self._drop_payload(boundary)

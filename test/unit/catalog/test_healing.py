@@ -123,6 +123,10 @@ class TestRebuilding:
             (run_sql("CREATE TABLE more (a)"), "not the ones of its schema version"),
             (run_sql("INSERT INTO migrations VALUES (99, 'of the future')"), "has version 99"),
             (run_sql("DELETE FROM migrations"), ""),
+            (run_sql("UPDATE snapshots SET model_name = 'another' WHERE id = 2"), "checksum"),
+            (run_sql("UPDATE snapshots SET expires_at = 9e999 WHERE id = 2"), "checksum"),
+            (run_sql("UPDATE segments SET bytes = bytes + 1 WHERE id = 2"), "checksum"),
+            (run_sql("UPDATE segments SET has_state = x'00' WHERE id = 2"), "checksum"),
             (run_sql("PRAGMA foreign_keys = OFF", "DELETE FROM segments"), "refers to one"),
         ],
     )
@@ -155,18 +159,19 @@ class TestRebuilding:
             assert contents(catalog) == before
             assert catalog.report.rebuilt_because is not None
 
-    def test_no_random_damage_breaks_the_start_or_hides_a_snapshot(self, store: DiskStore) -> None:
+    def test_no_random_damage_breaks_the_start_or_changes_an_answer(self, store: DiskStore) -> None:
         rng = seeded_random()
+        with opened(store) as catalog:
+            before = contents(catalog)
         healthy = store.catalog_path.read_bytes()
-        for _ in range(4000):
+        for _ in range(40):
             drop(store.catalog_path)
             damaged = bytearray(healthy)
             for _ in range(rng.choice([1, 3, 50])):
                 damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
             store.catalog_path.write_bytes(damaged)
             with opened(store) as catalog:
-                assert len(catalog.all_snapshots()) == 6
-                assert len(list(catalog.boundaries(SHARD.namespace))) == 6
+                assert contents(catalog) == before
                 assert catalog.unreferenced_segments() == []
 
     def test_a_catalog_that_cannot_be_opened_is_an_error_not_damage(self, store: DiskStore) -> None:

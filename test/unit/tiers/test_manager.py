@@ -19,7 +19,7 @@ from engram.errors import (
     SnapshotCorruptError,
 )
 from engram.snapshot.manifest import SegmentRef
-from engram.snapshot.segment import SegmentHeader
+from engram.snapshot.segment import BufferSpec, SegmentHeader
 from engram.store.disk import DiskStore
 from engram.testing.samples import SHARD, seeded_random
 from engram.tiers.base import Boundary, Tier
@@ -113,6 +113,16 @@ def payload_bytes(device: FakeDevice, num_tokens: int) -> int:
         buffers=device.layout(num_tokens, True),
     )
     return header.payload_length
+
+
+def nothing_is_held(manager: TierManager) -> None:
+    """All the room can be had again; what was in RAM is gone afterwards."""
+    ram = manager.ram
+    spec = BufferSpec(name="k.0", dtype="U8", shape=(ram.capacity,), offset=0, length=ram.capacity)
+    everything = ram.reserve("00" * 32, 0, 1, None, (spec,), has_state=True)
+    assert ram.used == ram.capacity
+    ram.fail(everything, RuntimeError("of no use"))
+    assert ram.used == 0
 
 
 def flip_a_bit(root: Path, segment_id: str, rng: Random) -> None:
@@ -366,8 +376,7 @@ def test_a_damaged_segment_is_never_loadable(
         manager.release("rid")
     assert manager.ram.stats.corrupt == 2
     check_contents(manager, run, count=1)
-    manager.ram.clear()
-    assert manager.ram.used == 0, "nothing of the damaged bytes stays held"
+    nothing_is_held(manager)
 
 
 def test_a_segment_of_another_sequence_is_refused(
@@ -392,8 +401,7 @@ def test_promoting_more_than_ram_holds_says_so_and_holds_nothing(
     manager = new_manager(payload_bytes(device, 4) * 2)
     with pytest.raises(RamTierFullError):
         manager.promote(refs, "rid", seconds=10, exact=True).result(WAIT_S)
-    manager.ram.clear()
-    assert manager.ram.used == 0
+    nothing_is_held(manager)
 
 
 def test_two_promotions_of_one_chain_take_its_room_once(
@@ -408,8 +416,7 @@ def test_two_promotions_of_one_chain_take_its_room_once(
     check_contents(manager, run)
     for number in range(8):
         manager.release(f"r{number}")
-    manager.ram.clear()
-    assert (manager.ram.used, len(manager.ram)) == (0, 0)
+    nothing_is_held(manager)
 
 
 # ---- leases ----
@@ -572,8 +579,7 @@ def test_persist_promote_and_drop_at_once(
         isinstance(e, (SnapshotCorruptError, CaptureLostError, RamTierFullError)) for e in outcomes
     ), outcomes
     assert manager.ram.used <= room
-    manager.ram.clear()
-    assert (manager.ram.used, len(manager.ram)) == (0, 0)
+    nothing_is_held(manager)
     for run in itertools.islice(runs, 2):
         run.expected.clear()
         capture(manager, device, rng, run)

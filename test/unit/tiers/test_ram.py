@@ -112,6 +112,22 @@ def test_what_is_being_filled_never_goes() -> None:
     assert not boundary.in_ram
 
 
+def test_nothing_goes_for_what_cannot_be_had_anyway() -> None:
+    ram = RamTier(30)
+    held, loose = ready(ram, "held", 10), ready(ram, "loose", 10)
+    with ram.holding([held]), pytest.raises(RamTierFullError):
+        filling(ram, "new", 25)
+    assert loose.in_ram
+
+
+def test_a_parent_used_before_its_child_goes_right_after_it() -> None:
+    ram = RamTier(20)
+    parent = ready(ram, "parent", 10)
+    child = ready(ram, "child", 10, parent)
+    ready(ram, "new", 20)
+    assert (parent.in_ram, child.in_ram) == (False, False)
+
+
 def test_larger_than_all_of_it_is_refused_before_anything_goes() -> None:
     ram = RamTier(20)
     kept = ready(ram, "a", 10)
@@ -215,20 +231,6 @@ def test_cold_entries_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         ram.mark_durable(boundary, key(f"file {number}"))
         made.append(boundary)
     assert [ram.get(b.key) is b for b in made] == [False, False, True, True, True, True]
-
-
-def test_clear_forgets_all_but_what_is_held() -> None:
-    ram = RamTier(100)
-    a = ready(ram, "a", 10)
-    b = ready(ram, "b", 10, a)
-    c = ready(ram, "c", 10)
-    ram.mark_durable(c, "11" * 32)
-    with ram.holding([a]):
-        ram.clear()
-        assert (a.in_ram, b.in_ram, c.in_ram) == (True, False, False)
-        assert [ram.get(x.key) for x in (a, b, c)] == [a, None, None]
-    ram.clear()
-    assert (ram.used, len(ram)) == (0, 0)
 
 
 def test_loadable_past_a_token_needs_only_what_is_past_it() -> None:

@@ -122,12 +122,6 @@ class RamTierMachine(RuleBasedStateMachine):
             assert chosen.in_ram
             assert not chosen.durable
 
-    @rule()
-    def clear(self) -> None:
-        self._begin_step()
-        self.ram.clear()
-        assert all(b.holders or b.resident_children for b in self.made if b.in_ram)
-
     @invariant()
     def room_is_counted_and_bounded(self) -> None:
         assert self.ram.used == sum(b.nbytes for b in self.made if b.in_ram)

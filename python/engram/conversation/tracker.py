@@ -76,6 +76,7 @@ class ConversationTracker:
         )
         if request.tag is None:
             self._untagged[rid] = finished
+            self._untagged.move_to_end(rid)
             self._expire()
             return None
         return self._append(request.tag, finished)

@@ -128,6 +128,11 @@ class ConversationTracker:
                 if older.snapshot_id is not None:
                     self._forget(older)
 
+    def reached(self, tag: Tag, number: int) -> None:
+        """A branch has a snapshot of turn `number`, be it where it starts: it counts on from it."""
+        branch = self._branch(tag)
+        branch.newest = max(branch.newest, number)
+
     def forget_conversation(self, tenant: str, conversation_id: str) -> None:
         """Drop what is remembered of a conversation (it was deleted)."""
         for key in [k for k in self._branches if k[:2] == (tenant, conversation_id)]:

@@ -93,6 +93,18 @@ def test_counting_goes_on_from_the_newest_saved_turn(
     assert tracker.knows(tag)
 
 
+def test_a_branch_counts_on_from_the_turn_it_starts_at(tracker: ConversationTracker) -> None:
+    tag = Tag("c", "try")
+    assert tracker.newest(tag) == 0
+    tracker.reached(tag, 4)
+    assert tracker.find(tag) is None
+    turn = serve(tracker, "r", tag)
+    assert turn is not None
+    assert turn.number == 5
+    tracker.reached(tag, 4)
+    assert tracker.find(tag) is turn, "an older turn saved late changes nothing"
+
+
 def test_a_continuation_from_a_snapshot_counts_on_its_branch(tracker: ConversationTracker) -> None:
     serve(tracker, "a", Tag("c"))
     turn = serve(tracker, "b", Tag("c", parent_snapshot="snap-1"))

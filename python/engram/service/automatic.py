@@ -65,8 +65,8 @@ class AutomaticSaver:
         if delay:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._closing.wait(), delay)
-            if self._context.tracker.newest(turn.tag) != turn.number:
-                return  # the newer turn has its own task, which waits for this one
+            if self._due.get(turn.tag.branch) is not asyncio.current_task():
+                return  # a newer turn that is due has its own task, which waits for this one
         if before is not None:
             await asyncio.wait({before})
         self._note(turn.tag.branch)

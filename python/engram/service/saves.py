@@ -167,12 +167,6 @@ class TurnSaver:
             extra_key=request.extra_key,
             cache_salt=request.cache_salt,
         )
-        if generation.aborted is not None:
-            raise CaptureLostError(
-                f"the state of {request.rid} is gone, and computing it again was aborted: "
-                f"{generation.aborted}",
-                hint="retry when the server is less busy",
-            )
         return FinishedRequest(
             generation.rid, prefix, time.time(), request.extra_key, request.cache_salt
         )

@@ -136,10 +136,16 @@ class TurnSaver:
         return _result(row, begun, recomputed=recomputed)
 
     def _commit(self, manifest: Manifest) -> None:
-        """Manifest durable, then its row.  What fails in between is healed at the next start."""
-        self._context.catalog.ensure_free(manifest)
-        entry = self._context.store.put_manifest(manifest)
-        self._context.catalog.insert(manifest, entry)
+        """Manifest durable, then its row.  A crash in between is healed at the next start."""
+        catalog, store = self._context.catalog, self._context.store
+        catalog.ensure_free(manifest)
+        entry = store.put_manifest(manifest)
+        try:
+            catalog.insert(manifest, entry)
+        except BaseException:
+            # A save that was answered with an error must not come to light later.
+            store.delete_manifest(manifest.snapshot_id, manifest.tenant)
+            raise
 
     async def _persist(self, request: FinishedRequest, engine: EngineInfo) -> tuple[Stored, bool]:
         ranks = self._context.ranks

@@ -130,6 +130,7 @@ class TurnSaver:
             context.boundaries.add(ref.key for ref in manifest.segments[0])
         context.stats.saves += 1
         context.stats.recomputed_saves += recomputed
+        context.tracker.reached(found.tag, found.number)
         if found.turn is not None and found.turn.tag.branch == found.tag.branch:
             context.tracker.saved(found.turn, manifest.snapshot_id)
         row = await asyncio.to_thread(context.catalog.get, manifest.snapshot_id, manifest.tenant)

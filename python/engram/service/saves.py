@@ -137,10 +137,16 @@ class TurnSaver:
         return _result(row, begun, recomputed=recomputed)
 
     def _commit(self, manifest: Manifest) -> None:
-        """Manifest durable, then its row.  What fails in between is healed at the next start."""
-        self._context.catalog.ensure_free(manifest)
-        entry = self._context.store.put_manifest(manifest)
-        self._context.catalog.insert(manifest, entry)
+        """Manifest durable, then its row.  A crash in between is healed at the next start."""
+        catalog, store = self._context.catalog, self._context.store
+        catalog.ensure_free(manifest)
+        entry = store.put_manifest(manifest)
+        try:
+            catalog.insert(manifest, entry)
+        except BaseException:
+            # A save that was answered with an error must not come to light later.
+            store.delete_manifest(manifest.snapshot_id, manifest.tenant)
+            raise
 
     async def _persist(self, request: FinishedRequest, engine: EngineInfo) -> tuple[Stored, bool]:
         ranks = self._context.ranks
@@ -168,12 +174,6 @@ class TurnSaver:
             extra_key=request.extra_key,
             cache_salt=request.cache_salt,
         )
-        if generation.aborted is not None:
-            raise CaptureLostError(
-                f"the state of {request.rid} is gone, and computing it again was aborted: "
-                f"{generation.aborted}",
-                hint="retry when the server is less busy",
-            )
         return FinishedRequest(
             generation.rid, prefix, time.time(), request.extra_key, request.cache_salt
         )

@@ -76,6 +76,7 @@ class ConversationTracker:
         )
         if request.tag is None:
             self._untagged[rid] = finished
+            self._untagged.move_to_end(rid)
             self._expire()
             return None
         return self._append(request.tag, finished)
@@ -126,6 +127,11 @@ class ConversationTracker:
             for older in [t for n, t in branch.turns.items() if n < turn.number]:
                 if older.snapshot_id is not None:
                     self._forget(older)
+
+    def reached(self, tag: Tag, number: int) -> None:
+        """A branch has a snapshot of turn `number`, be it where it starts: it counts on from it."""
+        branch = self._branch(tag)
+        branch.newest = max(branch.newest, number)
 
     def forget_conversation(self, tenant: str, conversation_id: str) -> None:
         """Drop what is remembered of a conversation (it was deleted)."""

@@ -14,9 +14,7 @@ DEFAULT_LAYERS = ("mamba", "attention", "mamba", "mamba", "attention", "mamba")
 _TRANSFORMERS_KINDS = {"mamba": "linear_attention", "attention": "full_attention"}
 
 
-def build(
-    layers: Sequence[str], vocab_size: int, max_length: int
-) -> GraniteMoeHybridForCausalLM:
+def build(layers: Sequence[str], vocab_size: int, max_length: int) -> GraniteMoeHybridForCausalLM:
     """Return the model in float32; head counts divide by two, for two tensor-parallel ranks."""
     config = GraniteMoeHybridConfig(
         vocab_size=vocab_size,

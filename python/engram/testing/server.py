@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,7 +30,8 @@ class ServerProcess:
             httpx.post(f"{server.url}/generate", json=...)
 
     The arguments are passed through; only host and port are set here. Entering the context starts
-    the server and waits until it serves; leaving it stops it. A server that was killed can be
+    the server and waits until it serves; leaving it kills the server (call `stop` before for an
+    orderly end, which takes SGLang some seconds). A server that was killed or stopped can be
     started again: it keeps its port, its arguments and its log, which is appended to.
     """
 
@@ -56,6 +59,7 @@ class ServerProcess:
         self.timeout = timeout
         self.port = _free_port()
         self.process: subprocess.Popen[bytes] | None = None
+        self._temporary: tempfile.TemporaryDirectory[str]
 
     @property
     def url(self) -> str:
@@ -78,10 +82,12 @@ class ServerProcess:
             self.model,
         ]
         command += ["--host", HOST, "--port", str(self.port), *self.args]
+        # SGLang leaves its sockets and locks behind, killed or not: they get a directory that goes.
+        self._temporary = tempfile.TemporaryDirectory(prefix="sglang-")
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 command,
-                env={**os.environ, **self.env},
+                env={**os.environ, "TMPDIR": self._temporary.name, **self.env},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -105,19 +111,15 @@ class ServerProcess:
         # To the leader alone: it drains requests and ends its workers; a worker that ended first
         # would look like a crash to it.
         self.process.terminate()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(grace)
-        except subprocess.TimeoutExpired:
-            pass
         self.kill()
 
     def log_tail(self, lines: int = 40) -> str:
         """Return the last lines of the server's log."""
         if not self.log_path.exists():
             return "(no log)"
-        return "\n".join(
-            self.log_path.read_text(errors="replace").splitlines()[-lines:]
-        )
+        return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-lines:])
 
     def __enter__(self) -> ServerProcess:
         self.start()
@@ -129,7 +131,7 @@ class ServerProcess:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.stop()
+        self.kill()
 
     def _wait_until_serving(self, process: subprocess.Popen[bytes]) -> None:
         # /health_generate runs a token through the model, so a 200 says that all processes work.
@@ -141,32 +143,26 @@ class ServerProcess:
                     f"{self.log_tail()}"
                 )
             try:
-                if (
-                    httpx.get(f"{self.url}/health_generate", timeout=30.0).status_code
-                    == 200
-                ):
+                if httpx.get(f"{self.url}/health_generate", timeout=30.0).status_code == 200:
                     return
             except httpx.TransportError:
                 pass
             time.sleep(0.2)
-        raise ServerError(
-            f"the server did not serve in {self.timeout:g} s\n{self.log_tail()}"
-        )
+        raise ServerError(f"the server did not serve in {self.timeout:g} s\n{self.log_tail()}")
 
     def _signal_group(self, number: signal.Signals) -> None:
         if self.process is None:
             return
-        try:
-            # The group outlives its leader as long as any worker process is left.
+        # The group outlives its leader as long as any worker process is left.
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
-        except ProcessLookupError:
-            pass
 
     def _reap(self, timeout: float) -> None:
         if self.process is None:
             return
         self.process.wait(timeout)
         self.process = None
+        self._temporary.cleanup()
 
 
 def _free_port() -> int:

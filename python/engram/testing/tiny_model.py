@@ -10,7 +10,6 @@ hundreds of tokens: a test in which a wrong state changes nothing would prove no
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import shutil
 import sys
@@ -74,9 +73,7 @@ def write_tiny_model(
         FileExistsError: the directory is not empty and `force` is not given.
     """
     if family not in FAMILIES:
-        raise ValueError(
-            f"unknown family {family!r}; supported: {', '.join(sorted(FAMILIES))}"
-        )
+        raise ValueError(f"unknown family {family!r}; supported: {', '.join(sorted(FAMILIES))}")
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; supported: {', '.join(DTYPES)}")
     if seed < 0:
@@ -126,9 +123,7 @@ def fill_weights(model: PreTrainedModel, seed: int) -> None:
             value = uniform(parameter.shape, -0.1, 0.1)
         else:
             fan_in = parameter[0].numel()
-            value = torch.randn(parameter.shape, generator=generator) / math.sqrt(
-                fan_in
-            )
+            value = torch.randn(parameter.shape, generator=generator) / math.sqrt(fan_in)
         parameter.data.copy_(value)
 
     # The model never says a role or a byte escape: their logits are 0, and another is above that.
@@ -157,9 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
-    parser.add_argument(
-        "--layers", help="layer kinds, comma-separated, first layer first"
-    )
+    parser.add_argument("--layers", help="layer kinds, comma-separated, first layer first")
     parser.add_argument("--force", action="store_true", help="replace what is in DIR")
     options = parser.parse_args(arguments)
     layers = options.layers.split(",") if options.layers else None
@@ -174,9 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
-    print(
-        json.dumps({"model": str(out), "family": options.family, "seed": options.seed})
-    )
+    sys.stdout.write(f"{out}\n")
     return 0
 
 

@@ -4,15 +4,17 @@ Stands in for `causal_conv1d_fn` and `causal_conv1d_update` of SGLang (Triton an
 A state is a sequence's last `width - 1` inputs, [dim, width - 1], oldest first.
 
 Every output is one multiply-add a tap in float32, bias first, oldest tap first, in prefill as in
-decode: a token's value does not depend on how the sequence was cut or on what else is in the batch.
+decode. Sequences are computed one after the other: torch's vectorised functions round a value by
+its place in the tensor, so a shared tensor would let a sequence's bits depend on its neighbours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 PAD_SLOT_ID = -1
 
@@ -48,56 +50,24 @@ def causal_conv1d_fn(
         [dim, tokens] in the dtype of `x`.
     """
     del seq_lens_cpu
-    keep = weight.shape[1] - 1
-    _check_state(conv_states, keep)
+    width = weight.shape[1]
+    _check_state(conv_states, width - 1)
     starts = query_start_loc.tolist()
-    slots = (
-        list(range(len(starts) - 1))
-        if cache_indices is None
-        else cache_indices.tolist()
-    )
-    live = [
-        i
-        for i, slot in enumerate(slots)
-        if slot != pad_slot_id and starts[i + 1] > starts[i]
-    ]
+    slots = list(range(len(starts) - 1)) if cache_indices is None else cache_indices.tolist()
+    carry_on = [False] * len(slots) if has_initial_state is None else has_initial_state.tolist()
     tokens = x.t()
-    if not live:
-        return torch.zeros_like(tokens).t()
-
-    index = torch.tensor([slots[i] for i in live], device=x.device)
-    before = tokens.new_zeros(len(live), keep, tokens.shape[1])
-    if conv_states is not None and has_initial_state is not None:
-        kept = conv_states.index_select(0, index).transpose(1, 2).to(x.dtype)
-        before = torch.where(has_initial_state[live].view(-1, 1, 1), kept, before)
-
-    # One row of inputs for all: [state 0 | tokens 0 | state 1 | tokens 1 | ...]
-    pieces = [
-        piece
-        for n, i in enumerate(live)
-        for piece in (before[n], tokens[starts[i] : starts[i + 1]])
-    ]
-    inputs = torch.cat(pieces)
-    mixed = _apply_taps(inputs, weight, bias, activation)
-
-    first = []  # of each sequence's state rows in `inputs`; there its outputs are in `mixed`
-    position = 0
-    for i in live:
-        first.append(position)
-        position += keep + starts[i + 1] - starts[i]
-    lengths = [starts[i + 1] - starts[i] for i in live]
-    if conv_states is not None:
-        last = [
-            inputs[f + n : f + n + keep] for f, n in zip(first, lengths, strict=True)
-        ]
-        conv_states[index] = torch.stack(last).transpose(1, 2).to(conv_states.dtype)
-
-    outputs = [mixed[f : f + n] for f, n in zip(first, lengths, strict=True)]
-    if sum(lengths) == tokens.shape[0]:
-        return torch.cat(outputs).to(x.dtype).t()
     result = torch.zeros_like(tokens)
-    for i, output in zip(live, outputs, strict=True):
-        result[starts[i] : starts[i + 1]] = output
+    nothing = tokens.new_zeros(width - 1, tokens.shape[1])
+    for (start, end), slot, carries_on in zip(pairwise(starts), slots, carry_on, strict=True):
+        if start == end or slot == pad_slot_id:
+            continue
+        before = nothing
+        if conv_states is not None and carries_on:
+            before = conv_states[slot].t().to(x.dtype)
+        inputs = torch.cat([before, tokens[start:end]])
+        result[start:end] = _apply_taps(inputs, weight, bias, activation)
+        if conv_states is not None:
+            conv_states[slot] = inputs[inputs.shape[0] - (width - 1) :].t()
     return result.t()
 
 
@@ -128,11 +98,7 @@ def causal_conv1d_update(
         NotImplementedError: for a circular state (`cache_seqlens`) and for several tokens a row
             (speculative decoding), neither of which SGLang's CPU serving uses.
     """
-    if (
-        cache_seqlens is not None
-        or intermediate_conv_window is not None
-        or x.dim() != 2
-    ):
+    if cache_seqlens is not None or intermediate_conv_window is not None or x.dim() != 2:
         raise NotImplementedError(
             "the CPU convolution takes one token a sequence and no circular state; "
             "serve without speculative decoding on a machine without an accelerator"
@@ -169,9 +135,7 @@ def _apply_taps(
 ) -> torch.Tensor:
     """Convolve along the first axis: [n, ..., dim] to [n - width + 1, ..., dim] in float32."""
     if activation not in ("silu", "swish", True, False, None):
-        raise ValueError(
-            f"unknown activation {activation!r}; supported: 'silu', 'swish', None"
-        )
+        raise ValueError(f"unknown activation {activation!r}; supported: 'silu', 'swish', None")
     width = weight.shape[1]
     count = inputs.shape[0] - width + 1
     values, taps = inputs.float(), weight.float().t().contiguous()
@@ -179,7 +143,7 @@ def _apply_taps(
     total = torch.addcmul(start, values[:count], taps[0])
     for tap in range(1, width):
         total.addcmul_(values[tap : tap + count], taps[tap])
-    return F.silu(total, inplace=True) if activation else total
+    return functional.silu(total, inplace=True) if activation else total
 
 
 def _check_state(states: torch.Tensor | None, keep: int) -> None:

@@ -1,7 +1,7 @@
 """The Mamba-2 scan over ragged batches in its chunked, state-space dual form, in plain torch.
 
-Stands in for `mamba_chunk_scan_combined` of SGLang (Triton there). The form is that of "Transformers
-are SSMs" (Dao and Gu, arXiv 2405.21060, section 6): inside a block of tokens the recurrence is a
+Stands in for `mamba_chunk_scan_combined` of SGLang (Triton there). The form is that of section 6 of
+"Transformers are SSMs" (Dao and Gu, arXiv 2405.21060): inside a block of tokens the recurrence is a
 masked matrix product, and only the states at block ends are passed on one after the other.
 
 Blocks are laid from each sequence's own first token, where SGLang's kernel lays one grid over the
@@ -11,12 +11,11 @@ flattened batch. A sequence's result therefore does not depend on what else is i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 # Tokens a block: work inside a block grows with its length, work between blocks shrinks. 64 was
 # the fastest of 32, 64, 128 and 256 on two x86 cores.
@@ -36,6 +35,11 @@ class _Inputs:
     log_decay: torch.Tensor
     B: torch.Tensor
     C: torch.Tensor
+
+    def rows(self, rows: slice) -> _Inputs:
+        return _Inputs(
+            self.x[rows], self.step[rows], self.log_decay[rows], self.B[rows], self.C[rows]
+        )
 
 
 def mamba_chunk_scan_combined(
@@ -91,73 +95,82 @@ def mamba_chunk_scan_combined(
         [1, n, heads, head_dim, state_dim], or None where none is asked for.
     """
     del seq_idx, chunk_indices, chunk_offsets
-    if (
-        not (return_varlen_states and return_track_states)
-        or cu_seqlens is None
-        or out is None
-    ):
+    if not (return_varlen_states and return_track_states) or cu_seqlens is None or out is None:
         raise NotImplementedError(
             "the CPU scan serves ragged batches with tracked states, as SGLang's Mamba-2 mixer "
             "calls it: cu_seqlens, out, return_varlen_states=True and return_track_states=True"
         )
     if return_final_states or return_intermediate_states:
-        raise NotImplementedError(
-            "the CPU scan returns grid, final and tracked states only"
-        )
+        raise NotImplementedError("the CPU scan returns grid, final and tracked states only")
 
-    heads, head_dim = x.shape[2:]
-    shape = (heads, head_dim, B.shape[3])
-    dtype = state_dtype or C.dtype
     starts = cu_seqlens.tolist()
-    step = _time_steps(dt[0], dt_bias, dt_softplus, dt_limit)
-    inputs = _Inputs(
-        x[0].float(), step, step.double() * A.double(), B[0].float(), C[0].float()
-    )
     if initial_states is None:
-        states = inputs.x.new_zeros(len(starts) - 1, *shape)
+        states = x.new_zeros(len(starts) - 1, *x.shape[2:], B.shape[3], dtype=torch.float32)
     else:
         states = initial_states.float()
+    kept = _KeptStates(starts, chunk_size, states[:1].to(state_dtype or C.dtype))
+    if track_seq_idx is not None and track_end_locs is not None and track_end_locs.numel() > 0:
+        kept.ask(track_seq_idx.tolist(), track_end_locs.tolist())
 
-    grid = inputs.x.new_full(
-        (math.ceil(x.shape[1] / chunk_size), *shape), float("nan"), dtype=dtype
-    )
-    tracked = None
-    wanted: dict[tuple[int, int], int] = {}
-    if (
-        track_seq_idx is not None
-        and track_end_locs is not None
-        and track_end_locs.numel() > 0
-    ):
-        tracked = grid.new_empty(track_end_locs.numel(), *shape)
-        pairs = zip(track_seq_idx.tolist(), track_end_locs.tolist(), strict=True)
-        wanted = {(seq, end - starts[seq]): row for row, (seq, end) in enumerate(pairs)}
-
-    def keep(seq: int, done: int, state: torch.Tensor) -> None:
-        """Keep a sequence's state after `done` tokens, a multiple of `chunk_size`."""
-        position = starts[seq] + done
-        if position % chunk_size == 0 and position < starts[seq + 1]:
-            grid[position // chunk_size] = state
-        row = wanted.pop((seq, done), None)
-        if row is not None and tracked is not None:
-            tracked[row] = state
-
-    y = torch.empty_like(inputs.x)
-    final = _scan(inputs, starts, states, y, chunk_size, keep)
-    if wanted:
-        raise ValueError(
-            f"tracked positions must be whole chunks of {chunk_size} tokens inside their sequence; "
-            f"got (sequence, tokens after its start): {sorted(wanted)}"
+    # One sequence after the other: products and vectorised functions round by the shape of their
+    # batch and the place in it, so a shared tensor would let a sequence's bits depend on the rest.
+    final = []
+    for seq, (start, end) in enumerate(pairwise(starts)):
+        rows = slice(start, end)
+        step = _time_steps(dt[0, rows], dt_bias, dt_softplus, dt_limit)
+        inputs = _Inputs(
+            x[0, rows].float(),
+            step,
+            step.double() * A.double(),
+            B[0, rows].float(),
+            C[0, rows].float(),
         )
-    if D is not None:
-        y.addcmul_(inputs.x, D.float().view(heads, -1))
-    if z is not None:
-        y.mul_(F.silu(z[0].float()))
-    out[0].copy_(y)
-    return (
-        grid.unsqueeze(0),
-        final.to(dtype),
-        None if tracked is None else tracked.unsqueeze(0),
-    )
+        y, state = _scan(inputs, seq, states[seq], kept)
+        if D is not None:
+            y.addcmul_(inputs.x, D.float().view(D.shape[0], -1))
+        if z is not None:
+            y.mul_(functional.silu(z[0, rows].float()))
+        out[0, rows] = y
+        final.append(state)
+    return kept.grid.unsqueeze(0), torch.stack(final).to(kept.grid.dtype), kept.tracked
+
+
+class _KeptStates:
+    """The states that are returned from inside the sequences, kept as the scan passes them.
+
+    `grid` is [ceil(tokens / chunk_size), ...], `tracked` is [1, n, ...] or None where no state was
+    asked for; both are shaped and typed like a row of `like`.
+    """
+
+    def __init__(self, starts: list[int], chunk_size: int, like: torch.Tensor) -> None:
+        self.chunk_size = chunk_size
+        self.grid = like.new_full(
+            (math.ceil(starts[-1] / chunk_size), *like.shape[1:]), float("nan")
+        )
+        self.tracked: torch.Tensor | None = None
+        self._starts = starts
+        self._row: dict[tuple[int, int], int] = {}  # of (sequence, tokens after its start)
+
+    def ask(self, sequences: list[int], positions: list[int]) -> None:
+        """Ask for a sequence's state before each flat position, whole chunks after its start."""
+        for row, (seq, position) in enumerate(zip(sequences, positions, strict=True)):
+            done = position - self._starts[seq]
+            if done % self.chunk_size or not 0 <= done <= self._starts[seq + 1] - self._starts[seq]:
+                raise ValueError(
+                    f"a tracked position must be whole chunks of {self.chunk_size} tokens into its "
+                    f"sequence, and inside it; got {done} tokens into sequence {seq}"
+                )
+            self._row[seq, done] = row
+        self.tracked = self.grid.new_empty(1, len(positions), *self.grid.shape[1:])
+
+    def keep(self, seq: int, done: int, state: torch.Tensor) -> None:
+        """Take a sequence's state after `done` tokens, a multiple of the chunk size."""
+        position = self._starts[seq] + done
+        if position % self.chunk_size == 0 and position < self._starts[seq + 1]:
+            self.grid[position // self.chunk_size] = state
+        row = self._row.get((seq, done))
+        if row is not None and self.tracked is not None:
+            self.tracked[0, row] = state
 
 
 def _time_steps(
@@ -171,84 +184,55 @@ def _time_steps(
     if bias is not None:
         step = step + bias.float()
     if softplus:
-        step = F.softplus(step)
+        step = functional.softplus(step)
     return step.clamp(*limit)
 
 
 def _scan(
-    inputs: _Inputs,
-    starts: list[int],
-    states: torch.Tensor,
-    y: torch.Tensor,
-    chunk_size: int,
-    keep: Callable[[int, int, torch.Tensor], None],
-) -> torch.Tensor:
-    """Run all sequences block by block, side by side; fill `y` and return the final states.
-
-    The longest come first, so that those not yet done are always the leading rows.
-    """
-    block = math.gcd(chunk_size, _BLOCK)
-    lengths = [end - start for start, end in pairwise(starts)]
-    order = sorted(range(len(lengths)), key=lambda seq: -lengths[seq])
-    state = states[order]
-    first = torch.tensor([starts[seq] for seq in order]).unsqueeze(1)
-    last = first + torch.tensor([lengths[seq] - 1 for seq in order]).unsqueeze(1)
-    for done in range(0, max(lengths, default=0), block):
-        active = sum(length > done for length in lengths)
-        if done % chunk_size == 0:
-            for row in range(active):
-                keep(order[row], done, state[row])
-        rows = first[:active] + torch.arange(done, done + block)
-        inside = rows <= last[:active]
-        # A block past a sequence's end is filled up with its own last token at step size 0, which
-        # leaves the state as it is. (Another sequence's tokens might carry NaN into this one.)
-        rows = torch.minimum(rows, last[:active])
-        part = _Inputs(
-            inputs.x[rows],
-            inputs.step[rows] * inside.unsqueeze(-1),
-            inputs.log_decay[rows] * inside.unsqueeze(-1),
-            inputs.B[rows],
-            inputs.C[rows],
-        )
-        outputs, state[:active] = _advance(part, state[:active])
-        y[rows[inside]] = outputs[inside]
-    final = torch.empty_like(state)
-    final[order] = state
-    for seq, length in enumerate(lengths):
-        if length % chunk_size == 0:
-            keep(seq, length, final[seq])
-    return final
+    inputs: _Inputs, seq: int, state: torch.Tensor, kept: _KeptStates
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run sequence `seq` block by block; return its outputs and its final state."""
+    block, length = math.gcd(kept.chunk_size, _BLOCK), inputs.x.shape[0]
+    y = torch.empty_like(inputs.x, memory_format=torch.contiguous_format)
+    for begin in range(0, length, block):
+        if begin % kept.chunk_size == 0:
+            kept.keep(seq, begin, state)
+        rows = slice(begin, min(begin + block, length))
+        y[rows], state = _advance(inputs.rows(rows), state)
+    if length % kept.chunk_size == 0:
+        kept.keep(seq, length, state)
+    return y, state
 
 
 def _advance(part: _Inputs, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run one block of every sequence: tensors of `part` lead with [sequences, block].
+    """Run one block from `state`, [heads, head_dim, state_dim].
 
-    Returns the outputs, [sequences, block, heads, head_dim], and the states after the block. The
-    decay from token j to token i is exp(total[i] - total[j]) with totals in float64: in float32 a
-    long block's totals leave few digits for the difference of neighbours.
+    Returns the outputs, [block, heads, head_dim], and the state after the block. The decay from
+    token j to token i is exp(total[i] - total[j]) with totals in float64: in float32 a long block's
+    totals leave few digits for the difference of neighbours.
     """
-    batch, block, heads, head_dim = part.x.shape
-    groups, state_dim = part.B.shape[2:]
-    B, C = part.B.transpose(1, 2), part.C.transpose(1, 2)
-    total = part.log_decay.cumsum(1)
+    block, heads, head_dim = part.x.shape
+    groups, state_dim = part.B.shape[1:]
+    # Copies, so that a product's operands lie in memory alike wherever the sequence lies in the
+    # batch: the bits may depend on their alignment.
+    B, C, state = part.B.transpose(0, 1).clone(), part.C.transpose(0, 1).clone(), state.clone()
+    total = part.log_decay.cumsum(0)
     x = part.x * part.step.unsqueeze(-1)
 
-    by_head = total.transpose(1, 2)
-    decay = (by_head.unsqueeze(3) - by_head.unsqueeze(2)).float()
+    by_head = total.t()
+    decay = (by_head.unsqueeze(2) - by_head.unsqueeze(1)).float()
     future = torch.ones(block, block, dtype=torch.bool).triu_(1)
     decay.masked_fill_(future, float("-inf")).exp_()
-    scores = torch.matmul(C, B.transpose(2, 3))
-    decay.view(batch, groups, -1, block, block).mul_(scores.unsqueeze(2))
-    inside = torch.matmul(decay, x.transpose(1, 2)).transpose(1, 2)
+    scores = torch.matmul(C, B.transpose(1, 2))
+    decay.view(groups, -1, block, block).mul_(scores.unsqueeze(1))
+    outputs = torch.matmul(decay, x.transpose(0, 1)).transpose(0, 1)
 
-    before = state.view(batch, groups, -1, state_dim)
-    carried = torch.matmul(C, before.transpose(2, 3)).view(
-        batch, groups, block, -1, head_dim
-    )
-    carried = carried.transpose(1, 2).reshape(batch, block, heads, head_dim)
-    outputs = inside + carried * total.exp().float().unsqueeze(-1)
+    before = state.view(groups, -1, state_dim)
+    carried = torch.matmul(C, before.transpose(1, 2)).view(groups, block, -1, head_dim)
+    carried = carried.transpose(0, 1).reshape(block, heads, head_dim)
+    outputs = outputs + carried * total.exp().float().unsqueeze(-1)
 
-    x = x * (total[:, -1:] - total).exp().float().unsqueeze(-1)
-    added = torch.matmul(x.view(batch, block, groups, -1).permute(0, 2, 3, 1), B)
-    after = state * total[:, -1].exp().float().view(batch, heads, 1, 1)
-    return outputs, after.add_(added.view_as(after))
+    x.mul_((total[-1:] - total).exp().float().unsqueeze(-1))
+    added = torch.matmul(x.view(block, groups, -1).permute(1, 2, 0), B)
+    state.mul_(total[-1].exp().float().view(heads, 1, 1))
+    return outputs, state.add_(added.view_as(state))

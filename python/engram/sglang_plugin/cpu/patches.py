@@ -38,12 +38,8 @@ _BACKEND = "sglang.srt.layers.attention.hybrid_linear_attn_backend"
 # In the modules that call them: `from x import y` gave each its own binding.
 MAMBA2_PATCHES = (
     Patch(_MIXER, "causal_conv1d_fn", causal_conv.causal_conv1d_fn, undefined=True),
-    Patch(
-        _MIXER, "causal_conv1d_fn_triton", causal_conv.causal_conv1d_fn, undefined=True
-    ),
-    Patch(
-        _MIXER, "causal_conv1d_update", causal_conv.causal_conv1d_update, undefined=True
-    ),
+    Patch(_MIXER, "causal_conv1d_fn_triton", causal_conv.causal_conv1d_fn, undefined=True),
+    Patch(_MIXER, "causal_conv1d_update", causal_conv.causal_conv1d_update, undefined=True),
     Patch(
         _MIXER,
         "causal_conv1d_update_triton",
@@ -52,9 +48,7 @@ MAMBA2_PATCHES = (
     ),
     Patch(_MIXER, "mamba_chunk_scan_combined", mamba2.mamba_chunk_scan_combined),
     Patch(_MIXER, "selective_state_update", selective_state.selective_state_update),
-    Patch(
-        _BACKEND, "track_mamba_states_if_needed", tracking.track_mamba_states_if_needed
-    ),
+    Patch(_BACKEND, "track_mamba_states_if_needed", tracking.track_mamba_states_if_needed),
     Patch(
         _BACKEND,
         "track_mamba_states_all_layers",

@@ -36,7 +36,7 @@ def activate() -> str | None:
         asked_for = os.environ.get("SGLANG_PLATFORM") == ENTRY_POINT
         if not asked_for and any(Path(node).exists() for node in _DEVICE_NODES):
             return None
-    except Exception:
+    except (AssertionError, AttributeError, ImportError, OSError, RuntimeError):
         # A device check that raises says that some device stack is installed: not ours to judge.
         return None
     return _CLASS_PATH

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 PAD_SLOT_ID = -1
 
@@ -47,11 +47,7 @@ def selective_state_update(
     Raises:
         NotImplementedError: for several tokens a row or any keyword of speculative decoding.
     """
-    used = [
-        name
-        for name, value in speculative.items()
-        if value is not None and value is not False
-    ]
+    used = [name for name, value in speculative.items() if value is not None and value is not False]
     if used or x.dim() != 3:
         raise NotImplementedError(
             f"the CPU state update takes one token a sequence (got x of {x.dim()} dimensions"
@@ -82,7 +78,7 @@ def selective_state_update(
     if dt_bias is not None:
         step = step + _collapse_expanded(dt_bias).float()
     if dt_softplus:
-        step = F.softplus(step)
+        step = functional.softplus(step)
     values = x.float()
 
     by_group = (batch, groups, heads // groups)
@@ -101,7 +97,7 @@ def selective_state_update(
     if D is not None:
         result.addcmul_(values, D.float())
     if z is not None:
-        result.mul_(F.silu(z.float()))
+        result.mul_(functional.silu(z.float()))
     out.copy_(result)
 
 

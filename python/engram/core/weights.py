@@ -40,9 +40,14 @@ def config_digest(model_dir: str | os.PathLike[str]) -> str:
     return blake3(canonical_json(kept)).hexdigest()
 
 
+def weight_files(model_dir: str | os.PathLike[str]) -> list[Path]:
+    """The files of a model directory that hold weights, by name."""
+    return sorted(path for path in Path(model_dir).iterdir() if path.suffix in WEIGHT_SUFFIXES)
+
+
 def weights_digest(model_dir: str | os.PathLike[str], mode: Literal["fast", "full"]) -> str:
     """BLAKE3 over the weight files of a directory, in the order of their names."""
-    files = sorted(p for p in Path(model_dir).iterdir() if p.suffix in WEIGHT_SUFFIXES)
+    files = weight_files(model_dir)
     if not files:
         raise InvalidRequestError(
             f"the model directory holds no weights ({', '.join(WEIGHT_SUFFIXES)})",

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NoReturn, get_args, get_origin
 
+import psutil
 from pydantic import ValidationError
 
 from engram.core.settings import Settings
+from engram.core.weights import weight_files
 from engram.sglang_plugin.cpu import is_active as cpu_is_active
 
 logger = logging.getLogger(__name__)
@@ -169,9 +172,27 @@ def _prepare_cpu(args: argparse.Namespace) -> None:
     if args.mamba_radix_cache_strategy == "no_buffer" and not args.disable_overlap_schedule:
         args.disable_overlap_schedule = True
         chosen["overlap scheduling"] = "off"
+    if args.mem_fraction_static is None and args.max_total_tokens is None:
+        fraction = _memory_fraction(args.model_path)
+        if fraction is not None:
+            args.mem_fraction_static = chosen["memory fraction"] = fraction
     if chosen:
         facts = ", ".join(f"{name} {value}" for name, value in chosen.items())
         logger.info("Engram: no accelerator found, serving on CPU (%s)", facts)
+
+
+POOL_SHARE: Final = 0.2
+"""Share of the free memory that the pools take on a CPU.  Upstream's default, nearly all of it, is
+for memory that serves nothing else; here it is the whole machine's, and every byte is zeroed."""
+
+
+def _memory_fraction(model_path: str) -> float | None:
+    """`--mem-fraction-static` for weights plus pools; None where the weights' size is unknown."""
+    if not os.path.isdir(model_path):
+        return None
+    weights = sum(path.stat().st_size for path in weight_files(model_path))
+    share = POOL_SHARE + weights / psutil.virtual_memory().available
+    return round(share, 3) if share < 0.9 else None
 
 
 REFUSED: Final = (

@@ -1,4 +1,4 @@
-"""Small JSON records with their own digest: ``{"blake3": hex, "body": {...}}``, canonical.
+"""Small JSON records with their own digest: a line ``{"blake3": hex, "body": {...}}``, canonical.
 
 Manifests and the store's marker are such records. The file is exactly the canonical encoding, so
 that key order, spaces, duplicate keys or trailing bytes are damage like a flipped bit.
@@ -13,7 +13,7 @@ from engram.core.canonical import blake3_hex, canonical_json
 
 def seal_record(body: dict[str, object]) -> bytes:
     """The bytes of a record. Raises ValueError for values canonical JSON cannot say."""
-    return canonical_json({"blake3": blake3_hex(canonical_json(body)), "body": body})
+    return canonical_json({"blake3": blake3_hex(canonical_json(body)), "body": body}) + b"\n"
 
 
 def open_record(data: bytes) -> dict[str, object]:

@@ -33,7 +33,7 @@ def a_manifest(**changes: Any) -> Manifest:
 def sealed(body: object) -> bytes:
     """A manifest file around any body, well formed or not."""
     text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-    return b'{"blake3":"' + blake3(text).hexdigest().encode() + b'","body":' + text + b"}"
+    return b'{"blake3":"' + blake3(text).hexdigest().encode() + b'","body":' + text + b"}\n"
 
 
 def body_of(manifest: Manifest) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def test_the_file_is_an_envelope_in_canonical_json(manifest: Manifest) -> None:
     record = json.loads(encode_manifest(manifest))
     assert set(record) == {"blake3", "body"}
     assert record["blake3"] == blake3(canonical_json(record["body"])).hexdigest()
-    assert canonical_json(record) == encode_manifest(manifest)
+    assert canonical_json(record) + b"\n" == encode_manifest(manifest)
 
 
 def test_what_a_manifest_knows_about_itself() -> None:
@@ -246,7 +246,7 @@ def test_a_damaged_version_number_is_damage() -> None:
         lambda data: data.replace(b",", b", ", 1),
         lambda data: data.replace(b'"pinned":false', b'"pinned":false,"pinned":false'),
         lambda data: data.replace(b'"turn_number":1', b'"turn_number":1e0'),
-        lambda data: data[:-1] + b',"more":1}',
+        lambda data: data[:-2] + b',"more":1}\n',
         lambda data: data.replace(b'{"blake3"', b'{"blake3":"' + b"0" * 64 + b'","blake3"'),
         lambda data: json.dumps(json.loads(data)).encode(),
         lambda data: b"\xef\xbb\xbf" + data,
@@ -315,12 +315,17 @@ def test_metadata_nested_without_end_is_refused() -> None:
         a_manifest(user_metadata=deep)
 
 
-def test_a_manifest_over_the_limit_is_refused_both_ways() -> None:
-    manifest = a_manifest(pending_tokens=[2**32 - 1] * (MAX_MANIFEST_BYTES // 11 + 1))
-    with pytest.raises(InvalidRequestError, match=str(MAX_MANIFEST_BYTES)):
+def test_a_manifest_over_the_limit_is_refused_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert MAX_MANIFEST_BYTES == 16 << 20
+    manifest = a_manifest()
+    data = encode_manifest(manifest)
+    monkeypatch.setattr("engram.snapshot.manifest.MAX_MANIFEST_BYTES", len(data))
+    assert decode_manifest(encode_manifest(manifest)) == manifest
+    monkeypatch.setattr("engram.snapshot.manifest.MAX_MANIFEST_BYTES", len(data) - 1)
+    with pytest.raises(InvalidRequestError, match=f"{len(data) - 1} are allowed"):
         encode_manifest(manifest)
     with pytest.raises(ManifestCorruptError, match="over the limit"):
-        decode_manifest(b" " * (MAX_MANIFEST_BYTES + 1))
+        decode_manifest(data)
 
 
 def test_make_manifest_names_a_missing_field() -> None:

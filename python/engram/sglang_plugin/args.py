@@ -162,7 +162,7 @@ def _settings(args: argparse.Namespace) -> Settings:
 
 def _prepare_cpu(args: argparse.Namespace) -> None:
     """Settings that stock SGLang needs on a machine without an accelerator."""
-    chosen = {}
+    chosen: dict[str, object] = {}
     if args.device is None:
         args.device = chosen["device"] = "cpu"
     if args.attention_backend is None:

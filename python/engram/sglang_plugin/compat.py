@@ -68,6 +68,7 @@ EXPECTED: Final[dict[str, str]] = {
     TOKENIZER + "_dispatch_to_scheduler": "self, obj",
     TOKENIZER + "_send_one_request": "self, tokenized_obj",
     TOKENIZER + "_send_batch_request": "self, tokenized_objs",
+    TOKENIZER + "sigterm_watchdog": "self",
     TOKENIZER + "_handle_batch_output": "self, recv_obj",
     SRT + "managers.io_struct.hook_custom_types": "*new_types",
     SRT + "managers.io_struct.sock_send": "socket, obj, flags=",

@@ -9,9 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from engram.catalog.catalog import Catalog
 from engram.conversation.turns import RunningRequest
@@ -28,6 +27,9 @@ from engram.sglang_plugin.messages import EngramReply
 from engram.store.disk import DiskStore
 
 logger = logging.getLogger(__name__)
+
+POLL_S: Final = 0.2
+CLOSE_TIMEOUT_S: Final = 30.0
 
 
 @dataclass
@@ -84,7 +86,7 @@ def before_setup_and_run_http_server(
     _watch_requests(tokenizer_manager, service)
     app.include_router(_marked(compatible_router(service)))
     app.add_middleware(TaggingMiddleware)
-    _close_with_the_app(app, service)
+    _save_before_the_end(tokenizer_manager, service)
 
 
 def _report(store: DiskStore, catalog: Catalog) -> None:
@@ -111,22 +113,28 @@ def _marked(router: Any) -> Any:
     return router
 
 
-def _close_with_the_app(app: Any, service: SnapshotService) -> None:
-    """On a clean shutdown, finish the saves under way while the ranks still answer."""
-    original = app.router.lifespan_context
+def _save_before_the_end(manager: Any, service: SnapshotService) -> None:
+    """On SIGTERM, finish the saves while the ranks still answer.
 
-    @asynccontextmanager
-    async def lifespan(running: Any) -> AsyncIterator[Any]:
-        async with original(running) as state:
-            try:
-                yield state
-            finally:
-                try:
-                    await asyncio.wait_for(service.close(), 30)
-                except asyncio.TimeoutError:
-                    logger.error("Engram: saves were still running after 30 s and are given up")
+    Upstream waits for the running requests and then ends the schedulers, in one coroutine; ours
+    runs before it.
+    """
+    from sglang.srt.managers.tokenizer_manager import ServerStatus
 
-    app.router.lifespan_context = lifespan
+    shut_down = manager.sigterm_watchdog
+
+    async def sigterm_watchdog() -> None:
+        while not manager.gracefully_exit:
+            await asyncio.sleep(POLL_S)
+        while manager.rid_to_state and manager.server_status != ServerStatus.UnHealthy:
+            await asyncio.sleep(POLL_S)
+        try:
+            await asyncio.wait_for(service.close(), CLOSE_TIMEOUT_S)
+        except asyncio.TimeoutError:
+            logger.error("Engram: saves still running after %g s are given up", CLOSE_TIMEOUT_S)
+        await shut_down()
+
+    manager.sigterm_watchdog = sigterm_watchdog
 
 
 def _watch_requests(manager: Any, service: SnapshotService) -> None:

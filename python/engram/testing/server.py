@@ -66,6 +66,11 @@ class ServerProcess:
         """Base address of the server, without a slash at the end."""
         return f"http://{HOST}:{self.port}"
 
+    def command(self) -> list[str]:
+        """Return the command line that `start` runs."""
+        launch = [sys.executable, "-m", "sglang.launch_server", "--model-path", self.model]
+        return [*launch, "--host", HOST, "--port", str(self.port), *self.args]
+
     def start(self) -> None:
         """Start the server and wait until it serves.
 
@@ -74,19 +79,11 @@ class ServerProcess:
         """
         if self.process is not None:
             raise ServerError("the server is already started")
-        command = [
-            sys.executable,
-            "-m",
-            "sglang.launch_server",
-            "--model-path",
-            self.model,
-        ]
-        command += ["--host", HOST, "--port", str(self.port), *self.args]
         # SGLang leaves its sockets and locks behind, killed or not: they get a directory that goes.
         self._temporary = tempfile.TemporaryDirectory(prefix="sglang-")
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                command,
+                self.command(),
                 env={**os.environ, "TMPDIR": self._temporary.name, **self.env},
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -3,8 +3,8 @@
     python -m engram.testing.tiny_model --family granite-hybrid --out DIR --seed 0
 
 The same seed writes the same bytes. The weights mean nothing, but they are scaled so that greedy
-output varies, and time steps are drawn as in a fresh Mamba-2, so that a state remembers tens to
-hundreds of tokens: a test in which a wrong state changes nothing would prove nothing.
+output varies and every token read counts long after: a test in which a wrong state changes nothing
+would prove nothing.
 """
 
 from __future__ import annotations
@@ -102,8 +102,9 @@ def write_tiny_model(
 def fill_weights(model: PreTrainedModel, seed: int) -> None:
     """Draw every weight of the model from one generator, in the order of the parameters' names.
 
-    Matrices keep the variance of their input (gain 1), which with Granite's residual multiplier
-    gives varied greedy output; one-dimensional parameters get the distribution of a fresh model.
+    Matrices keep the variance of their input. State-space layers forget with half-lives between a
+    few tokens and a thousand (a fresh Mamba-2 has shorter ones), and write into their state enough
+    for a token to be seen a hundred tokens on.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -113,9 +114,9 @@ def fill_weights(model: PreTrainedModel, seed: int) -> None:
     for name, parameter in sorted(model.named_parameters()):
         leaf = name.rsplit(".", 1)[-1]
         if leaf == "A_log":
-            value = uniform(parameter.shape, 1.0, 16.0).log()
+            value = uniform(parameter.shape, math.log(0.05), math.log(1.0))
         elif leaf == "dt_bias":
-            step = uniform(parameter.shape, math.log(1e-3), math.log(1e-1)).exp()
+            step = uniform(parameter.shape, math.log(0.01), math.log(0.3)).exp()
             value = torch.log(torch.expm1(step))  # softplus gives the step back
         elif leaf == "D" or "norm" in name:
             value = uniform(parameter.shape, 0.5, 1.5)

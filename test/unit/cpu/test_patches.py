@@ -1,4 +1,4 @@
-"""What is replaced in SGLang, in a process of its own: nothing of it may leak into other tests."""
+"""What is replaced in SGLang: in a process of its own, for nothing of it may reach other tests."""
 
 from __future__ import annotations
 
@@ -7,76 +7,62 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
+
+from engram.sglang_plugin import cpu
+from engram.sglang_plugin.cpu import platform
+from engram.sglang_plugin.cpu.patches import Patch, apply_patch
 
 INSTALL = """
 import json, sys
 import torch
 from engram.sglang_plugin import cpu
 from engram.sglang_plugin.cpu import patches
+from sglang.srt.platforms import current_platform
 
-pin_memory = torch.Tensor.pin_memory
 first, second = cpu.install(), cpu.install()
-in_place = all(
-    getattr(sys.modules[patch.module], patch.name) is patch.replacement
-    for patch in patches.MAMBA2_PATCHES
-) if first else None
 tensor = torch.zeros(2)
-platform = None
-if first:
-    from sglang.srt.platforms import current_platform
-    platform = {
+print(json.dumps({
+    "first": first,
+    "second": second,
+    "in_place": all(
+        getattr(sys.modules[patch.module], patch.name) is patch.replacement
+        for patch in patches.MAMBA2_PATCHES
+    ),
+    "platform": {
         "class": type(current_platform).__name__,
         "out_of_tree": current_platform.is_out_of_tree(),
         "attention": current_platform.get_default_attention_backend(),
         "extra_buffer": current_platform.support_mamba_cache_extra_buffer(),
         "triton": current_platform.capabilities.supports_triton,
         "same_tensor": tensor.pin_memory() is tensor,
-    }
-print(json.dumps({
-    "first": first, "second": second, "in_place": in_place, "platform": platform,
-    "pinned": torch.Tensor.pin_memory is not pin_memory,
+    },
 }))
 """
 
-MISSING = """
-import sys
-from engram.sglang_plugin.cpu import patches
-from engram.sglang_plugin.cpu.patches import Patch, _apply
-for name in ("sglang.srt.no_such_module.f", "json.no_such_name"):
-    module, _, attribute = name.rpartition(".")
-    try:
-        _apply(Patch(module, attribute, print))
-    except RuntimeError as error:
-        print(error)
-"""
 
-
-def run(program: str, **environment: str) -> str:
+def report() -> dict[str, Any]:
+    """Install in a fresh process and tell what is there then."""
     package = Path(__file__).parents[3] / "python"
     result = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONPATH": str(package), **environment},
+        [sys.executable, "-c", INSTALL],
+        env={**os.environ, "PYTHONPATH": str(package), "SGLANG_PLATFORM": platform.ENTRY_POINT},
         capture_output=True,
         text=True,
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-def report(**environment: str) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads(run(INSTALL, **environment).splitlines()[-1])
+    document: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     return document
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without accelerator")
 def test_install_replaces_what_a_cpu_lacks() -> None:
-    if torch.accelerator.is_available():
-        assert report()["first"] == []
-        return
-    found = report(SGLANG_PLATFORM="engram_cpu")
+    found = report()
     mixer = "sglang.srt.layers.attention.mamba.mamba."
     backend = "sglang.srt.layers.attention.hybrid_linear_attn_backend."
     assert found["first"] == [
@@ -102,14 +88,37 @@ def test_install_replaces_what_a_cpu_lacks() -> None:
     }
 
 
-def test_install_leaves_other_platforms_alone() -> None:
-    found = report(SGLANG_USE_CPU_ENGINE="1")
-    assert found["first"] == found["second"] == []
-    assert not found["pinned"]
+def test_install_leaves_other_platforms_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_USE_CPU_ENGINE", "1")
+    pin_memory = torch.Tensor.pin_memory
+    assert cpu.install() == []
+    assert torch.Tensor.pin_memory is pin_memory
 
 
-def test_a_missing_name_says_which_and_which_version_is_supported() -> None:
-    lines = run(MISSING).splitlines()
-    for line, name in zip(lines, ["sglang.srt.no_such_module.f", "json.no_such_name"], strict=True):
-        assert f"has no {name}" in line
-        assert "sglang==0.5.23" in line
+@pytest.mark.parametrize(
+    ("patch", "missing"),
+    [
+        (Patch("no_such_module", "dumps", "json.dumps", print), "no_such_module"),
+        (Patch("json", "dumps", "no_such_module.f", print), "no_such_module"),
+        (Patch("json", "dumps", "json.no_such_name", print), "json.no_such_name"),
+        (Patch("json", "dumps", "json.loads", print), "json.dumps that is json.loads"),
+    ],
+)
+def test_a_missing_name_says_which_and_which_version_is_supported(
+    patch: Patch, missing: str
+) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        apply_patch(patch)
+    assert f"SGLang has no {missing}," in str(caught.value)
+    assert "sglang==0.5.23" in str(caught.value)
+    assert json.dumps is not print
+
+
+def test_a_name_that_sglang_leaves_undefined_is_defined() -> None:
+    module = ModuleType("holder")
+    sys.modules["holder"] = module
+    try:
+        assert apply_patch(Patch("holder", "dumps", "json.dumps", print)) == "holder.dumps"
+    finally:
+        del sys.modules["holder"]
+    assert module.dumps is print

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,16 +17,16 @@ from engram.version import SUPPORTED_SGLANG
 
 @dataclass(frozen=True)
 class Patch:
-    """One upstream name and what takes its place.
+    """One upstream name, where its callers look it up, and what takes its place.
 
-    `undefined` says that SGLang imports the name only for certain accelerators, so that on a CPU
-    the module exists and the name does not.
+    `original` is the function SGLang means there on an accelerator. On a CPU SGLang either binds
+    the name to it all the same, or, for the convolutions, leaves the name undefined.
     """
 
     module: str
     name: str
+    original: str
     replacement: Callable[..., Any]
-    undefined: bool = False
 
     @property
     def target(self) -> str:
@@ -33,25 +34,55 @@ class Patch:
 
 
 _MIXER = "sglang.srt.layers.attention.mamba.mamba"
+_CONV = "sglang.srt.layers.attention.mamba.causal_conv1d"
+_CONV_TRITON = "sglang.kernels.ops.mamba.causal_conv1d_triton"
+_SSD = "sglang.kernels.ops.mamba.triton_ops"
 _BACKEND = "sglang.srt.layers.attention.hybrid_linear_attn_backend"
+_SCATTER = "sglang.kernels.ops.mamba.mamba_state_scatter_triton"
 
 # In the modules that call them: `from x import y` gave each its own binding.
 MAMBA2_PATCHES = (
-    Patch(_MIXER, "causal_conv1d_fn", causal_conv.causal_conv1d_fn, undefined=True),
-    Patch(_MIXER, "causal_conv1d_fn_triton", causal_conv.causal_conv1d_fn, undefined=True),
-    Patch(_MIXER, "causal_conv1d_update", causal_conv.causal_conv1d_update, undefined=True),
+    Patch(_MIXER, "causal_conv1d_fn", f"{_CONV}.causal_conv1d_fn", causal_conv.causal_conv1d_fn),
+    Patch(
+        _MIXER,
+        "causal_conv1d_fn_triton",
+        f"{_CONV_TRITON}.causal_conv1d_fn",
+        causal_conv.causal_conv1d_fn,
+    ),
+    Patch(
+        _MIXER,
+        "causal_conv1d_update",
+        f"{_CONV}.causal_conv1d_update",
+        causal_conv.causal_conv1d_update,
+    ),
     Patch(
         _MIXER,
         "causal_conv1d_update_triton",
+        f"{_CONV_TRITON}.causal_conv1d_update",
         causal_conv.causal_conv1d_update,
-        undefined=True,
     ),
-    Patch(_MIXER, "mamba_chunk_scan_combined", mamba2.mamba_chunk_scan_combined),
-    Patch(_MIXER, "selective_state_update", selective_state.selective_state_update),
-    Patch(_BACKEND, "track_mamba_states_if_needed", tracking.track_mamba_states_if_needed),
+    Patch(
+        _MIXER,
+        "mamba_chunk_scan_combined",
+        f"{_SSD}.mamba_chunk_scan_combined",
+        mamba2.mamba_chunk_scan_combined,
+    ),
+    Patch(
+        _MIXER,
+        "selective_state_update",
+        f"{_SSD}.selective_state_update",
+        selective_state.selective_state_update,
+    ),
+    Patch(
+        _BACKEND,
+        "track_mamba_states_if_needed",
+        f"{_SCATTER}.track_mamba_states_if_needed",
+        tracking.track_mamba_states_if_needed,
+    ),
     Patch(
         _BACKEND,
         "track_mamba_states_all_layers",
+        f"{_SCATTER}.track_mamba_states_all_layers",
         tracking.track_mamba_states_all_layers,
     ),
 )
@@ -71,20 +102,29 @@ def install() -> list[str]:
     """
     if not is_active():
         return []
-    targets = [_apply(patch) for patch in MAMBA2_PATCHES]
+    targets = [apply_patch(patch) for patch in MAMBA2_PATCHES]
     torch.Tensor.pin_memory = _pin_memory  # type: ignore[method-assign,assignment]
     return [*targets, "torch.Tensor.pin_memory"]
 
 
-def _apply(patch: Patch) -> str:
-    try:
-        module = importlib.import_module(patch.module)
-    except ImportError as error:
-        raise _unsupported(patch.target) from error
-    if not patch.undefined and not hasattr(module, patch.name):
-        raise _unsupported(patch.target)
+def apply_patch(patch: Patch) -> str:
+    """Put one replacement in place; return the full name of what it replaces."""
+    module = _find(patch.module)
+    original_module, _, original_name = patch.original.rpartition(".")
+    original = getattr(_find(original_module), original_name, None)
+    if original is None:
+        raise _unsupported(patch.original)
+    if getattr(module, patch.name, original) not in (original, patch.replacement):
+        raise _unsupported(f"{patch.target} that is {patch.original}")
     setattr(module, patch.name, patch.replacement)
     return patch.target
+
+
+def _find(module: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise _unsupported(module) from error
 
 
 def _unsupported(target: str) -> RuntimeError:

@@ -73,6 +73,8 @@ class RestoreBody(BaseModel):
             missing = [name for name, value in needed.items() if value is None]
             if missing:
                 raise ValueError(f"create_new_request needs {' and '.join(missing)}")
+            if (self.sampling_params or {}).get("n", 1) != 1:
+                raise ValueError("sampling_params.n must be 1: a turn has one reply")
             return self
         needed |= {"sampling_params": self.sampling_params, "request_id": self.request_id}
         given = [name for name, value in needed.items() if value is not None]

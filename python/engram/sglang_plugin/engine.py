@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from engram.conversation.turns import FinishedRequest, Tag
 from engram.core.namespace import Namespace
 from engram.core.tokens import TokenArray
+from engram.errors import InvalidRequestError
 from engram.server.tagging import CURRENT_TAG
 from engram.service.ports import Brought, Chains, EngineInfo, Generation, Located, Stored
 from engram.sglang_plugin.control import RankClient, Result
@@ -154,7 +156,7 @@ class SglangGenerator:
         extra_key: str | None = None,
         cache_salt: str | None = None,
     ) -> Generation:
-        """Generate to the end; `ValueError` of SGLang for parameters it refuses passes through."""
+        """Generate to the end.  `InvalidRequestError` for what SGLang refuses to generate."""
         from sglang.srt.managers.io_struct import GenerateReqInput
 
         request = GenerateReqInput(
@@ -164,9 +166,13 @@ class SglangGenerator:
             extra_key=extra_key,
             cache_salt=cache_salt,
         )
+        self._check(input_ids, sampling_params)
         token = CURRENT_TAG.set(tag)
         try:
             answers = [answer async for answer in self._manager.generate_request(request, None)]
+        except ValueError as error:
+            # What SGLang's own routes answer with 400: parameters, lengths, a request id in use.
+            raise InvalidRequestError(f"SGLang refuses the generation: {error}") from error
         finally:
             CURRENT_TAG.reset(token)
         answer = answers[-1]
@@ -181,3 +187,25 @@ class SglangGenerator:
             aborted,
             meta,
         )
+
+    def _check(self, input_ids: Sequence[int], sampling_params: Mapping[str, Any]) -> None:
+        """Refuse what SGLang lets through to where it does harm.
+
+        A token outside the vocabulary ends the scheduler, and with it the server; a parameter that
+        SGLang does not know is a TypeError, as a bug would be.
+        """
+        vocab_size: int = self._manager.model_config.vocab_size
+        largest = max(input_ids, default=0)
+        if largest >= vocab_size:
+            raise InvalidRequestError(
+                f"token {largest} is not in the model's vocabulary of {vocab_size}",
+                hint="use ids that the model's own tokenizer gives",
+                details={"field": "continuation_ids"},
+            )
+        known = inspect.signature(self._manager.sampling_params_class).parameters
+        unknown = sorted(set(sampling_params) - set(known))
+        if unknown:
+            raise InvalidRequestError(
+                f"sampling_params: SGLang knows no {', '.join(unknown)}",
+                details={"field": f"sampling_params.{unknown[0]}"},
+            )

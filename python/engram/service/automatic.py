@@ -67,6 +67,8 @@ class AutomaticSaver:
                 await asyncio.wait_for(self._closing.wait(), delay)
             if self._context.tracker.newest(turn.tag) != turn.number:
                 return  # the newer turn has its own task, which waits for this one
+            if turn.snapshot_id is not None:
+                return  # saved meanwhile by request; if it was deleted again, it stays deleted
         if before is not None:
             await asyncio.wait({before})
         self._note(turn.tag.branch)

@@ -1,0 +1,134 @@
+"""The segments table: boundaries, chains, and what nothing refers to any more."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+from engram.catalog.database import Database
+from engram.catalog.rows import CatalogCounts, UnreferencedSegment
+from engram.errors import NotFoundError
+from engram.snapshot.manifest import SegmentRef
+from engram.snapshot.segment import Shard
+
+_PAGE_ROWS: Final = 10_000
+_REFERENCED: Final = "EXISTS (SELECT 1 FROM snapshot_segments WHERE segment = segments.id)"
+
+
+class SegmentTable:
+    """The part of the catalog about segments. They are no tenant's: bytes are shared by key."""
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+
+    def boundaries(self, namespace: str, rank: int = 0) -> Iterator[SegmentRef]:
+        """Every segment some snapshot names: its key, id, place and size.
+
+        Read in pages, without holding the lock in between. Which of them are usable boundaries
+        (``has_state``, for models that have one) is the caller's knowledge.
+        """
+        last = 0
+        while True:
+            rows = self._db.rows(
+                "SELECT * FROM segments WHERE namespace = ? AND rank = ? AND id > ?"
+                f" AND {_REFERENCED} ORDER BY id LIMIT ?",
+                (namespace, rank, last, _PAGE_ROWS),
+            )
+            for row in rows:
+                yield _ref(row)
+            if len(rows) < _PAGE_ROWS:
+                return
+            last = rows[-1]["id"]
+
+    def chain(
+        self, namespace: str, rank: int, key: str, segment_id: str | None = None
+    ) -> list[SegmentRef]:
+        """The segments from token 0 to the boundary ``key``, in order, as one snapshot has them.
+
+        Of several chains that end in ``key``, the one of ``segment_id``, or else of the newest
+        snapshot. Raises `NotFoundError` if no snapshot holds it.
+        """
+        with self._db.atomic():
+            holder = self._db.row(
+                "SELECT link.snapshot, link.position FROM segments"
+                " JOIN snapshot_segments AS link ON link.segment = segments.id"
+                " JOIN snapshots ON snapshots.id = link.snapshot"
+                " WHERE segments.namespace = ?1 AND segments.rank = ?2 AND segments.key = ?3"
+                " AND (?4 IS NULL OR segments.segment_id = ?4)"
+                " ORDER BY snapshots.created_at DESC, snapshots.id DESC LIMIT 1",
+                (namespace, rank, key, segment_id),
+            )
+            if holder is None:
+                raise NotFoundError(f"no snapshot holds the boundary {key}", details={"key": key})
+            rows = self._db.rows(
+                "SELECT segments.* FROM snapshot_segments AS link"
+                " JOIN segments ON segments.id = link.segment"
+                " WHERE link.snapshot = ? AND link.rank = ? AND link.position <= ?"
+                " ORDER BY link.position",
+                (holder["snapshot"], rank, holder["position"]),
+            )
+        return [_ref(row) for row in rows]
+
+    def is_referenced(self, shard: Shard, segment_id: str) -> bool:
+        """Whether some snapshot names the segment."""
+        row = self._db.row(
+            "SELECT 1 FROM segments WHERE namespace = ? AND rank = ? AND segment_id = ?"
+            f" AND {_REFERENCED}",
+            (shard.namespace, shard.rank, segment_id),
+        )
+        return row is not None
+
+    def unreferenced_segments(self) -> list[UnreferencedSegment]:
+        """Segments whose last snapshot was deleted.
+
+        Files that no manifest ever named are not among them: compare the store's own listing with
+        `is_referenced`. Chains stay whole, because a snapshot names all segments it stands on.
+        """
+        rows = self._db.rows(f"SELECT * FROM segments WHERE NOT {_REFERENCED} ORDER BY id")
+        return [
+            UnreferencedSegment(
+                Shard(row["namespace"], row["rank"], row["world_size"]),
+                row["segment_id"],
+                row["bytes"],
+            )
+            for row in rows
+        ]
+
+    def forget_segments(self, segments: Iterable[UnreferencedSegment]) -> int:
+        """Drop the rows of segments whose files are gone; how many were dropped.
+
+        One that a snapshot has come to name meanwhile stays.
+        """
+        with self._db.atomic():
+            return sum(
+                self._db.run(
+                    "DELETE FROM segments WHERE namespace = ? AND rank = ? AND segment_id = ?"
+                    f" AND NOT {_REFERENCED}",
+                    (segment.shard.namespace, segment.shard.rank, segment.segment_id),
+                )
+                for segment in segments
+            )
+
+    def counts(self) -> CatalogCounts:
+        """How much the catalog holds; only referenced segments count."""
+        row = self._db.row(
+            "SELECT (SELECT count(*) FROM snapshots) AS snapshots,"
+            " (SELECT count(*) FROM (SELECT DISTINCT tenant, conversation_id FROM snapshots))"
+            "  AS conversations,"
+            " count(*) AS segments, coalesce(sum(bytes), 0) AS segment_bytes"
+            f" FROM segments WHERE {_REFERENCED}"
+        )
+        assert row is not None
+        return CatalogCounts(**dict(row))
+
+
+def _ref(row: sqlite3.Row) -> SegmentRef:
+    return SegmentRef(
+        segment_id=row["segment_id"],
+        key=row["key"],
+        start=row["start"],
+        end=row["end"],
+        has_state=bool(row["has_state"]),
+        bytes=row["bytes"],
+    )

@@ -1,0 +1,21 @@
+"""What the catalog needs of the store whose manifests it indexes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from engram.snapshot.listing import DamagedManifest, ManifestEntry
+from engram.snapshot.manifest import Manifest
+
+
+class ManifestSource(Protocol):
+    """A manifest store, and a place for damaged files."""
+
+    def list_manifests(self) -> list[ManifestEntry]: ...
+
+    def load_manifest(self, entry: ManifestEntry) -> Manifest | DamagedManifest: ...
+
+    def quarantine_manifest(self, entry: ManifestEntry, reason: str) -> Path | None: ...
+
+    def quarantine_file(self, path: Path, reason: str) -> Path | None: ...

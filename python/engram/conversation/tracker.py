@@ -1,0 +1,182 @@
+"""Counts turns and remembers finished requests until they are saved, or long enough.
+
+Lives in the HTTP process, where a request's prompt ids and its output ids both pass, and on its
+event loop: nothing here locks or waits.  What outlives the process is in the catalog, which tells
+the newest saved turn of a branch when one is met for the first time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Final
+
+import numpy as np
+
+from engram.conversation.turns import FinishedRequest, RunningRequest, Tag, Turn
+from engram.core.tokens import to_tokens
+from engram.errors import NotFoundError
+
+MAX_RUNNING: Final = 65_536
+MAX_UNTAGGED: Final = 1_000
+UNTAGGED_SECONDS: Final = 300.0
+MAX_TURN_TOKENS: Final = 32 << 20
+"""Tokens of remembered turns, four bytes each; past that the oldest turns are forgotten."""
+MAX_BRANCHES: Final = 10_000
+"""Branches whose count is in memory; the least recently used are forgotten, the catalog is not."""
+
+NewestTurn = Callable[[Tag], int]
+"""The number of the newest saved turn of a tag's branch; 0 if there is none."""
+
+
+class _Branch:
+    """Turns of one branch that are remembered, oldest first."""
+
+    def __init__(self, newest: int) -> None:
+        self.newest = newest
+        self.turns: OrderedDict[int, Turn] = OrderedDict()
+
+
+class ConversationTracker:
+    """Knows every running and recently finished request."""
+
+    def __init__(self, newest_saved: NewestTurn, *, clock: Callable[[], float] = time.time) -> None:
+        self._newest_saved = newest_saved
+        self._clock = clock
+        self._running: OrderedDict[str, RunningRequest] = OrderedDict()
+        self._untagged: OrderedDict[str, FinishedRequest] = OrderedDict()
+        self._branches: OrderedDict[tuple[str, str, str], _Branch] = OrderedDict()
+        self._turns: OrderedDict[tuple[tuple[str, str, str], int], Turn] = OrderedDict()
+        self._by_rid: dict[str, Turn] = {}
+        self._turn_tokens = 0
+
+    def begin(self, request: RunningRequest) -> None:
+        """A request goes to the scheduler."""
+        self._running[request.rid] = request
+        if len(self._running) > MAX_RUNNING:
+            self._running.popitem(last=False)
+
+    def abandon(self, rid: str) -> None:
+        """A request ended without a reply: it is no turn."""
+        self._running.pop(rid, None)
+
+    def finish(self, rid: str, output: Sequence[int]) -> Turn | None:
+        """A reply is complete.  The turn it is, if the request was tagged."""
+        request = self._running.pop(rid, None)
+        if request is None:
+            return None
+        finished = FinishedRequest(
+            rid,
+            np.concatenate([request.prompt, to_tokens(output)]),
+            self._clock(),
+            request.extra_key,
+            request.cache_salt,
+        )
+        if request.tag is None:
+            self._untagged[rid] = finished
+            self._untagged.move_to_end(rid)
+            self._expire()
+            return None
+        return self._append(request.tag, finished)
+
+    def adopt(self, rid: str, tag: Tag) -> Turn:
+        """Make a finished untagged request the next turn of a conversation."""
+        turn = self._by_rid.get(rid)
+        if turn is not None and turn.tag.branch == tag.branch:
+            return turn
+        self._expire()
+        finished = self._untagged.pop(rid, None)
+        if finished is None:
+            raise NotFoundError(
+                f"no finished request {rid!r}",
+                hint=f"the newest {MAX_UNTAGGED} untagged requests stay saveable by their rid for "
+                f"{UNTAGGED_SECONDS / 60:g} minutes",
+                details={"rid": rid},
+            )
+        return self._append(tag, finished)
+
+    def turn_of(self, rid: str) -> Turn | None:
+        """The turn that a finished request was, if it is remembered."""
+        return self._by_rid.get(rid)
+
+    def find(self, tag: Tag, number: int | None = None) -> Turn | None:
+        """A remembered turn of a branch; the newest without `number`."""
+        branch = self._branches.get(tag.branch)
+        if branch is None or not branch.turns:
+            return None
+        if number is None:
+            return branch.turns.get(branch.newest)
+        return branch.turns.get(number)
+
+    def newest(self, tag: Tag) -> int:
+        """The number of the newest turn of a branch, saved or not; 0 if it has none."""
+        return self._branch(tag).newest
+
+    def knows(self, tag: Tag) -> bool:
+        """Whether any turn of the branch is remembered here."""
+        branch = self._branches.get(tag.branch)
+        return branch is not None and bool(branch.turns)
+
+    def saved(self, turn: Turn, snapshot_id: str) -> None:
+        """A turn is durable: its tokens are with its snapshot now."""
+        turn.snapshot_id = snapshot_id
+        branch = self._branches.get(turn.tag.branch)
+        if branch is not None:
+            for older in [t for n, t in branch.turns.items() if n < turn.number]:
+                if older.snapshot_id is not None:
+                    self._forget(older)
+
+    def reached(self, tag: Tag, number: int) -> None:
+        """A branch has a snapshot of turn `number`, be it where it starts: it counts on from it."""
+        branch = self._branch(tag)
+        branch.newest = max(branch.newest, number)
+
+    def forget_conversation(self, tenant: str, conversation_id: str) -> None:
+        """Drop what is remembered of a conversation (it was deleted)."""
+        for key in [k for k in self._branches if k[:2] == (tenant, conversation_id)]:
+            self._forget_branch(key)
+
+    def _append(self, tag: Tag, finished: FinishedRequest) -> Turn:
+        branch = self._branch(tag)
+        branch.newest += 1
+        turn = Turn(tag, branch.newest, finished)
+        branch.turns[turn.number] = turn
+        self._turns[tag.branch, turn.number] = turn
+        self._by_rid[finished.rid] = turn
+        self._turn_tokens += len(finished.tokens)
+        while self._turn_tokens > MAX_TURN_TOKENS and len(self._turns) > 1:
+            self._forget(next(iter(self._turns.values())))
+        return turn
+
+    def _branch(self, tag: Tag) -> _Branch:
+        branch = self._branches.get(tag.branch)
+        if branch is None:
+            branch = _Branch(self._newest_saved(replace(tag, parent_snapshot=None)))
+            self._branches[tag.branch] = branch
+            if len(self._branches) > MAX_BRANCHES:
+                self._forget_branch(next(iter(self._branches)))
+        self._branches.move_to_end(tag.branch)
+        return branch
+
+    def _forget(self, turn: Turn) -> None:
+        del self._turns[turn.tag.branch, turn.number]
+        # A client may have used one rid twice: the newer turn keeps it.
+        if self._by_rid.get(turn.request.rid) is turn:
+            del self._by_rid[turn.request.rid]
+        self._turn_tokens -= len(turn.request.tokens)
+        self._branches[turn.tag.branch].turns.pop(turn.number)
+
+    def _forget_branch(self, key: tuple[str, str, str]) -> None:
+        for turn in list(self._branches[key].turns.values()):
+            self._forget(turn)
+        del self._branches[key]
+
+    def _expire(self) -> None:
+        horizon = self._clock() - UNTAGGED_SECONDS
+        while self._untagged:
+            rid, oldest = next(iter(self._untagged.items()))
+            if len(self._untagged) <= MAX_UNTAGGED and oldest.finished_at > horizon:
+                return
+            del self._untagged[rid]

@@ -1,0 +1,250 @@
+"""The one error tree. Every error knows its HTTP status, a stable code and, mostly, a hint.
+
+::
+
+    EngramError                      500  internal_error
+    |-- InternalError                500  internal_error      a bug of ours, or an invariant broken
+    |-- NotFoundError                404  not_found
+    |-- AlreadyExistsError           409  already_exists
+    |-- InvalidRequestError          422  invalid_request
+    |   `-- InvalidIdError           422  invalid_request     names the field
+    |-- UnsupportedError             422  unsupported
+    |-- NamespaceMismatchError       409  namespace_mismatch  names field, wanted, found
+    |-- SnapshotCorruptError         409  snapshot_corrupt    names the file and what to do
+    |   |-- SegmentCorruptError      409  snapshot_corrupt
+    |   `-- ManifestCorruptError     409  snapshot_corrupt
+    |-- CaptureLostError             409  capture_lost        bytes gone, cannot be recomputed
+    |-- RamTierFullError             503  ram_tier_full
+    |-- GenerationAbortedError       503  generation_aborted  by SGLang, with its reason
+    |-- DeadlineError                504  deadline
+    `-- StoreError                   500  store_error         the disk or its driver failed
+        |-- StoreFullError           507  store_full          needed and free bytes
+        |-- StoreFormatError         500  store_format        written by a newer version
+        `-- StoreBusyError           409  store_busy          another server holds the directory
+
+Every class takes ``(message, hint=, details=)``, so that an error survives pickling and the way
+from a rank to the HTTP process (`to_dict`, `error_from_dict`). ``details`` holds JSON values only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
+
+__all__ = [
+    "AlreadyExistsError",
+    "CaptureLostError",
+    "DeadlineError",
+    "EngramError",
+    "GenerationAbortedError",
+    "InternalError",
+    "InvalidIdError",
+    "InvalidRequestError",
+    "ManifestCorruptError",
+    "NamespaceMismatchError",
+    "NotFoundError",
+    "RamTierFullError",
+    "SegmentCorruptError",
+    "SnapshotCorruptError",
+    "StoreBusyError",
+    "StoreError",
+    "StoreFormatError",
+    "StoreFullError",
+    "UnsupportedError",
+    "error_from_dict",
+    "walk_error_classes",
+]
+
+
+class EngramError(Exception):
+    """Root of all errors Engram raises on purpose.
+
+    ``message`` says what is wrong, ``hint`` what to do about it, ``details`` the facts as JSON
+    values for programs.
+    """
+
+    code: ClassVar[str] = "internal_error"
+    http_status: ClassVar[int] = 500
+
+    def __init__(
+        self, message: str, *, hint: str = "", details: Mapping[str, object] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.details: dict[str, object] = dict(details or {})
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.hint})" if self.hint else self.message
+
+    def to_dict(self) -> dict[str, object]:
+        """The body of a failed reply: ``success, error, message, hint, details``."""
+        return {
+            "success": False,
+            "error": self.code,
+            "message": self.message,
+            "hint": self.hint,
+            "details": dict(self.details),
+        }
+
+
+class InternalError(EngramError):
+    """An invariant of Engram's own does not hold."""
+
+
+class NotFoundError(EngramError):
+    """No conversation, snapshot, branch, turn or namespace of that name."""
+
+    code = "not_found"
+    http_status = 404
+
+
+class AlreadyExistsError(EngramError):
+    """The name is taken by something else."""
+
+    code = "already_exists"
+    http_status = 409
+
+
+class InvalidRequestError(EngramError):
+    """Input from outside that cannot be accepted; the message names the field."""
+
+    code = "invalid_request"
+    http_status = 422
+
+
+class InvalidIdError(InvalidRequestError):
+    """An id outside ``[A-Za-z0-9._:-]{1,255}`` or with a leading dot."""
+
+
+class UnsupportedError(EngramError):
+    """Understood, but not something this build or configuration can do."""
+
+    code = "unsupported"
+    http_status = 422
+
+
+class NamespaceMismatchError(EngramError):
+    """Bytes made under other weights, dtypes or layout than the server runs with."""
+
+    code = "namespace_mismatch"
+    http_status = 409
+
+    @classmethod
+    def of(cls, field: str, wanted: object, found: object) -> NamespaceMismatchError:
+        """``wanted`` is the server's value of ``field``, ``found`` the snapshot's."""
+        return cls(
+            f"namespace mismatch in {field!r}: this server has {wanted!r}, "
+            f"the snapshot was made with {found!r}",
+            hint="restore it on a server started with the same model and settings",
+            details={"field": field, "wanted": wanted, "found": found},
+        )
+
+
+class SnapshotCorruptError(EngramError):
+    """A stored file is damaged or missing. It has been quarantined where that was possible."""
+
+    code = "snapshot_corrupt"
+    http_status = 409
+
+
+class SegmentCorruptError(SnapshotCorruptError):
+    """A segment is damaged, missing, or not where its header says it belongs."""
+
+
+class ManifestCorruptError(SnapshotCorruptError):
+    """A manifest is damaged, or not where its snapshot id says it belongs."""
+
+
+class CaptureLostError(EngramError):
+    """State that was captured is gone from memory and cannot be computed again."""
+
+    code = "capture_lost"
+    http_status = 409
+
+
+class RamTierFullError(EngramError):
+    """The RAM tier cannot make room: what it holds is pinned or leased."""
+
+    code = "ram_tier_full"
+    http_status = 503
+
+
+class GenerationAbortedError(EngramError):
+    """SGLang ended a generation without completing it."""
+
+    code = "generation_aborted"
+    http_status = 503
+
+
+class DeadlineError(EngramError):
+    """Something did not finish in the time it was given."""
+
+    code = "deadline"
+    http_status = 504
+
+
+class StoreError(EngramError):
+    """The operating system refused an operation on the snapshot directory."""
+
+    code = "store_error"
+    http_status = 500
+
+
+class StoreFullError(StoreError):
+    """No space (or quota) left for a write. Nothing partial stays behind."""
+
+    code = "store_full"
+    http_status = 507
+
+    @classmethod
+    def of(cls, *, needed: int, free: int | None, where: str) -> StoreFullError:
+        """``needed`` and ``free`` are bytes; ``free`` is None where it cannot be told."""
+        shown = "unknown" if free is None else str(free)
+        return cls(
+            f"the snapshot store is full: {needed} bytes needed, {shown} free in {where}",
+            hint="free space, delete snapshots, or lower the retention count",
+            details={"needed": needed, "free": free, "where": where},
+        )
+
+
+class StoreFormatError(StoreError):
+    """Something stored has a format version this build does not know."""
+
+    code = "store_format"
+    http_status = 500
+
+    @classmethod
+    def of(cls, what: str, found: int, supported: int) -> StoreFormatError:
+        """``what`` names the file kind and, where known, the file."""
+        return cls(
+            f"{what} has format version {found}, this Engram reads version {supported}",
+            hint="use the Engram version that wrote it, or another snapshot directory",
+            details={"what": what, "found": found, "supported": supported},
+        )
+
+
+class StoreBusyError(StoreError):
+    """Another server holds the snapshot directory."""
+
+    code = "store_busy"
+    http_status = 409
+
+
+def walk_error_classes(root: type[EngramError] = EngramError) -> Iterator[type[EngramError]]:
+    """Every class of the tree, parents before children."""
+    yield root
+    for child in root.__subclasses__():
+        yield from walk_error_classes(child)
+
+
+def error_from_dict(body: Mapping[str, object]) -> EngramError:
+    """The error a `to_dict` came from: the most general class that has its code."""
+    code = body.get("error")
+    cls = next((c for c in walk_error_classes() if c.code == code), EngramError)
+    details = body.get("details")
+    return cls(
+        str(body.get("message", "")),
+        hint=str(body.get("hint", "")),
+        details=details if isinstance(details, Mapping) else None,
+    )

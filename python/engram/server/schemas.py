@@ -1,0 +1,91 @@
+"""Bodies of the routes: closed, strict, and bounded."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, model_validator
+
+from engram.core.ids import check_id
+from engram.errors import InvalidIdError
+
+TokenId = Annotated[int, Strict(), Field(ge=0, lt=2**32)]
+
+
+def _id(value: str) -> str:
+    try:
+        return check_id("id", value)
+    except InvalidIdError as error:
+        # The field's name is pydantic's to say.
+        raise ValueError(error.hint) from None
+
+
+Id = Annotated[str, Strict(), AfterValidator(_id)]
+Rid = Annotated[str, Strict(), Field(min_length=1, max_length=255)]
+TurnNumber = Annotated[int, Strict(), Field(ge=1, lt=2**63)]
+
+
+class Place(BaseModel):
+    """Where a snapshot stands; `rid` is the id of the reply that was the turn."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    conversation_id: Id
+    turn_number: TurnNumber | None = None
+    branch_name: Id | None = None
+
+
+class SaveBody(BaseModel):
+    """`POST /save_snapshot`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    conversation_id: Id | None = None
+    rid: Rid | None = None
+    snapshot_id: Id | None = None
+    turn_number: TurnNumber | None = None
+    branch_name: Id | None = None
+    durability: Literal["sync", "async"] = "sync"
+
+
+class RestoreBody(BaseModel):
+    """`POST /restore_snapshot`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    conversation_id: Id | None = None
+    rid: Rid | None = None
+    turn_number: TurnNumber | None = None
+    branch_name: Id | None = None
+    create_new_request: Annotated[bool, Strict()] = False
+    continuation_ids: Annotated[list[TokenId], Field(min_length=1)] | None = None
+    max_new_tokens: Annotated[int, Strict(), Field(ge=1)] | None = None
+    sampling_params: dict[str, Any] | None = None
+    request_id: Rid | None = None
+
+    @model_validator(mode="after")
+    def _continuation_is_whole(self) -> RestoreBody:
+        needed: dict[str, object] = {
+            "continuation_ids": self.continuation_ids,
+            "max_new_tokens": self.max_new_tokens,
+        }
+        if (self.sampling_params or {}).get("n") not in (None, 1):
+            raise ValueError("sampling_params.n must be 1: a turn has one reply")
+        if self.create_new_request:
+            missing = [name for name, value in needed.items() if value is None]
+            if missing:
+                raise ValueError(f"create_new_request needs {' and '.join(missing)}")
+            return self
+        needed |= {"sampling_params": self.sampling_params, "request_id": self.request_id}
+        given = [name for name, value in needed.items() if value is not None]
+        if given:
+            raise ValueError(f"{', '.join(given)}: only with create_new_request")
+        return self
+
+
+class ListBody(BaseModel):
+    """`POST /list_snapshots`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    conversation_id: Id

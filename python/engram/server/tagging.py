@@ -1,0 +1,154 @@
+"""Which conversation a generation request belongs to: ASGI middleware in front of SGLang's routes.
+
+The id is the body's field `conversation_id` or the header `x-override-conversation-id`; the body
+wins.  SGLang has a switch that maps this header to a request field, but it opens other overrides to
+clients as well, so the header is read here.  The body is passed on as it came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, MutableMapping
+from contextvars import ContextVar
+from typing import Any, Final
+
+import msgspec
+
+from engram.conversation.turns import Tag
+from engram.core.ids import DEFAULT_TENANT, check_id
+from engram.errors import EngramError, UnsupportedError
+from engram.server.wire import error_response
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+GENERATION_ROUTES: Final = frozenset(
+    {"/generate", "/v1/completions", "/v1/chat/completions", "/v1/responses"}
+)
+HEADER: Final = b"x-override-conversation-id"
+FIELD: Final = b'"conversation_id"'
+TEXT_PARTS: Final = ("text", "input_text", "output_text", "refusal")
+"""Types of the parts of a message that are text, in chat completions and in responses."""
+
+CURRENT_TAG: ContextVar[Tag | None] = ContextVar("CURRENT_TAG", default=None)
+"""The tag of the request that is being served in this task."""
+
+
+class _Fields(msgspec.Struct):
+    """What tagging needs of a body; the rest is skipped while decoding."""
+
+    conversation_id: Any = None
+    n: Any = None
+    sampling_params: Any = None
+    text: Any = None
+    input_ids: Any = None
+    prompt: Any = None
+    messages: Any = None
+    input: Any = None
+    image_data: Any = None
+    video_data: Any = None
+    audio_data: Any = None
+
+
+class TaggingMiddleware:
+    """Sets `CURRENT_TAG` for the tagged requests to the generation routes."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] not in GENERATION_ROUTES:
+            await self._app(scope, receive, send)
+            return
+        body, replay = await _read(receive)
+        try:
+            tag = tag_of(body, dict(scope["headers"]).get(HEADER))
+        except EngramError as error:
+            await error_response(error)(scope, replay, send)
+            return
+        token = CURRENT_TAG.set(tag)
+        try:
+            await self._app(scope, replay, send)
+        finally:
+            CURRENT_TAG.reset(token)
+
+
+def tag_of(body: bytes, header: bytes | None) -> Tag | None:
+    """The tag of a request, None if it has none.  Raises for what a conversation cannot hold."""
+    if header is None and FIELD not in body:
+        return None
+    try:
+        fields = msgspec.json.decode(body, type=_Fields)
+    except msgspec.MsgspecError:
+        # SGLang's own routes say what is wrong with a body, in their own words.
+        return None
+    given = fields.conversation_id
+    if given is None:
+        given = header.decode("latin-1") if header is not None else None
+    if given is None:
+        return None
+    tag = Tag(check_id("conversation_id", given), tenant=DEFAULT_TENANT)
+    _check_single(fields)
+    _check_text_only(fields)
+    return tag
+
+
+def _check_single(fields: _Fields) -> None:
+    """A turn has one prompt and one reply."""
+    given = fields.sampling_params
+    params = given if isinstance(given, list) else [given]
+    numbers = [one.get("n") for one in params if isinstance(one, dict)]
+    for value in (fields.n, *numbers):
+        if value not in (None, 1):
+            raise UnsupportedError(
+                "n must be 1 in a request with a conversation_id: a turn has one reply",
+                details={"field": "n"},
+            )
+    batches = (fields.text, fields.input_ids, fields.prompt, params)
+    if any(isinstance(b, list) and len(b) > 1 and not isinstance(b[0], int) for b in batches):
+        raise UnsupportedError(
+            "a request with a conversation_id must have one prompt",
+            hint="send one request a conversation",
+            details={"field": "prompt"},
+        )
+
+
+def _check_text_only(fields: _Fields) -> None:
+    media = any((fields.image_data, fields.video_data, fields.audio_data))
+    for messages in (fields.messages, fields.input):
+        for message in messages if isinstance(messages, list) else ():
+            content = message.get("content") if isinstance(message, dict) else None
+            parts = content if isinstance(content, list) else ()
+            types = (part.get("type") for part in parts if isinstance(part, dict))
+            media = media or any(kind not in TEXT_PARTS for kind in types)
+    if media:
+        raise UnsupportedError(
+            "image, audio and video inputs cannot be part of a saved conversation yet",
+            hint="leave conversation_id out for this request",
+            details={"field": "conversation_id"},
+        )
+
+
+async def _read(receive: Receive) -> tuple[bytes, Receive]:
+    """The whole body, and a `receive` that delivers it again."""
+    parts: list[bytes] = []
+    last: Message | None = None
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            last = message
+            break
+        parts.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            break
+    body = b"".join(parts)
+    first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+    if last is not None:
+        first = [last]
+
+    async def replay() -> Message:
+        return first.pop() if first else await receive()
+
+    return body, replay

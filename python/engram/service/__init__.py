@@ -1,0 +1,21 @@
+"""The service: the only owner of write order, and of what a request and a route can ask.
+
+| module | holds |
+|---|---|
+| `ports.py` | what the service needs of the engine: ranks that hold bytes, a generator of replies |
+| `results.py` | the outcomes of save and restore, and the service's counters |
+| `context.py` | what all parts of the service share |
+| `boundaries.py` | `BoundaryIndex`: at which page keys a boundary is on disk |
+| `requests.py` | `RequestGate`: holds a request until its prefix is in RAM, counts its turn |
+| `triggers.py` | pure: which finished turns are saved by themselves, and when |
+| `automatic.py` | carries the triggers out |
+| `finder.py` | which turn a save means |
+| `guard.py` | saves together, deletions alone |
+| `saves.py` | `TurnSaver`: segments, manifest, catalog, in that order |
+| `restores.py` | `Restorer`: a snapshot into RAM, and the generation that continues it |
+| `snapshots.py` | `SnapshotService`: the whole |
+"""
+
+from engram.service.snapshots import SnapshotService
+
+__all__ = ["SnapshotService"]

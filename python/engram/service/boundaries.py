@@ -1,0 +1,51 @@
+"""Which stored boundary a new request can start from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBoundary:
+    """A durable boundary: its page key and the token count it stands at."""
+
+    key: str
+    end: int
+
+
+class BoundaryIndex:
+    """Page keys of the boundaries on disk, for one namespace.
+
+    Counts references, since snapshots share segments.  Walking back from a request's end, the
+    first key held is the longest stored prefix.
+    """
+
+    def __init__(self) -> None:
+        self._references: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._references)
+
+    def add(self, keys: Iterable[str]) -> None:
+        """A snapshot names segments that end at these keys."""
+        for key in keys:
+            self._references[key] = self._references.get(key, 0) + 1
+
+    def remove(self, keys: Iterable[str]) -> None:
+        """That snapshot is gone."""
+        for key in keys:
+            left = self._references.get(key, 0) - 1
+            if left > 0:
+                self._references[key] = left
+            else:
+                self._references.pop(key, None)
+
+    def longest(self, keys: Sequence[str], page_size: int) -> StoredBoundary | None:
+        """The last of a request's page keys at which a boundary is stored."""
+        if not self._references:
+            return None
+        for index in range(len(keys) - 1, -1, -1):
+            if keys[index] in self._references:
+                return StoredBoundary(keys[index], (index + 1) * page_size)
+        return None

@@ -1,0 +1,97 @@
+"""What happens to a request on its way through the HTTP process."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Final
+
+from engram.conversation.turns import RunningRequest
+from engram.errors import DeadlineError
+from engram.service.automatic import AutomaticSaver
+from engram.service.context import ServiceContext
+from engram.service.ports import EngineInfo
+from engram.snapshot.manifest import SegmentRef
+
+logger = logging.getLogger(__name__)
+
+HOLD_LEASE_S: Final = 60.0
+"""How long a promoted prefix waits in RAM for the request it was promoted for."""
+
+
+class RequestGate:
+    """Holds a request until its stored prefix is in RAM, and counts its turn when it is done.
+
+    The scheduler must never wait for a disk, so the request waits here, tagged or not, for at most
+    `--snapshot-promote-timeout`; then it is recomputed.
+    """
+
+    def __init__(self, context: ServiceContext, automatic: AutomaticSaver) -> None:
+        self._context = context
+        self._automatic = automatic
+
+    async def admit(self, request: RunningRequest) -> None:
+        """Called before a request goes to the scheduler.
+
+        Whatever goes wrong here costs the hit, never the request.
+        """
+        context = self._context
+        context.tracker.begin(request)
+        if not context.settings.snapshot_auto_restore:
+            return
+        try:
+            await self._promote_prefix(request)
+        except Exception as error:
+            if isinstance(error, DeadlineError):
+                context.stats.hold_timeouts += 1
+            else:
+                context.stats.hold_failures += 1
+            context.stats.note(f"prefix of {request.rid}: {error}")
+            logger.warning(
+                "Engram: the stored prefix of %s cannot be used, it is recomputed: %s",
+                request.rid,
+                error,
+            )
+
+    def finished(self, rid: str, output: Sequence[int]) -> None:
+        """Called when a reply is complete, before the client sees its end."""
+        turn = self._context.tracker.finish(rid, output)
+        if turn is not None:
+            self._automatic.finished(turn)
+
+    async def settled(self, rid: str) -> None:
+        """Return when the automatic save of a finished request, if any, is over."""
+        turn = self._context.tracker.turn_of(rid)
+        if turn is not None:
+            await self._automatic.settled(turn)
+
+    def abandoned(self, rid: str) -> None:
+        """Called when a request ended without a reply."""
+        self._context.tracker.abandon(rid)
+
+    async def _promote_prefix(self, request: RunningRequest) -> None:
+        context = self._context
+        engine = await context.engine()
+        if not len(context.boundaries):
+            return
+        # At least one token is always computed: a boundary at the very end is of no use.
+        keys = context.ranks.page_keys(
+            request.prompt[:-1], engine.page_size, request.extra_key, request.cache_salt
+        )
+        stored = context.boundaries.longest(keys, engine.page_size)
+        if stored is None:
+            return
+        context.stats.held_requests += 1
+        chains = await asyncio.to_thread(self._chains, engine, stored.key)
+        await context.ranks.promote(
+            chains,
+            owner=request.rid,
+            seconds=HOLD_LEASE_S,
+            exact=False,
+            timeout=context.settings.snapshot_promote_timeout,
+        )
+
+    def _chains(self, engine: EngineInfo, key: str) -> list[list[SegmentRef]]:
+        chain = self._context.catalog.chain
+        return [chain(engine.namespace.id, rank, key) for rank in range(engine.world_size)]

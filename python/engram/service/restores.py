@@ -1,0 +1,111 @@
+"""Bringing a snapshot back: verified, into memory, and on from there."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from engram.catalog.rows import SnapshotRow
+from engram.conversation.turns import Tag
+from engram.core.tokens import TokenArray, to_tokens, tokens_digest
+from engram.errors import EngramError, SnapshotCorruptError
+from engram.service.context import ServiceContext
+from engram.service.ports import EngineInfo
+from engram.service.results import RestoreResult
+from engram.snapshot.manifest import Manifest
+from engram.snapshot.segment import Shard
+
+RESTORE_TIMEOUT_S: Final = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """A generation that goes on from a restored snapshot: these tokens follow the recorded ones."""
+
+    tokens: Sequence[int]
+    sampling_params: Mapping[str, Any]
+    rid: str | None = None
+
+
+class Restorer:
+    """Reads snapshots: their tokens for who lists them, their state for who continues them."""
+
+    def __init__(self, context: ServiceContext) -> None:
+        self._context = context
+
+    async def restore(
+        self, row: SnapshotRow, continuation: Continuation | None = None
+    ) -> RestoreResult:
+        """Bring a snapshot's state into RAM on every rank, and generate from it if asked to."""
+        begun = time.monotonic()
+        context = self._context
+        try:
+            engine = await context.engine()
+            manifest, tokens = await asyncio.to_thread(self._read, row, engine)
+            brought = await context.ranks.promote(
+                manifest.segments,
+                owner=f"snapshot:{row.tenant}/{row.snapshot_id}",
+                seconds=context.settings.conversation_active_timeout,
+                exact=True,
+                timeout=RESTORE_TIMEOUT_S,
+                tokens=tokens[: row.token_count],
+            )
+        except EngramError:
+            context.stats.restore_failures += 1
+            raise
+        context.stats.restores += 1
+        elapsed_ms = (time.monotonic() - begun) * 1000
+        generation = None
+        if continuation is not None:
+            generation = await context.generator.generate(
+                [*tokens.tolist(), *continuation.tokens],
+                continuation.sampling_params,
+                rid=continuation.rid,
+                tag=Tag(row.conversation_id, row.branch_name, row.tenant, row.snapshot_id),
+            )
+        return RestoreResult(
+            snapshot=row,
+            token_count=row.token_count,
+            recompute_tokens=row.pending_count,
+            source_tier="vram" if brought.in_vram else brought.source_tier,
+            tier="vram" if brought.in_vram else "ram",
+            bytes=brought.bytes,
+            state_slot=brought.state_slot,
+            elapsed_ms=elapsed_ms,
+            generation=generation,
+        )
+
+    async def tokens(self, row: SnapshotRow) -> TokenArray:
+        """All recorded tokens of a snapshot, u32 [token_count + pending]."""
+        return await asyncio.to_thread(self._tokens_of, row)
+
+    def _tokens_of(self, row: SnapshotRow) -> TokenArray:
+        return self._tokens(self._context.store.get_manifest(row.snapshot_id, row.tenant))
+
+    def _read(self, row: SnapshotRow, engine: EngineInfo) -> tuple[Manifest, TokenArray]:
+        store = self._context.store
+        if row.namespace != engine.namespace.id:
+            engine.namespace.require(store.get_namespace(row.namespace))
+        manifest = store.get_manifest(row.snapshot_id, row.tenant)
+        return manifest, self._tokens(manifest)
+
+    def _tokens(self, manifest: Manifest) -> TokenArray:
+        """The tokens stored with the segments, checked against the manifest."""
+        shard = Shard(manifest.namespace, 0, manifest.world_size)
+        parts = [
+            self._context.store.read_tokens(shard, ref.segment_id)[1]
+            for ref in manifest.segments[0]
+        ]
+        tokens: TokenArray = np.concatenate([*parts, to_tokens(manifest.pending_tokens)])
+        if tokens_digest(tokens) != manifest.tokens_digest:
+            raise SnapshotCorruptError(
+                f"the tokens of snapshot {manifest.snapshot_id!r} are not the ones it recorded",
+                hint="delete the snapshot, or restore another turn",
+                details={"segments": [ref.segment_id for ref in manifest.segments[0]]},
+            )
+        return tokens

@@ -1,0 +1,276 @@
+"""Making a turn durable: segments, then manifest, then catalog, in that order and nowhere else."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+from engram.catalog.rows import SnapshotRow
+from engram.conversation.turns import FinishedRequest, Tag, Turn
+from engram.core.ids import new_snapshot_id
+from engram.core.tokens import tokens_digest
+from engram.errors import AlreadyExistsError, CaptureLostError, InternalError, NotFoundError
+from engram.service.context import ServiceContext
+from engram.service.finder import Found
+from engram.service.ports import EngineInfo, Stored
+from engram.service.results import SaveResult
+from engram.snapshot.manifest import (
+    Durability,
+    LayerConfig,
+    Manifest,
+    change_manifest,
+    make_manifest,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class TurnSaver:
+    """Carries out saves; those of one turn go one after another, so it is saved once."""
+
+    def __init__(self, context: ServiceContext) -> None:
+        self._context = context
+        self._turns: dict[tuple[tuple[str, str, str], int], tuple[asyncio.Lock, int]] = {}
+
+    async def save(
+        self, found: Found, snapshot_id: str | None, durability: Durability
+    ) -> SaveResult:
+        """Make a turn durable, or return the snapshot that it is already."""
+        begun = time.monotonic()
+        place = (found.tag.branch, found.number)
+        lock, users = self._turns.get(place, (asyncio.Lock(), 0))
+        self._turns[place] = (lock, users + 1)
+        try:
+            async with lock:
+                return await self._once(found, snapshot_id, durability, begun)
+        except Exception:
+            self._context.stats.save_failures += 1
+            raise
+        finally:
+            lock, users = self._turns[place]
+            if users == 1:
+                del self._turns[place]
+            else:
+                self._turns[place] = (lock, users - 1)
+
+    async def save_later(self, found: Found, snapshot_id: str | None) -> SaveResult:
+        """Start a save and return what it will be; its failure is logged and counted."""
+        begun = time.monotonic()
+        context = self._context
+        chosen = snapshot_id or new_snapshot_id()
+        if found.turn is not None:
+            request = found.turn.request
+            expected = context.expected_boundary(request, await context.engine())
+            boundary = (await context.ranks.locate(request, expected)).boundary
+            pending = len(request.tokens) - boundary
+        else:
+            row = _row(found)
+            boundary, pending = row.token_count, row.pending_count
+        context.start(self._save_in_background(found, chosen))
+        return SaveResult(
+            snapshot_id=chosen,
+            conversation_id=found.tag.conversation_id,
+            branch_name=found.tag.branch_name,
+            turn_number=found.number,
+            token_count=boundary,
+            recompute_tokens=pending,
+            bytes=None,
+            unique_bytes=None,
+            durability="async",
+            elapsed_ms=(time.monotonic() - begun) * 1000,
+        )
+
+    async def _save_in_background(self, found: Found, snapshot_id: str) -> None:
+        try:
+            await self.save(found, snapshot_id, "async")
+        except Exception as error:
+            self._context.stats.note(f"asynchronous save {snapshot_id}: {error}")
+            logger.error("Engram: snapshot %s was not saved: %s", snapshot_id, error)
+
+    async def check_free(self, found: Found, snapshot_id: str | None) -> None:
+        """Raise `AlreadyExistsError` if the id names the snapshot of another turn."""
+        if snapshot_id is None:
+            return
+        try:
+            row = await asyncio.to_thread(self._context.catalog.get, snapshot_id, found.tag.tenant)
+        except NotFoundError:
+            return
+        place = (row.tenant, row.conversation_id, row.branch_name)
+        if place == found.tag.branch and row.turn_number == found.number:
+            return
+        raise AlreadyExistsError(
+            f"snapshot {snapshot_id!r} exists already: turn {row.turn_number} of conversation "
+            f"{row.conversation_id!r}, branch {row.branch_name!r}",
+            hint="choose another snapshot_id, or leave it out",
+            details={"snapshot_id": snapshot_id},
+        )
+
+    async def _once(
+        self,
+        found: Found,
+        snapshot_id: str | None,
+        durability: Durability,
+        begun: float,
+    ) -> SaveResult:
+        context = self._context
+        await self.check_free(found, snapshot_id)
+        row = await context.row(found.tag, found.number)
+        if row is not None:
+            return _result(row, begun, existing=True)
+        recomputed = False
+        async with context.guard.shared():
+            if found.turn is not None:
+                engine = await context.engine()
+                stored, recomputed = await self._persist(found.turn.request, engine)
+                manifest = await self._manifest(found, engine, snapshot_id, durability, stored)
+            else:
+                manifest = await asyncio.to_thread(self._branch, found, snapshot_id, durability)
+            await asyncio.to_thread(self._commit, manifest)
+            context.boundaries.add(ref.key for ref in manifest.segments[0])
+        context.stats.saves += 1
+        context.stats.recomputed_saves += recomputed
+        context.tracker.reached(found.tag, found.number)
+        if found.turn is not None and found.turn.tag.branch == found.tag.branch:
+            context.tracker.saved(found.turn, manifest.snapshot_id)
+        row = await asyncio.to_thread(context.catalog.get, manifest.snapshot_id, manifest.tenant)
+        return _result(row, begun, recomputed=recomputed)
+
+    def _commit(self, manifest: Manifest) -> None:
+        """Manifest durable, then its row.  A crash in between is healed at the next start."""
+        catalog, store = self._context.catalog, self._context.store
+        catalog.ensure_free(manifest)
+        entry = store.put_manifest(manifest)
+        try:
+            catalog.insert(manifest, entry)
+        except BaseException:
+            # A save that was answered with an error must not come to light later.
+            store.delete_manifest(manifest.snapshot_id, manifest.tenant)
+            raise
+
+    async def _persist(self, request: FinishedRequest, engine: EngineInfo) -> tuple[Stored, bool]:
+        ranks = self._context.ranks
+        expected = self._context.expected_boundary(request, engine)
+        try:
+            return await ranks.persist(request, expected), False
+        except CaptureLostError as lost:
+            boundary = lost.details.get("boundary")
+            if not isinstance(boundary, int) or boundary < 1:
+                raise
+        again = await self._recompute(request, boundary)
+        return await ranks.persist(again, boundary), True
+
+    async def _recompute(self, request: FinishedRequest, boundary: int) -> FinishedRequest:
+        """Compute the state at `boundary` again from the recorded tokens.
+
+        A request for exactly those tokens leaves a state at their end when its one token is
+        sampled; the token itself is not used.
+        """
+        prefix = request.tokens[:boundary]
+        logger.info("Engram: computing the state of %s again, %d tokens", request.rid, boundary)
+        generation = await self._context.generator.generate(
+            prefix.tolist(),
+            {"max_new_tokens": 1, "ignore_eos": True},
+            extra_key=request.extra_key,
+            cache_salt=request.cache_salt,
+        )
+        return FinishedRequest(
+            generation.rid, prefix, time.time(), request.extra_key, request.cache_salt
+        )
+
+    async def _manifest(
+        self,
+        found: Found,
+        engine: EngineInfo,
+        snapshot_id: str | None,
+        durability: Durability,
+        stored: Stored,
+    ) -> Manifest:
+        turn, tag = found.turn, found.tag
+        assert turn is not None
+        tokens = turn.request.tokens
+        if stored.boundary > len(tokens):
+            raise InternalError(
+                f"the state stands at token {stored.boundary}, {len(tokens)} are recorded"
+            )
+        keys = {ref.key for ref in stored.chains[0]}
+        parent = turn.tag.parent_snapshot or await asyncio.to_thread(self._parent, turn, tag, keys)
+        return make_manifest(
+            snapshot_id=snapshot_id or new_snapshot_id(),
+            tenant=tag.tenant,
+            conversation_id=tag.conversation_id,
+            branch_name=tag.branch_name,
+            turn_number=turn.number,
+            parent_snapshot=parent,
+            created_at=time.time(),
+            namespace=engine.namespace.id,
+            model_name=engine.model_name,
+            layer_config=LayerConfig(num_layers=engine.num_layers, model_type=engine.model_type),
+            token_count=stored.boundary,
+            pending_tokens=tuple(tokens[stored.boundary :].tolist()),
+            tokens_digest=tokens_digest(tokens),
+            durability=durability,
+            segments=stored.chains,
+            bytes=stored.bytes,
+            unique_bytes=stored.unique_bytes,
+            health=None,
+            user_metadata={},
+            pinned=False,
+            expires_at=None,
+            rid=turn.request.rid,
+        )
+
+    def _branch(self, found: Found, snapshot_id: str | None, durability: Durability) -> Manifest:
+        """The start of a branch: another manifest over the same segments, no state copied."""
+        row = _row(found)
+        origin = self._context.store.get_manifest(row.snapshot_id, row.tenant)
+        return change_manifest(
+            origin,
+            snapshot_id=snapshot_id or new_snapshot_id(),
+            branch_name=found.tag.branch_name,
+            parent_snapshot=row.snapshot_id,
+            created_at=time.time(),
+            durability=durability,
+            unique_bytes=0,
+            pinned=False,
+            expires_at=None,
+            user_metadata={},
+        )
+
+    def _parent(self, turn: Turn, tag: Tag, keys: set[str]) -> str | None:
+        """The newest earlier snapshot that this one stands on, on its branch or where it began."""
+        catalog = self._context.catalog
+        for branch in dict.fromkeys((tag.branch_name, turn.tag.branch_name)):
+            rows = catalog.list_snapshots(tag.tenant, tag.conversation_id, branch, limit=1000)
+            earlier = [
+                row
+                for row in rows.snapshots
+                if row.boundary_key in keys and row.turn_number < turn.number
+            ]
+            if earlier:
+                return max(earlier, key=lambda row: row.turn_number).snapshot_id
+        return None
+
+
+def _row(found: Found) -> SnapshotRow:
+    assert found.row is not None
+    return found.row
+
+
+def _result(
+    row: SnapshotRow, begun: float, *, existing: bool = False, recomputed: bool = False
+) -> SaveResult:
+    return SaveResult(
+        snapshot_id=row.snapshot_id,
+        conversation_id=row.conversation_id,
+        branch_name=row.branch_name,
+        turn_number=row.turn_number,
+        token_count=row.token_count,
+        recompute_tokens=row.pending_count,
+        bytes=row.bytes,
+        unique_bytes=row.unique_bytes,
+        durability="sync",
+        elapsed_ms=(time.monotonic() - begun) * 1000,
+        existing=existing,
+        recomputed=recomputed,
+    )

@@ -1,0 +1,191 @@
+"""`SnapshotService`: everything a route, the request gate or a command can ask of snapshots."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from engram.catalog.catalog import Catalog
+from engram.catalog.rows import SnapshotRow, UnreferencedSegment
+from engram.conversation.turns import Tag
+from engram.core.ids import DEFAULT_BRANCH
+from engram.core.settings import Settings
+from engram.core.tokens import TokenArray
+from engram.errors import NotFoundError
+from engram.service.automatic import AutomaticSaver
+from engram.service.context import ServiceContext
+from engram.service.finder import TurnFinder, need_place
+from engram.service.ports import Generator, Ranks
+from engram.service.requests import RequestGate
+from engram.service.restores import Continuation, Restorer
+from engram.service.results import RestoreResult, SaveResult
+from engram.service.saves import TurnSaver
+from engram.snapshot.manifest import Durability
+from engram.store.base import Store
+
+
+class SnapshotService:
+    """The snapshot subsystem of one server.  Used on one event loop."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        catalog: Catalog,
+        ranks: Ranks,
+        generator: Generator,
+    ) -> None:
+        self.context = ServiceContext(settings, store, catalog, ranks, generator)
+        self._saver = TurnSaver(self.context)
+        self._automatic = AutomaticSaver(self.context, self._saver)
+        self._finder = TurnFinder(self.context)
+        self._restorer = Restorer(self.context)
+        self.gate = RequestGate(self.context, self._automatic)
+
+    async def close(self) -> None:
+        """Save what is due, wait for what is under way."""
+        self._automatic.close()
+        await self.context.drain()
+
+    async def save(
+        self,
+        *,
+        tenant: str,
+        conversation_id: str | None = None,
+        rid: str | None = None,
+        snapshot_id: str | None = None,
+        turn_number: int | None = None,
+        branch_name: str | None = None,
+        durability: Durability = "sync",
+    ) -> SaveResult:
+        """Save a turn; saving one that is saved returns the snapshot that exists.
+
+        With "sync" the snapshot is durable when this returns; with "async" it is on its way.
+        """
+        need_place(conversation_id, rid)
+        if rid is not None:
+            found = await self._finder.by_rid(tenant, rid, conversation_id, branch_name)
+        else:
+            assert conversation_id is not None
+            found = await self._finder.by_place(tenant, conversation_id, branch_name, turn_number)
+        await self._saver.check_free(found, snapshot_id)
+        if durability == "async" and not found.saved:
+            return await self._saver.save_later(found, snapshot_id)
+        # A client that goes away must not tear a save in the middle.
+        work = self._saver.save(found, snapshot_id, durability)
+        return await asyncio.shield(self.context.start(work))
+
+    async def restore(
+        self, row: SnapshotRow, continuation: Continuation | None = None
+    ) -> RestoreResult:
+        """Bring a snapshot into memory, and generate from it if asked to."""
+        return await self._restorer.restore(row, continuation)
+
+    async def find(
+        self,
+        *,
+        tenant: str,
+        conversation_id: str | None = None,
+        rid: str | None = None,
+        turn_number: int | None = None,
+        branch_name: str | None = None,
+    ) -> SnapshotRow:
+        """The snapshot of a turn, or of a branch's newest saved one.  `NotFoundError` otherwise."""
+        need_place(conversation_id, rid)
+        catalog = self.context.catalog
+        if conversation_id is None:
+            assert rid is not None
+            row = await asyncio.to_thread(catalog.find_rid, rid, tenant)
+            if row is None:
+                raise NotFoundError(
+                    f"no snapshot of a request {rid!r}", hint="save it first", details={"rid": rid}
+                )
+            return row
+        tag = Tag(conversation_id, branch_name or DEFAULT_BRANCH, tenant)
+        try:
+            return await asyncio.to_thread(
+                catalog.find, tenant, conversation_id, tag.branch_name, turn_number
+            )
+        except NotFoundError as error:
+            if self.context.tracker.find(tag, turn_number) is not None:
+                error.hint = "that turn is not saved yet: POST /save_snapshot first"
+            raise
+
+    async def list(self, tenant: str, conversation_id: str) -> list[SnapshotRow]:
+        """All snapshots of a conversation, oldest first.  `NotFoundError` if there is none."""
+        rows: list[SnapshotRow] = []
+        after = None
+        while True:
+            page = await asyncio.to_thread(
+                self.context.catalog.list_snapshots,
+                tenant,
+                conversation_id,
+                limit=1000,
+                after=after,
+            )
+            rows.extend(page.snapshots)
+            after = page.after
+            if after is None:
+                break
+        if not rows:
+            raise NotFoundError(
+                f"no snapshots of a conversation {conversation_id!r}",
+                details={"conversation_id": conversation_id},
+            )
+        return rows
+
+    async def tokens(self, row: SnapshotRow) -> TokenArray:
+        """All recorded tokens of a snapshot, pending ones included."""
+        return await self._restorer.tokens(row)
+
+    async def tier(self, row: SnapshotRow) -> str:
+        """The fastest tier that holds the snapshot now, as the ranks see it."""
+        engine = await self.context.engine()
+        if row.namespace != engine.namespace.id:
+            return "disk"
+        tokens = await self.tokens(row)
+        return await self.context.ranks.tier(row.boundary_key, tokens[: row.token_count])
+
+    async def delete(self, row: SnapshotRow) -> None:
+        """Remove a snapshot, and the segments that no other snapshot names."""
+        context = self.context
+        async with context.guard.alone():
+            keys = await asyncio.to_thread(context.boundary_keys, row)
+            await asyncio.to_thread(self._remove, row)
+            engine = await context.engine()
+            if row.namespace == engine.namespace.id:
+                context.boundaries.remove(keys)
+            orphans = await asyncio.to_thread(context.catalog.unreferenced_segments)
+            await self._drop(orphans)
+
+    def _remove(self, row: SnapshotRow) -> None:
+        # The manifest first: a row without its file is healed at the next start, and what was
+        # deleted must not come back.
+        self.context.store.delete_manifest(row.snapshot_id, row.tenant)
+        self.context.catalog.delete(row.snapshot_id, row.tenant)
+
+    async def _drop(self, orphans: Sequence[UnreferencedSegment]) -> None:
+        """Files of this engine's namespace go through the ranks, which may hold them in RAM."""
+        context = self.context
+        engine = await context.engine()
+        by_rank: list[list[str]] = [[] for _ in range(engine.world_size)]
+        for orphan in orphans:
+            if orphan.shard.namespace == engine.namespace.id:
+                by_rank[orphan.shard.rank].append(orphan.segment_id)
+            else:
+                await asyncio.to_thread(
+                    context.store.delete_segment, orphan.shard, orphan.segment_id
+                )
+        if any(by_rank):
+            await context.ranks.drop(by_rank)
+        await asyncio.to_thread(context.catalog.forget_segments, orphans)
+
+    async def stats(self) -> dict[str, Any]:
+        """Counters of the service and of every rank."""
+        service = self.context.stats
+        return {
+            "service": {name: getattr(service, name) for name in service.__slots__},
+            "ranks": await self.context.ranks.stats(),
+            "stored_boundaries": len(self.context.boundaries),
+        }

@@ -1,0 +1,266 @@
+"""Engram's command-line flags, and what they set of SGLang's own.
+
+`add_flags` hangs them on SGLang's parser, `apply_flags` turns the parsed namespace into what
+SGLang understands.  The settings reach the scheduler processes inside the linker's own
+configuration, which SGLang pickles along.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any, Final, Literal, NoReturn, get_args, get_origin
+
+import psutil
+from pydantic import ValidationError
+
+from engram.core.settings import Settings
+from engram.core.weights import weight_files
+from engram.sglang_plugin.cpu import is_active as cpu_is_active
+
+logger = logging.getLogger(__name__)
+
+LINKER: Final = "EngramLinker"
+LINKER_MODULE: Final = "engram.sglang_plugin.linker"
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag; not `active` while its machinery is still to come."""
+
+    field: str
+    help: str
+    active: bool = True
+
+    @property
+    def option(self) -> str:
+        """The flag as typed."""
+        return "--" + self.field.replace("_", "-")
+
+
+FLAGS: Final = (
+    Flag("enable_snapshot_persistence", "Switch the snapshot subsystem on."),
+    Flag("snapshot_dir", "Directory of the snapshot store; made if missing."),
+    Flag("snapshot_retention_count", "Snapshots kept per conversation branch.", active=False),
+    Flag(
+        "snapshot_trigger_policy",
+        "When a tagged turn is saved by itself (on_tool_call: not yet active, saves nothing).",
+    ),
+    Flag("snapshot_every_n_turns", "Turns between saves under every_n_turns."),
+    Flag(
+        "snapshot_min_interval_seconds",
+        "Least time between automatic saves of one conversation; the last turn is always saved.",
+    ),
+    Flag("snapshot_keep_named_branches", "Exempt named branches from retention.", active=False),
+    Flag("snapshot_auto_restore", "Let requests bring their stored prefix into RAM themselves."),
+    Flag(
+        "snapshot_health_check_interval", "Saves between norm-drift checks; 0: never.", active=False
+    ),
+    Flag("snapshot_health_failure_policy", "What to do with a state that fails.", active=False),
+    Flag("enable_memory_tiers", "Move snapshots between tiers by policy.", active=False),
+    Flag("max_warm_conversations", "Conversations kept in the RAM tier.", active=False),
+    Flag("max_warm_memory_gb", "Size of the RAM tier of each rank."),
+    Flag("conversation_active_timeout", "Seconds a restored snapshot is held in the RAM tier."),
+    Flag("conversation_warm_timeout", "Seconds until a conversation leaves RAM.", active=False),
+    Flag("conversation_cold_retention", "Seconds until it leaves the disk.", active=False),
+    Flag(
+        "enable_cross_session_refs",
+        "Let a conversation continue from another's snapshot.",
+        active=False,
+    ),
+    Flag("enable_tier_background_cleanup", "Demote and expire in the background.", active=False),
+    Flag("tier_cleanup_interval", "Seconds between clean-ups.", active=False),
+    Flag("enable_agent_tools", "Serve the agent framework.", active=False),
+    Flag("agent_tool_timeout", "Seconds one tool call may take.", active=False),
+    Flag("agent_max_iterations", "Model calls in one agent run.", active=False),
+    Flag("agent_max_tool_calls_per_iteration", "Tool calls in one reply.", active=False),
+    Flag(
+        "snapshot_durability",
+        "Automatic saves: 'sync' ends a reply only when its snapshot is durable.",
+    ),
+    Flag("snapshot_disk_quota_gb", "Bytes the store may take on disk.", active=False),
+    Flag("snapshot_pin_budget_gb", "VRAM that pinned conversations may hold.", active=False),
+    Flag(
+        "snapshot_promote_timeout",
+        "Seconds a request waits for its stored prefix; then it is recomputed.",
+    ),
+    Flag("snapshot_encryption_key_file", "Key for encryption at rest.", active=False),
+    Flag("snapshot_link_by_prefix", "Link untagged chats to conversations.", active=False),
+    Flag("snapshot_tenants", "File that maps API keys to tenants.", active=False),
+    Flag("agent_tools_module", "Python module with tools for agents.", active=False),
+    Flag("snapshot_remote", "URL of an object store shared by replicas.", active=False),
+    Flag("snapshot_verify_weights", "How thoroughly the weights are fingerprinted."),
+)
+
+
+UNSAFE_TO_IGNORE: Final = frozenset({"snapshot_encryption_key_file", "snapshot_tenants"})
+"""Flags of machinery still to come whom an operator trusts with secrets: refused, not ignored."""
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add Engram's flags and the alias of an upstream flag that was renamed."""
+    group = parser.add_argument_group("Engram: snapshots of inference state")
+    for flag in FLAGS:
+        note = "" if flag.active else " Not yet active."
+        group.add_argument(
+            flag.option, default=None, help=f"{flag.help}{note} [{_default(flag)}]", **_kind(flag)
+        )
+    group.add_argument(
+        "--mamba-scheduler-strategy",
+        dest="mamba_radix_cache_strategy",
+        choices=["auto", "no_buffer", "extra_buffer", "extra_buffer_lazy"],
+        default=argparse.SUPPRESS,
+        help="Old name of --mamba-radix-cache-strategy.",
+    )
+
+
+def apply_flags(args: argparse.Namespace) -> Settings:
+    """Take Engram's values off the namespace and set SGLang's accordingly.
+
+    Exits with a message on the standard error for what cannot work, as argparse does.
+    """
+    settings = _settings(args)
+    if cpu_is_active():
+        _prepare_cpu(args)
+    if settings.enable_snapshot_persistence:
+        refuse(args)
+        _switch_on(args, settings)
+    return settings
+
+
+def settings_of(server_args: Any) -> Settings | None:
+    """The settings of a server whose persistence is on; None when it is off."""
+    config = server_args.unified_cache_external_linker_config
+    if not isinstance(config, dict) or config.get("linker_module_path") != LINKER_MODULE:
+        return None
+    return Settings.model_validate(config["linker_extra_config"]["settings"])
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    given = {}
+    for flag in FLAGS:
+        value = args.__dict__.pop(flag.field, None)
+        if value is not None:
+            given[flag.field] = value
+    try:
+        settings = Settings.model_validate(given)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        option = "--" + str(problem["loc"][0]).replace("_", "-")
+        _exit(f"{option}: {problem['msg']}")
+    if settings.enable_snapshot_persistence:
+        for field in sorted(given.keys() & UNSAFE_TO_IGNORE):
+            option = "--" + field.replace("_", "-")
+            _exit(f"{option} is not available yet, and running without it would not be safe")
+        for flag in FLAGS:
+            if flag.field in given and not flag.active:
+                logger.warning("Engram: %s is accepted but not yet active", flag.option)
+    return settings
+
+
+def _prepare_cpu(args: argparse.Namespace) -> None:
+    """Settings that stock SGLang needs on a machine without an accelerator."""
+    chosen: dict[str, object] = {}
+    if args.device is None:
+        args.device = chosen["device"] = "cpu"
+    if args.attention_backend is None:
+        args.attention_backend = chosen["attention backend"] = "torch_native"
+    if args.mamba_radix_cache_strategy == "auto":
+        args.mamba_radix_cache_strategy = chosen["strategy"] = "no_buffer"
+    if args.mamba_radix_cache_strategy == "no_buffer" and not args.disable_overlap_schedule:
+        args.disable_overlap_schedule = True
+        chosen["overlap scheduling"] = "off"
+    if args.mem_fraction_static is None and args.max_total_tokens is None:
+        fraction = _memory_fraction(args.model_path)
+        if fraction is not None:
+            args.mem_fraction_static = chosen["memory fraction"] = fraction
+    if chosen:
+        facts = ", ".join(f"{name} {value}" for name, value in chosen.items())
+        logger.info("Engram: no accelerator found, serving on CPU (%s)", facts)
+
+
+POOL_SHARE: Final = 0.2
+"""Share of the free memory that the pools take on a CPU.  Upstream's default, nearly all of it, is
+for memory that serves nothing else; here it is the whole machine's, and every byte is zeroed."""
+
+
+def _memory_fraction(model_path: str) -> float | None:
+    """`--mem-fraction-static` for weights plus pools; None where the weights' size is unknown."""
+    if not os.path.isdir(model_path):
+        return None
+    weights = sum(path.stat().st_size for path in weight_files(model_path))
+    share = POOL_SHARE + weights / psutil.virtual_memory().available
+    return round(share, 3) if share < 0.9 else None
+
+
+REFUSED: Final = (
+    ("tokenizer_worker_num", 1, "--tokenizer-worker-num above 1", "use one tokenizer worker"),
+    ("pp_size", 1, "pipeline parallelism", "use --pp-size 1"),
+    ("tp_size", 1, "tensor parallelism", "use --tp-size 1; it is planned"),
+    ("dp_size", 1, "data parallelism", "use --dp-size 1; it is planned"),
+    ("speculative_algorithm", None, "speculative decoding", "drop --speculative-algorithm"),
+    ("disaggregation_mode", "null", "prefill/decode disaggregation", "use one kind of server"),
+    ("enable_hierarchical_cache", False, "HiCache", "drop --enable-hierarchical-cache"),
+    ("enable_lmcache", False, "LMCache", "drop --enable-lmcache"),
+    ("enable_flexkv", False, "FlexKV", "drop --enable-flexkv"),
+    ("radix_cache_backend", None, "another radix cache", "drop --radix-cache-backend"),
+    ("enable_unified_cache_external_linker", False, "another external linker", "drop it"),
+    ("enable_linear_replayssm", False, "ReplaySSM", "drop --enable-linear-replayssm"),
+    ("enable_session_radix_cache", False, "the session radix cache", "drop its flag"),
+    ("enable_streaming_session", False, "streaming sessions", "drop --enable-streaming-session"),
+)
+"""What persistence cannot work with yet: field, the value that is fine, its name, what to do."""
+
+
+def refuse(args: argparse.Namespace) -> None:
+    """Exit, naming the first setting that snapshots cannot be combined with."""
+    for field, fine, name, hint in REFUSED:
+        value = getattr(args, field, fine)
+        if value != fine and not (fine is None and not value):
+            _exit(f"--enable-snapshot-persistence does not work with {name} yet; {hint}")
+    no_buffer = args.mamba_radix_cache_strategy in ("auto", "no_buffer")
+    if no_buffer and getattr(args, "strip_thinking_cache", False):
+        _exit(
+            "--enable-snapshot-persistence does not work with --strip-thinking-cache under "
+            "no_buffer: the state kept there is not the one its key names"
+        )
+
+
+def _switch_on(args: argparse.Namespace, settings: Settings) -> None:
+    if args.disable_radix_cache:
+        logger.warning(
+            "Engram: --disable-radix-cache is not applied: snapshots are kept in the radix tree"
+        )
+        args.disable_radix_cache = False
+    args.enable_cache_report = True
+    args.enable_unified_cache_external_linker = True
+    args.unified_cache_external_linker_backend = "dynamic"
+    args.unified_cache_external_linker_config = {
+        "linker": LINKER,
+        "linker_module_path": LINKER_MODULE,
+        "linker_extra_config": {"settings": settings.model_dump(mode="json")},
+    }
+
+
+def _kind(flag: Flag) -> dict[str, Any]:
+    annotation = Settings.model_fields[flag.field].annotation
+    if get_origin(annotation) is Literal:
+        return {"choices": list(get_args(annotation))}
+    kinds = [kind for kind in (get_args(annotation) or (annotation,)) if kind is not type(None)]
+    if kinds[0] is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    base = kinds[0]
+    return {"type": base if base in (int, float, str) else float}
+
+
+def _default(flag: Flag) -> str:
+    value = Settings.model_fields[flag.field].default
+    if value is None:
+        return "none"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _exit(message: str) -> NoReturn:
+    raise SystemExit(f"engram: error: {message}")

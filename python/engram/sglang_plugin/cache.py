@@ -1,0 +1,222 @@
+"""`EngramRadixCache`: decides what of the tree is captured, and copies it out behind the scheduler.
+
+Every insert is reconciled with Engram's own boundary index: the keys of the path on which the
+insert ended are compared with what is stored, and the run of pages past the last stored boundary
+becomes a segment, with the recurrent state at its end.  Upstream's own offers (`offload`) miss a
+state that lands on a node already stored and cannot be repeated, hence this.
+
+Captured is the end of a finished request.  States at the end of prefill chunks are not: each state
+of a real model is tens of MiB.
+
+While a copy is running its path is locked in the tree, so the device memory it reads cannot be
+given to another request; `check_hicache_events`, which every scheduler step calls, unlocks it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
+from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.mem_cache.unified_cache.components import ComponentType
+from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinkerWrapper
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+from engram.sglang_plugin.contain import Containment, contained
+from engram.sglang_plugin.linker import EngramLinker
+from engram.sglang_plugin.streams import SideStream
+
+logger = logging.getLogger(__name__)
+
+MAX_FINISHED: Final = 100_000
+"""Finished requests whose boundary is remembered; about 200 bytes each."""
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedTurn:
+    """Where the state of a finished request stands."""
+
+    key: str
+    boundary: int
+
+
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """What the tree holds of a token sequence: `length` tokens, the state at their end."""
+
+    length: int
+    state_slot: int | None
+
+
+class EngramLinkerWrapper(UnifiedCacheLinkerWrapper):
+    """Upstream's tree-side flow, with leases that end when the request's interest ends."""
+
+    def match(self, key: Any, req: Any, result: Any) -> Any:
+        # Upstream never clears the marker of a hit that has since vanished.
+        self.hit_markers.pop(req.rid, None)
+        return super().match(key, req, result)
+
+    def release_request(self, rid: str) -> None:
+        super().release_request(rid)
+        self.cache_linker.tiers.release(rid)
+
+
+class EngramRadixCache(UnifiedRadixCache):
+    """The unified radix tree, with capture."""
+
+    linker: EngramLinkerWrapper | None
+
+    def init_cache_linker(self, cache_linker: EngramLinker) -> None:
+        """Attach the linker; upstream calls this once, before anything is served."""
+        self.linker = EngramLinkerWrapper(self, cache_linker)
+        self.containment: Containment = cache_linker.containment
+        self.rank = cache_linker.rank
+        self.tiers = cache_linker.tiers
+        self._pools = cache_linker.device_pools
+        self._stream = SideStream(self._pools.device, cache_linker.forward_stream)
+        self._has_state = ComponentType.MAMBA in self.components
+        self._finishing: Any = None
+        self._finished: OrderedDict[str, FinishedTurn] = OrderedDict()
+        self._locks: dict[int, Any] = {}
+        self._copied: deque[int] = deque()
+        self._next_lock = 0
+
+    # ---- upstream's calls ----
+
+    def checkpoint(self, req: Any, *, up_to: int, **kwargs: Any) -> None:
+        """Remember whose finished tokens the inserts inside are."""
+        self._finishing = req if req.finished() else None
+        try:
+            super().checkpoint(req, up_to=up_to, **kwargs)
+        finally:
+            self._finishing = None
+
+    def insert(self, params: Any) -> Any:
+        """Insert, then reconcile a finished request's path with the boundary index."""
+        result = super().insert(params)
+        # Of the inserts inside one checkpoint the first is the whole sequence.
+        req, self._finishing = self._finishing, None
+        if req is not None:
+            self._reconcile(req, params, result)
+        return result
+
+    def check_hicache_events(self) -> None:
+        """Called every scheduler step: let go of paths whose copies are done."""
+        super().check_hicache_events()
+        self.unlock_copied()
+
+    def reset(self) -> None:
+        """The tree is emptied: its locks die with it."""
+        super().reset()
+        if getattr(self, "_locks", None) is not None:
+            self._locks.clear()
+            self._copied.clear()
+
+    # ---- capture ----
+
+    @contained("capture")
+    def _reconcile(self, req: Any, params: Any, result: Any) -> None:
+        if self._has_state and params.mamba_value is None:
+            return
+        turn = self._capture(result.last_device_node, params.key.token_ids)
+        if turn is not None:
+            self._remember(req.rid, turn)
+
+    def _capture(self, node: Any, token_ids: Sequence[int]) -> FinishedTurn | None:
+        """Queue the copy of what the path to `node` has past its last stored boundary."""
+        keys = [*self.tree_core.get_prefix_hash_values(node), *self.tree_core.get_hash_values(node)]
+        if not keys:
+            return None
+        end = len(keys) * self.page_size
+        turn = FinishedTurn(keys[-1], end)
+        ram = self.tiers.ram
+        known = ram.get(turn.key)
+        if known is not None and ram.whole(known):
+            ram.touch(known.ancestors())
+            return turn
+        state_slot = self._state_slot(node)
+        if self._has_state and state_slot is None:
+            return None
+        parent = ram.longest(keys[:-1])
+        start = parent.end if parent is not None else 0
+        kv_slots = self.path_device_indices(node)[start:].long()
+        assert len(kv_slots) == end - start, (len(kv_slots), start, end)
+        token = self._lock(node)
+        fence = self._stream.fence()
+
+        def read(targets: dict[str, torch.Tensor]) -> None:
+            with self._stream.after(fence):
+                self._pools.gather(targets, kv_slots, state_slot)
+            self._stream.synchronize()
+
+        queued = False
+        try:
+            queued = self.tiers.capture(
+                turn.key,
+                start,
+                token_ids[start:end],
+                parent,
+                read,
+                has_state=self._has_state,
+                on_done=lambda: self._copied.append(token),
+            )
+        finally:
+            if not queued:
+                self.unlock(self._locks.pop(token))
+        return turn
+
+    def _state_slot(self, node: Any) -> torch.Tensor | None:
+        if not self._has_state:
+            return None
+        value = self.tree_core.get_component_device_value(node, ComponentType.MAMBA)
+        return None if value is None else value.long().view(-1)
+
+    def _lock(self, node: Any) -> int:
+        self._next_lock += 1
+        self._locks[self._next_lock] = self.lock(node)
+        return self._next_lock
+
+    def unlock_copied(self) -> None:
+        """Unlock the paths whose copies are done; on the scheduler thread only."""
+        while self._copied:
+            lock = self._locks.pop(self._copied.popleft(), None)
+            if lock is not None:
+                self.unlock(lock)
+
+    # ---- what the control plane asks ----
+
+    def finished_turn(self, rid: str) -> FinishedTurn | None:
+        """The boundary at which a finished request ended, if it is remembered."""
+        return self._finished.get(rid)
+
+    def resident(self, token_ids: Any, extra_key: str | None, cache_salt: str | None) -> Resident:
+        """How much of a token sequence the tree could serve without any load."""
+        result = self._match(token_ids, extra_key, cache_salt)
+        slot = None
+        if result.device_prefix_len and self._has_state:
+            value = self._state_slot(result.last_device_node)
+            slot = None if value is None else int(value[0])
+        return Resident(result.device_prefix_len, slot)
+
+    def capture_resident(
+        self, token_ids: Any, extra_key: str | None, cache_salt: str | None
+    ) -> FinishedTurn | None:
+        """Capture a sequence that the tree holds to its last token; None if it does not."""
+        result = self._match(token_ids, extra_key, cache_salt)
+        if result.device_prefix_len != len(token_ids):
+            return None
+        return self._capture(result.last_device_node, token_ids)
+
+    def _match(self, token_ids: Any, extra_key: str | None, cache_salt: str | None) -> Any:
+        key = RadixKey(token_ids, extra_key, cache_salt=cache_salt)
+        return self.match_prefix(MatchPrefixParams(key=key))
+
+    def _remember(self, rid: str, turn: FinishedTurn) -> None:
+        self._finished[rid] = turn
+        if len(self._finished) > MAX_FINISHED:
+            self._finished.popitem(last=False)

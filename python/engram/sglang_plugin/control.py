@@ -1,0 +1,302 @@
+"""The control plane: the rank's side answers, the HTTP process's side asks.
+
+`RankControl` lives in a scheduler process.  Its handlers run on the scheduler thread between two
+steps; what takes long goes on in the tiers' threads, and the reply leaves from there.
+`RankClient` lives in the HTTP process and collects one reply from every rank.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import uuid
+from array import array
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import zmq
+from sglang.srt.managers.io_struct import sock_send
+
+from engram.errors import (
+    CaptureLostError,
+    DeadlineError,
+    EngramError,
+    InternalError,
+    RamTierFullError,
+    error_from_dict,
+)
+from engram.sglang_plugin.keys import page_keys
+from engram.sglang_plugin.messages import (
+    DescribeRequest,
+    DropRequest,
+    EngramReply,
+    EngramRequest,
+    PersistRequest,
+    ProbeRequest,
+    PromoteRequest,
+    ReleaseRequest,
+    StatsRequest,
+)
+from engram.snapshot.manifest import SegmentRef
+from engram.tiers.base import Boundary, Persisted, Promoted, Tier
+
+if TYPE_CHECKING:
+    from engram.sglang_plugin.cache import EngramRadixCache
+
+logger = logging.getLogger(__name__)
+
+Result = dict[str, Any]
+
+
+class ReplySocket:
+    """A push socket of our own into the HTTP process's inbox; any thread may send."""
+
+    def __init__(self, endpoint: str) -> None:
+        self._lock = threading.Lock()
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
+        self._socket.connect(endpoint)
+
+    def send(self, reply: EngramReply) -> None:
+        """Send one reply."""
+        with self._lock:
+            sock_send(self._socket, reply)
+
+
+class RankControl:
+    """Answers requests on behalf of one rank."""
+
+    def __init__(self, cache: EngramRadixCache, replies: ReplySocket) -> None:
+        self._cache = cache
+        self._tiers = cache.tiers
+        self._rank = cache.rank
+        self._replies = replies
+        self.handlers: dict[type[EngramRequest], Callable[[Any], None]] = {
+            kind: self._answering(method)
+            for kind, method in {
+                DescribeRequest: self._describe,
+                PersistRequest: self._persist,
+                PromoteRequest: self._promote,
+                ProbeRequest: self._probe,
+                DropRequest: self._drop,
+                ReleaseRequest: self._release,
+                StatsRequest: self._stats,
+            }.items()
+        }
+
+    def _answering(self, method: Callable[[Any], Result | Future[Result] | None]) -> Any:
+        def handle(request: EngramRequest) -> None:
+            # A paused engine skips the scheduler's poll point, but not its requests.
+            self._cache.unlock_copied()
+            try:
+                answer = method(request)
+            except Exception as error:
+                self._reply(request, error=error)
+                return
+            if isinstance(answer, Future):
+                answer.add_done_callback(lambda done: self._settle(request, done))
+            elif answer is not None:
+                self._reply(request, result=answer)
+
+        return handle
+
+    def _settle(self, request: EngramRequest, done: Future[Result]) -> None:
+        error = done.exception()
+        if error is not None:
+            self._reply(request, error=error)
+        else:
+            self._reply(request, result=done.result())
+
+    def _reply(
+        self,
+        request: EngramRequest,
+        result: Result | None = None,
+        error: BaseException | None = None,
+    ) -> None:
+        if error is not None and not isinstance(error, EngramError):
+            logger.error("Engram: %s failed", type(request).__name__, exc_info=error)
+            error = InternalError(f"{type(error).__name__}: {error}")
+        self._replies.send(
+            EngramReply(
+                call_id=request.call_id,
+                rank=self._rank.shard.rank,
+                result=result,
+                error=error.to_dict() if isinstance(error, EngramError) else None,
+            )
+        )
+
+    # ---- handlers ----
+
+    def _describe(self, request: DescribeRequest) -> Result:
+        return self._rank.describe()
+
+    def _persist(self, request: PersistRequest) -> Result | Future[Result]:
+        boundary = self._locate(request)
+        if request.locate:
+            return {"boundary": boundary.end, "key": boundary.key}
+
+        def result(done: Persisted) -> Result:
+            return {
+                "boundary": boundary.end,
+                "key": boundary.key,
+                "refs": [ref.model_dump(mode="json") for ref in done.refs],
+                "bytes": done.nbytes,
+                "unique_bytes": done.written,
+            }
+
+        return _then(self._tiers.persist(boundary), result)
+
+    def _locate(self, request: PersistRequest) -> Boundary:
+        """The boundary a snapshot of these tokens ends at, captured now if VRAM still has it."""
+        turn = self._cache.finished_turn(request.request_rid) if request.request_rid else None
+        end = turn.boundary if turn is not None else request.boundary
+        tokens = array("q", request.tokens[:end])
+        keys = page_keys(tokens, self._rank.page_size, request.extra_key, request.cache_salt)
+        if not keys or len(keys) * self._rank.page_size != end:
+            raise CaptureLostError(
+                f"there is no boundary at token {end} of {len(request.tokens)}",
+                details={"boundary": end},
+            )
+        if turn is not None and turn.key != keys[-1]:
+            raise InternalError(
+                f"request {request.request_rid}: the recorded tokens are not those of its state",
+                hint="please report this; the state was not saved",
+            )
+        ram = self._tiers.ram
+        held = ram.get(keys[-1])
+        if held is not None and ram.whole(held):
+            return held
+        captured = self._cache.capture_resident(tokens, request.extra_key, request.cache_salt)
+        if captured is None:
+            raise CaptureLostError(
+                f"the state at token {end} is no longer in VRAM, in RAM or on disk",
+                details={"boundary": end},
+            )
+        held = ram.get(keys[-1])
+        if held is None:
+            raise RamTierFullError(
+                f"no room in the RAM tier for the state at token {end}",
+                hint="raise --max-warm-memory-gb, or retry when running saves are done",
+            )
+        return held
+
+    def _promote(self, request: PromoteRequest) -> Future[Result]:
+        resident = None
+        if request.tokens is not None:
+            tokens = array("q", request.tokens)
+            resident = self._cache.resident(tokens, request.extra_key, request.cache_salt)
+        refs = self._refs(request.refs)
+        promoted = self._tiers.promote(
+            refs, request.owner, seconds=request.seconds, exact=request.exact
+        )
+
+        def result(done: Promoted) -> Result:
+            return {
+                "source_tier": done.source.value,
+                "bytes": done.nbytes,
+                "read_bytes": done.read,
+                "vram_tokens": resident.length if resident else None,
+                "state_slot": resident.state_slot if resident else None,
+            }
+
+        return _then(promoted, result)
+
+    def _probe(self, request: ProbeRequest) -> Result:
+        tokens = array("q", request.tokens)
+        resident = self._cache.resident(tokens, request.extra_key, request.cache_salt)
+        if resident.length == len(tokens):
+            return {"tier": Tier.VRAM.value}
+        ram = self._tiers.ram
+        held = ram.get(request.key)
+        in_ram = held is not None and ram.loadable(held, 0)
+        return {"tier": (Tier.RAM if in_ram else Tier.DISK).value}
+
+    def _drop(self, request: DropRequest) -> Future[Result]:
+        mine = request.segment_ids[self._rank.shard.rank]
+        return _then(self._tiers.drop(mine), lambda count: {"dropped": count})
+
+    def _release(self, request: ReleaseRequest) -> None:
+        self._tiers.release(request.owner)
+
+    def _stats(self, request: StatsRequest) -> Result:
+        ram = self._tiers.ram
+        return {
+            "ram_bytes": ram.used,
+            "ram_capacity": ram.capacity,
+            "boundaries": len(ram),
+            **asdict(ram.stats),
+        }
+
+    def _refs(self, chains: list[list[dict[str, Any]]]) -> list[SegmentRef]:
+        return [SegmentRef.model_validate(ref) for ref in chains[self._rank.shard.rank]]
+
+
+def _then(future: Future[Any], convert: Callable[[Any], Result]) -> Future[Result]:
+    """A future of the converted result, or of the same error."""
+    converted: Future[Result] = Future()
+
+    def finish(done: Future[Any]) -> None:
+        error = done.exception()
+        if error is not None:
+            converted.set_exception(error)
+            return
+        try:
+            converted.set_result(convert(done.result()))
+        except BaseException as failure:
+            converted.set_exception(failure)
+
+    future.add_done_callback(finish)
+    return converted
+
+
+@dataclass
+class _Call:
+    future: asyncio.Future[list[Result]]
+    expected: int
+    results: dict[int, Result] = field(default_factory=dict)
+
+
+class RankClient:
+    """Asks every rank and waits for all their answers; one event loop, the HTTP process's."""
+
+    def __init__(self, tokenizer_manager: Any, ranks: int) -> None:
+        self._manager = tokenizer_manager
+        self._ranks = ranks
+        self._calls: dict[str, _Call] = {}
+
+    async def ask(
+        self, kind: type[EngramRequest], *, timeout: float, **fields: Any
+    ) -> list[Result]:
+        """The ranks' results in the order of ranks, or the first error as an `EngramError`."""
+        call_id = uuid.uuid4().hex
+        call = _Call(asyncio.get_running_loop().create_future(), self._ranks)
+        self._calls[call_id] = call
+        try:
+            self.tell(kind, call_id=call_id, **fields)
+            return await asyncio.wait_for(call.future, timeout)
+        except asyncio.TimeoutError:
+            raise DeadlineError(
+                f"{kind.__name__}: no answer from every rank within {timeout:g} s",
+                hint="the store may be slow; look at the server's log and retry",
+            ) from None
+        finally:
+            self._calls.pop(call_id, None)
+
+    def tell(self, kind: type[EngramRequest], *, call_id: str = "", **fields: Any) -> None:
+        """Send a request whose replies nobody waits for."""
+        self._manager.auto_create_handle_loop()
+        self._manager._dispatch_to_scheduler(kind(call_id=call_id, **fields))
+
+    def on_reply(self, reply: EngramReply) -> None:
+        """Called by SGLang's receive loop for every `EngramReply`."""
+        call = self._calls.get(reply.call_id)
+        if call is None or call.future.done():
+            return
+        if reply.error is not None:
+            call.future.set_exception(error_from_dict(reply.error))
+            return
+        call.results[reply.rank] = reply.result or {}
+        if len(call.results) == call.expected:
+            call.future.set_result([call.results[rank] for rank in sorted(call.results)])

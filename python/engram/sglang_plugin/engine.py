@@ -1,0 +1,218 @@
+"""SGLang's side of the service's ports: the ranks behind the control plane, and generation."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from engram.conversation.turns import FinishedRequest, Tag
+from engram.core.namespace import Namespace
+from engram.core.tokens import TokenArray
+from engram.errors import GenerationAbortedError, InvalidRequestError
+from engram.server.tagging import CURRENT_TAG
+from engram.service.ports import Brought, Chains, EngineInfo, Generation, Located, Stored
+from engram.sglang_plugin.control import RankClient, Result
+from engram.sglang_plugin.keys import page_keys
+from engram.sglang_plugin.messages import (
+    DescribeRequest,
+    DropRequest,
+    PersistRequest,
+    ProbeRequest,
+    PromoteRequest,
+    StatsRequest,
+)
+from engram.snapshot.manifest import SegmentRef
+
+ANSWER_TIMEOUT_S: Final = 60.0
+"""For answers that need no disk; a long prefill step may be in the way."""
+PERSIST_TIMEOUT_S: Final = 600.0
+
+
+class SglangRanks:
+    """The scheduler ranks (`engram.service.ports.Ranks`)."""
+
+    def __init__(self, client: RankClient) -> None:
+        self._client = client
+
+    async def describe(self) -> EngineInfo:
+        """Ask the ranks who they are."""
+        answers = await self._client.ask(DescribeRequest, timeout=ANSWER_TIMEOUT_S)
+        first = answers[0]
+        return EngineInfo(
+            Namespace(first["namespace"]),
+            first["world_size"],
+            first["page_size"],
+            first["num_layers"],
+            first["model_type"],
+            first["model_name"],
+        )
+
+    async def locate(self, request: FinishedRequest, boundary: int) -> Located:
+        """Where a snapshot of the request would end."""
+        answer = (await self._persist(request, boundary, locate=True))[0]
+        return Located(answer["boundary"], answer["key"])
+
+    async def persist(self, request: FinishedRequest, boundary: int) -> Stored:
+        """Make the state at the request's end durable on every rank."""
+        answers = await self._persist(request, boundary, locate=False)
+        chains = tuple(
+            tuple(SegmentRef.model_validate(ref) for ref in answer["refs"]) for answer in answers
+        )
+        return Stored(
+            answers[0]["boundary"],
+            chains,
+            sum(ref.bytes for chain in chains for ref in chain),
+            sum(answer["unique_bytes"] for answer in answers),
+        )
+
+    async def _persist(
+        self, request: FinishedRequest, boundary: int, *, locate: bool
+    ) -> list[Result]:
+        return await self._client.ask(
+            PersistRequest,
+            timeout=PERSIST_TIMEOUT_S,
+            request_rid=request.rid,
+            tokens=request.tokens.tolist(),
+            boundary=boundary,
+            locate=locate,
+            extra_key=request.extra_key,
+            cache_salt=request.cache_salt,
+        )
+
+    async def promote(
+        self,
+        chains: Chains,
+        *,
+        owner: str,
+        seconds: float,
+        exact: bool,
+        timeout: float,
+        tokens: TokenArray | None = None,
+        extra_key: str | None = None,
+        cache_salt: str | None = None,
+    ) -> Brought:
+        """Bring chains into RAM, verified, leased to `owner`."""
+        answers = await self._client.ask(
+            PromoteRequest,
+            timeout=timeout,
+            refs=[[ref.model_dump(mode="json") for ref in chain] for chain in chains],
+            owner=owner,
+            seconds=seconds,
+            exact=exact,
+            tokens=None if tokens is None else tokens.tolist(),
+            extra_key=extra_key,
+            cache_salt=cache_salt,
+        )
+        in_vram = tokens is not None and all(a["vram_tokens"] == len(tokens) for a in answers)
+        return Brought(
+            max((a["source_tier"] for a in answers), key=("ram", "disk").index),
+            sum(a["bytes"] for a in answers),
+            sum(a["read_bytes"] for a in answers),
+            in_vram,
+            answers[0]["state_slot"] if in_vram else None,
+        )
+
+    async def tier(self, key: str, tokens: TokenArray) -> str:
+        """The fastest tier in which every rank holds the sequence."""
+        answers = await self._client.ask(
+            ProbeRequest, timeout=ANSWER_TIMEOUT_S, key=key, tokens=tokens.tolist()
+        )
+        slowest: str = max((a["tier"] for a in answers), key=("vram", "ram", "disk").index)
+        return slowest
+
+    async def drop(self, segment_ids: Sequence[Sequence[str]]) -> None:
+        """Delete segment files that no manifest names."""
+        await self._client.ask(
+            DropRequest,
+            timeout=PERSIST_TIMEOUT_S,
+            segment_ids=[list(ids) for ids in segment_ids],
+        )
+
+    async def stats(self) -> list[dict[str, Any]]:
+        """The tiers' counters, by rank."""
+        return await self._client.ask(StatsRequest, timeout=ANSWER_TIMEOUT_S)
+
+    def page_keys(
+        self, tokens: TokenArray, page_size: int, extra_key: str | None, cache_salt: str | None
+    ) -> list[str]:
+        """One key a whole page, as the ranks compute them."""
+        return page_keys(tokens.tolist(), page_size, extra_key, cache_salt)
+
+
+class SglangGenerator:
+    """Serves a request through SGLang's own front (`engram.service.ports.Generator`)."""
+
+    def __init__(self, tokenizer_manager: Any) -> None:
+        self._manager = tokenizer_manager
+
+    async def generate(
+        self,
+        input_ids: Sequence[int],
+        sampling_params: Mapping[str, Any],
+        *,
+        rid: str | None = None,
+        tag: Tag | None = None,
+        extra_key: str | None = None,
+        cache_salt: str | None = None,
+    ) -> Generation:
+        """Generate to the end.
+
+        Raises `InvalidRequestError` for what SGLang refuses, `GenerationAbortedError` for what it
+        ends without completing.
+        """
+        from sglang.srt.managers.io_struct import GenerateReqInput
+
+        request = GenerateReqInput(
+            input_ids=list(input_ids),
+            sampling_params=dict(sampling_params),
+            rid=rid,
+            extra_key=extra_key,
+            cache_salt=cache_salt,
+        )
+        self._check(input_ids, sampling_params)
+        token = CURRENT_TAG.set(tag)
+        try:
+            answers = [answer async for answer in self._manager.generate_request(request, None)]
+        except ValueError as error:
+            # What SGLang's own routes answer with 400: parameters, lengths, a request id in use.
+            raise InvalidRequestError(f"SGLang refuses the generation: {error}") from error
+        finally:
+            CURRENT_TAG.reset(token)
+        answer = answers[-1]
+        meta = answer["meta_info"]
+        reason = meta["finish_reason"] or {}
+        if reason.get("type") == "abort":
+            raise GenerationAbortedError(
+                f"SGLang aborted the generation: {reason.get('message') or 'no reason given'}",
+                hint="retry when the server is less busy",
+            )
+        return Generation(
+            meta["id"],
+            list(answer["output_ids"]),
+            answer.get("text"),
+            int(meta.get("cached_tokens", 0)),
+            meta,
+        )
+
+    def _check(self, input_ids: Sequence[int], sampling_params: Mapping[str, Any]) -> None:
+        """Refuse what SGLang lets through to where it does harm.
+
+        A token outside the vocabulary ends the scheduler, and with it the server; a parameter that
+        SGLang does not know is a TypeError, as a bug would be.
+        """
+        vocab_size: int = self._manager.model_config.vocab_size
+        largest = max(input_ids, default=0)
+        if largest >= vocab_size:
+            raise InvalidRequestError(
+                f"token {largest} is not in the model's vocabulary of {vocab_size}",
+                hint="use ids that the model's own tokenizer gives",
+                details={"field": "continuation_ids"},
+            )
+        known = inspect.signature(self._manager.sampling_params_class).parameters
+        unknown = sorted(set(sampling_params) - set(known))
+        if unknown:
+            raise InvalidRequestError(
+                f"sampling_params: SGLang knows no {', '.join(unknown)}",
+                details={"field": f"sampling_params.{unknown[0]}"},
+            )

@@ -1,0 +1,214 @@
+"""The HTTP process: opens the store, mounts the routes, and watches requests pass.
+
+Nothing here is active unless persistence is on: SGLang's objects are wrapped where they are made,
+not where their classes are defined.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from engram.catalog.catalog import Catalog
+from engram.conversation.turns import RunningRequest
+from engram.core.settings import Settings
+from engram.core.tokens import to_tokens
+from engram.errors import EngramError
+from engram.server.compatible import compatible_router
+from engram.server.tagging import CURRENT_TAG, TaggingMiddleware
+from engram.service import SnapshotService
+from engram.sglang_plugin.args import settings_of
+from engram.sglang_plugin.control import RankClient
+from engram.sglang_plugin.engine import SglangGenerator, SglangRanks
+from engram.sglang_plugin.messages import EngramReply
+from engram.store.disk import DiskStore
+
+logger = logging.getLogger(__name__)
+
+POLL_S: Final = 0.2
+CLOSE_TIMEOUT_S: Final = 30.0
+
+
+@dataclass
+class _Opened:
+    settings: Settings
+    store: DiskStore
+    catalog: Catalog
+
+
+_opened: _Opened | None = None
+
+
+def around_launch_server(
+    original: Callable[..., Any], server_args: Any, *args: Any, **kw: Any
+) -> Any:
+    """Open the store before anything heavy starts, so that a store in use is a quick answer."""
+    global _opened
+    settings = settings_of(server_args)
+    if settings is None:
+        return original(server_args, *args, **kw)
+    try:
+        store = DiskStore.open(settings.snapshot_dir)
+        catalog = Catalog.open(store.catalog_path, store)
+    except EngramError as error:
+        raise SystemExit(f"engram: error: {error}") from None
+    _report(store, catalog)
+    _opened = _Opened(settings, store, catalog)
+    try:
+        return original(server_args, *args, **kw)
+    finally:
+        catalog.close()
+        store.close()
+        _opened = None
+
+
+def before_setup_and_run_http_server(
+    server_args: Any, tokenizer_manager: Any, *args: Any, **kw: Any
+) -> None:
+    """Build the service around the tokenizer manager and mount it on SGLang's app."""
+    if _opened is None:
+        return
+    from sglang.srt.entrypoints.http_server import app
+    from sglang.utils import TypeBasedDispatcher
+
+    client = RankClient(tokenizer_manager, ranks=server_args.tp_size)
+    tokenizer_manager._result_dispatcher += TypeBasedDispatcher([(EngramReply, client.on_reply)])
+    service = SnapshotService(
+        _opened.settings,
+        _opened.store,
+        _opened.catalog,
+        SglangRanks(client),
+        SglangGenerator(tokenizer_manager),
+    )
+    _watch_requests(tokenizer_manager, service)
+    app.include_router(_marked(compatible_router(service)))
+    app.add_middleware(TaggingMiddleware)
+    _save_before_the_end(tokenizer_manager, service)
+
+
+def _report(store: DiskStore, catalog: Catalog) -> None:
+    counts, healed = catalog.counts(), catalog.report
+    logger.info(
+        "Engram: snapshot store %s: %d snapshots of %d conversations, %.1f MB",
+        store.root,
+        counts.snapshots,
+        counts.conversations,
+        counts.segment_bytes / 1e6,
+    )
+    if healed.rebuilt_because and counts.snapshots:
+        logger.warning("Engram: the catalog was rebuilt: %s", healed.rebuilt_because)
+    for damage in healed.damaged:
+        logger.warning("Engram: manifest %s is damaged: %s", damage.name, damage.reason)
+
+
+def _marked(router: Any) -> Any:
+    """Give the routes SGLang's own level of authentication for what operators do."""
+    from sglang.srt.utils.auth import AuthLevel, auth_level
+
+    for route in router.routes:
+        auth_level(AuthLevel.ADMIN_OPTIONAL)(route.endpoint)
+    return router
+
+
+def _save_before_the_end(manager: Any, service: SnapshotService) -> None:
+    """On SIGTERM, finish the saves while the ranks still answer.
+
+    Upstream waits for the running requests and then ends the schedulers, in one coroutine; ours
+    runs before it.
+    """
+    from sglang.srt.managers.tokenizer_manager import ServerStatus
+
+    shut_down = manager.sigterm_watchdog
+
+    async def sigterm_watchdog() -> None:
+        while not manager.gracefully_exit:
+            await asyncio.sleep(POLL_S)
+        while manager.rid_to_state and manager.server_status != ServerStatus.UnHealthy:
+            await asyncio.sleep(POLL_S)
+        try:
+            await asyncio.wait_for(service.close(), CLOSE_TIMEOUT_S)
+        except asyncio.TimeoutError:
+            logger.error("Engram: saves still running after %g s are given up", CLOSE_TIMEOUT_S)
+        await shut_down()
+
+    manager.sigterm_watchdog = sigterm_watchdog
+
+
+def _watch_requests(manager: Any, service: SnapshotService) -> None:
+    """Wrap the three places of the tokenizer manager that every request passes."""
+    send_one, send_batch = manager._send_one_request, manager._send_batch_request
+    handle_batch, generate = manager._handle_batch_output, manager.generate_request
+    gate = service.gate
+
+    async def send_one_request(tokenized: Any) -> None:
+        await _admit(service, tokenized)
+        await send_one(tokenized)
+
+    async def send_batch_request(tokenized: list[Any]) -> None:
+        await asyncio.gather(*(_admit(service, one) for one in tokenized))
+        await send_batch(tokenized)
+
+    async def handle_batch_output(received: Any) -> None:
+        _finish(manager, service, received)
+        await handle_batch(received)
+
+    async def generate_request(request: Any, *args: Any, **kw: Any) -> AsyncIterator[Any]:
+        try:
+            async for response in generate(request, *args, **kw):
+                if service.context.settings.snapshot_durability == "sync":
+                    await _settle(service, response)
+                yield response
+        finally:
+            rids = request.rid if isinstance(request.rid, list) else [request.rid]
+            for rid in rids:
+                gate.abandoned(rid)
+
+    manager._send_one_request = send_one_request
+    manager._send_batch_request = send_batch_request
+    manager._handle_batch_output = handle_batch_output
+    manager.generate_request = generate_request
+
+
+async def _admit(service: SnapshotService, tokenized: Any) -> None:
+    from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+
+    if not isinstance(tokenized, TokenizedGenerateReqInput) or tokenized.input_ids is None:
+        return
+    # As `Req` makes it: the adapter is part of the key.
+    extra_key = tokenized.extra_key
+    if tokenized.lora_id is not None:
+        extra_key = (extra_key or "") + tokenized.lora_id
+    await service.gate.admit(
+        RunningRequest(
+            tokenized.rid,
+            to_tokens(tokenized.input_ids),
+            CURRENT_TAG.get(),
+            extra_key,
+            tokenized.cache_salt or None,
+        )
+    )
+
+
+def _finish(manager: Any, service: SnapshotService, received: Any) -> None:
+    """Count the replies that end in this batch, before their clients are told."""
+    reasons = getattr(received, "finished_reasons", None)
+    output_ids = getattr(received, "output_ids", None)
+    if reasons is None or output_ids is None:
+        return
+    for index, rid in enumerate(received.rids):
+        reason, state = reasons[index], manager.rid_to_state.get(rid)
+        if reason is None or state is None:
+            continue
+        if reason.get("type") == "abort":
+            service.gate.abandoned(rid)
+        else:
+            service.gate.finished(rid, [*state.output_ids, *output_ids[index]])
+
+
+async def _settle(service: SnapshotService, response: Any) -> None:
+    meta = response.get("meta_info") if isinstance(response, dict) else None
+    if meta and meta.get("finish_reason") is not None:
+        await service.gate.settled(meta["id"])

@@ -1,0 +1,105 @@
+"""What the HTTP process and the ranks say to each other.
+
+Requests travel SGLang's own way to the scheduler and are handled on its thread between two steps,
+in the same order on every rank.  Replies come over a socket of Engram's own straight from whichever
+thread has the answer, so that a save does not wait for a scheduler step, and from every rank.
+
+msgspec structs, as `sglang.srt.managers.io_struct.hook_custom_types` wants them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.managers.io_struct import BaseReq, hook_custom_types
+
+# Upstream's decoder resolves these annotations itself: `X | None` there needs Python 3.10+, which
+# holds, but the names must be importable at run time, so nothing here hides behind TYPE_CHECKING.
+
+
+class EngramRequest(BaseReq, kw_only=True):
+    """Base of the requests; `call_id` correlates the replies."""
+
+    call_id: str
+
+
+class DescribeRequest(EngramRequest, kw_only=True):
+    """Ask a rank who it is: namespace, page size, model, store shard."""
+
+
+class PersistRequest(EngramRequest, kw_only=True):
+    """Make the state at the end of a sequence durable.
+
+    `request_rid` names the finished request whose tokens these are, when it is known; `tokens` are
+    all recorded ones; `boundary` is where the state is expected if the rank does not remember.
+    With `locate` nothing is written: the reply tells the boundary alone.
+    """
+
+    request_rid: str | None
+    tokens: list[int]
+    boundary: int
+    locate: bool = False
+    extra_key: str | None = None
+    cache_salt: str | None = None
+
+
+class PromoteRequest(EngramRequest, kw_only=True):
+    """Bring a stored chain into RAM and lease it; `refs` has one chain a rank, as plain dicts."""
+
+    refs: list[list[dict[str, Any]]]
+    owner: str
+    seconds: float
+    exact: bool
+    tokens: list[int] | None = None
+    extra_key: str | None = None
+    cache_salt: str | None = None
+
+
+class ProbeRequest(EngramRequest, kw_only=True):
+    """Ask in which tier a stored sequence is; `key` is the page key at the end of `tokens`."""
+
+    key: str
+    tokens: list[int]
+    extra_key: str | None = None
+    cache_salt: str | None = None
+
+
+class DropRequest(EngramRequest, kw_only=True):
+    """Delete segment files that no manifest names; `segment_ids` has one list a rank."""
+
+    segment_ids: list[list[str]]
+
+
+class ReleaseRequest(EngramRequest, kw_only=True):
+    """End a lease early; there is no reply."""
+
+    owner: str
+
+
+class StatsRequest(EngramRequest, kw_only=True):
+    """Ask for the counters of the tiers."""
+
+
+class EngramReply(BaseReq, kw_only=True):
+    """A rank's answer: a result, or an error as `EngramError.to_dict()`."""
+
+    call_id: str
+    rank: int
+    result: dict[str, Any] | None = None
+    error: dict[str, Any] | None = None
+
+
+REQUESTS: tuple[type[EngramRequest], ...] = (
+    DescribeRequest,
+    PersistRequest,
+    PromoteRequest,
+    ProbeRequest,
+    DropRequest,
+    ReleaseRequest,
+    StatsRequest,
+)
+
+
+def register_messages() -> None:
+    """Teach SGLang's decoder these types; once in every process."""
+    hook_custom_types(*REQUESTS, EngramReply)

@@ -1,0 +1,1 @@
+"""Where segments and manifests are kept: the contract, the one durable writer, the disk store."""

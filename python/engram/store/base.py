@@ -1,0 +1,143 @@
+"""The contract every store keeps.
+
+Law of every method that writes: when it returns, the change is durable (it survives power loss);
+when it raises, readers see the store as it was before, except that a whole, valid segment nobody
+refers to may have been left. A reader never sees a partial file, at any instant.
+
+All methods may be called from several threads. Segments may be written and read by several
+processes at once; manifests are written by the one process that holds the store's lock.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from engram.core.namespace import Namespace
+from engram.core.tokens import TokenArray
+from engram.snapshot.listing import DamagedManifest, ManifestEntry
+from engram.snapshot.manifest import Manifest
+from engram.snapshot.segment import SegmentHeader, Shard
+
+BufferProvider: TypeAlias = Callable[[SegmentHeader], memoryview]
+"""Gives a writable buffer of ``header.payload_length`` bytes to read a payload into.
+
+It is called before the digest is checked: the header is well formed and its sizes agree with the
+file's, but nothing in it may be trusted until `SegmentStore.read_segment` returns.
+"""
+
+
+@dataclass(frozen=True)
+class StoredSegment:
+    """A segment found by a listing. ``bytes`` is the length of its file."""
+
+    shard: Shard
+    segment_id: str
+    bytes: int
+
+
+class SegmentStore(ABC):
+    """Content-addressed segments.
+
+    Errors of all methods: `StoreError` (and `StoreFullError` when writing) for what the device
+    refuses, `StoreFormatError` for an intact segment of a newer version.
+    """
+
+    @abstractmethod
+    def put_segment(
+        self, header: SegmentHeader, payload: memoryview, segment_id: str | None = None
+    ) -> str:
+        """Store a segment and return its id. Idempotent: one that is there is not written again.
+
+        ``payload`` is hashed while it is written; if ``segment_id`` is given and is not its digest
+        (memory reused too early), nothing is stored and `InternalError` is raised.
+        """
+
+    @abstractmethod
+    def has_segment(self, shard: Shard, segment_id: str) -> bool:
+        """Whether the segment is there. Says nothing about its bytes being intact."""
+
+    @abstractmethod
+    def read_segment(self, shard: Shard, segment_id: str, into: BufferProvider) -> SegmentHeader:
+        """Read the payload into the buffer ``into`` gives, verify it, return the header.
+
+        Returns only after the digest was compared. A damaged segment is quarantined and
+        `SegmentCorruptError` raised (also for a missing one); the buffer then holds garbage.
+        What ``into`` raises passes through.
+        """
+
+    @abstractmethod
+    def verify_segment(self, shard: Shard, segment_id: str) -> SegmentHeader:
+        """`read_segment` without keeping the payload, in bounded memory."""
+
+    @abstractmethod
+    def read_tokens(self, shard: Shard, segment_id: str) -> tuple[SegmentHeader, TokenArray]:
+        """Header and token ids only: cheap, and not verified by the segment's digest.
+
+        The caller checks the tokens of a whole chain against the manifest's ``tokens_digest``.
+        """
+
+    @abstractmethod
+    def delete_segment(self, shard: Shard, segment_id: str) -> None:
+        """Remove a segment. One that is not there is no error.
+
+        The caller sees to it that no save is relying on the segment meanwhile.
+        """
+
+    @abstractmethod
+    def iter_segments(self) -> Iterator[StoredSegment]:
+        """All segments, in no order. Those written or removed meanwhile may or may not appear."""
+
+
+class NamespaceStore(ABC):
+    """Descriptions of namespaces, so that a mismatch can name the field. Errors as above."""
+
+    @abstractmethod
+    def put_namespace(self, namespace: Namespace) -> None:
+        """Store a namespace's description. Idempotent."""
+
+    @abstractmethod
+    def get_namespace(self, namespace_id: str) -> Namespace:
+        """A namespace's description; `NotFoundError` if none, or only a damaged one, is stored."""
+
+
+class ManifestStore(ABC):
+    """Manifests by (snapshot id, tenant). Errors as above."""
+
+    @abstractmethod
+    def put_manifest(self, manifest: Manifest, *, replace: bool = False) -> ManifestEntry:
+        """Store a manifest atomically.
+
+        `AlreadyExistsError` if its snapshot id is taken, unless ``replace``; a replacement whose
+        error comes at the very last step (the directory's fsync) may have taken place.
+        """
+
+    @abstractmethod
+    def get_manifest(self, snapshot_id: str, tenant: str = "") -> Manifest:
+        """A verified manifest. `NotFoundError`, or `ManifestCorruptError` after quarantining."""
+
+    @abstractmethod
+    def delete_manifest(self, snapshot_id: str, tenant: str = "") -> None:
+        """Remove a manifest. One that is not there is no error."""
+
+    @abstractmethod
+    def list_manifests(self) -> list[ManifestEntry]:
+        """All stored manifests by name, without reading them."""
+
+    @abstractmethod
+    def load_manifest(self, entry: ManifestEntry) -> Manifest | DamagedManifest:
+        """One listed manifest, verified; damage is quarantined and reported, not raised.
+
+        An intact manifest of a newer version is reported too and stays where it is.
+        """
+
+    def iter_manifests(self) -> Iterator[Manifest | DamagedManifest]:
+        """All manifests of the listing, one after another."""
+        for entry in self.list_manifests():
+            yield self.load_manifest(entry)
+
+
+class Store(SegmentStore, NamespaceStore, ManifestStore):
+    """All three: what a server keeps its snapshots in."""

@@ -1,0 +1,156 @@
+"""A store in a directory of the local file system."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from engram.errors import StoreError
+from engram.snapshot.segment import Shard
+from engram.store.base import Store
+from engram.store.durable import (
+    DirectoryMaker,
+    free_bytes,
+    remove_abandoned_temps,
+    sync_directory,
+)
+from engram.store.filesystem import FileSystem
+from engram.store.layout import Layout
+from engram.store.lock import StoreLock
+from engram.store.marker import Marker, check_marker, write_marker
+from engram.store.quarantine import Quarantine
+from engram.store.record_files import DiskManifests, DiskNamespaces
+from engram.store.segment_files import DiskSegments
+
+
+@dataclass(frozen=True)
+class StoreStats:
+    """What a store holds, counted by walking it. Sizes in bytes."""
+
+    segments: dict[Shard, int]
+    segment_bytes: int
+    manifests: int
+    quarantined: int
+    free_bytes: int | None
+
+
+class DiskStore(DiskSegments, DiskNamespaces, DiskManifests, Store):
+    """Segments, manifests and namespaces below one directory (``docs/format/store.md``).
+
+    Made by `open`. ``marker_rebuilt`` and ``removed_temps`` tell what opening had to heal.
+    """
+
+    def __init__(self, root: Path, fs: FileSystem, lock: StoreLock | None) -> None:
+        self._layout = Layout(root)
+        self._fs = fs
+        self._lock = lock
+        self._directories = DirectoryMaker(root, fs)
+        self._quarantine = Quarantine(self._layout, self._directories, fs)
+        self._manifest_lock = threading.Lock()
+        self.marker_rebuilt = False
+        self.removed_temps = 0
+
+    @classmethod
+    def open(
+        cls, root: Path | str, *, lock: bool = True, fs: FileSystem | None = None
+    ) -> DiskStore:
+        """Open a store, making the directory if need be.
+
+        The one server opens it with ``lock``: that writes or rebuilds the marker and removes what
+        crashes left half-written. Its scheduler ranks open it without: they read and write
+        segments only. Raises `StoreBusyError`, `StoreFormatError` or `StoreError`.
+        """
+        root = Path(root).absolute()
+        fs = fs or FileSystem()
+        _make_root(root, fs)
+        layout = Layout(root)
+        held = StoreLock.acquire(layout.lock) if lock else None
+        try:
+            marker = check_marker(layout, fs)
+            store = cls(root, fs, held)
+            if lock:
+                store._heal(marker)
+        except BaseException:
+            if held is not None:
+                held.release()
+            raise
+        return store
+
+    def close(self) -> None:
+        """Give the lock back. May be called again."""
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            lock.release()
+
+    def __enter__(self) -> DiskStore:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def root(self) -> Path:
+        return self._layout.root
+
+    @property
+    def catalog_path(self) -> Path:
+        """Where the catalog of this store belongs."""
+        return self._layout.catalog
+
+    def free_bytes(self) -> int | None:
+        """Bytes that may still be written; None where the system cannot tell."""
+        return free_bytes(self.root)
+
+    def quarantine_file(self, path: Path, reason: str) -> Path | None:
+        """Move a file of this store aside; where it is now, or None if it could not be moved."""
+        return self._quarantine.take(path, reason)
+
+    def stats(self) -> StoreStats:
+        """Count everything, by a walk over the whole store."""
+        counts: dict[Shard, int] = {}
+        total = 0
+        for segment in self.iter_segments():
+            counts[segment.shard] = counts.get(segment.shard, 0) + 1
+            total += segment.bytes
+        return StoreStats(
+            segments=counts,
+            segment_bytes=total,
+            manifests=len(self.list_manifests()),
+            quarantined=self._quarantine.count(),
+            free_bytes=self.free_bytes(),
+        )
+
+    def _heal(self, marker: Marker) -> None:
+        in_use = any(
+            path.is_dir()
+            for path in (self._layout.segments, self._layout.manifests, self._layout.namespaces)
+        )
+        if marker is Marker.DAMAGED:
+            self._quarantine.take(self._layout.marker, "the store's marker is damaged")
+        if marker is not Marker.INTACT:
+            write_marker(self._layout, self._fs)
+            self.marker_rebuilt = marker is Marker.DAMAGED or in_use
+        self.removed_temps = remove_abandoned_temps(self.root, self._fs)
+
+
+def _make_root(root: Path, fs: FileSystem) -> None:
+    """Make the store's directory and what is missing above it, durably."""
+    existing = next(path for path in (root, *root.parents) if path.exists())
+    if not existing.is_dir():
+        raise StoreError(
+            f"the snapshot directory {root} cannot be made: {existing} is not a directory",
+            hint="give another --snapshot-dir",
+        )
+    DirectoryMaker(existing, fs).ensure(root)
+    if existing == root:
+        # A crash may have come right after it was made. Its parent may not be ours to open.
+        with contextlib.suppress(StoreError):
+            sync_directory(root.parent, fs)

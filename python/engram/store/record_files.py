@@ -1,0 +1,204 @@
+"""Manifests and namespace descriptions: small records, one file each."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from engram.core.namespace import Namespace
+from engram.errors import (
+    AlreadyExistsError,
+    InternalError,
+    ManifestCorruptError,
+    NotFoundError,
+    StoreError,
+    StoreFormatError,
+)
+from engram.snapshot.listing import DamagedManifest, ManifestEntry, manifest_name
+from engram.snapshot.manifest import (
+    MAX_MANIFEST_BYTES,
+    Manifest,
+    decode_manifest,
+    encode_manifest,
+)
+from engram.store.base import ManifestStore, NamespaceStore
+from engram.store.durable import (
+    DirectoryMaker,
+    store_error,
+    sync_directory,
+    unlink_durable,
+    write_durable,
+)
+from engram.store.filesystem import FileSystem
+from engram.store.layout import Layout
+from engram.store.lock import StoreLock
+from engram.store.quarantine import Quarantine
+
+MAX_NAMESPACE_BYTES: Final = 1 << 20
+
+
+class DiskNamespaces(NamespaceStore):
+    """The namespace descriptions of a `DiskStore`: canonical JSON named by its own digest."""
+
+    _layout: Layout
+    _directories: DirectoryMaker
+    _quarantine: Quarantine
+    _fs: FileSystem
+
+    def put_namespace(self, namespace: Namespace) -> None:
+        path = self._layout.namespace(namespace.id)
+        self._directories.ensure(path.parent)
+        with contextlib.suppress(NotFoundError):
+            self.get_namespace(namespace.id)
+            sync_directory(path.parent, self._fs)
+            return
+        data = namespace.canonical
+        write_durable(path, [data], needed=len(data), fs=self._fs)
+
+    def get_namespace(self, namespace_id: str) -> Namespace:
+        path = self._layout.namespace(namespace_id)
+        data = read_small_file(path, MAX_NAMESPACE_BYTES, self._fs)
+        if data is None:
+            raise NotFoundError(f"no namespace {namespace_id} is described in this store")
+        try:
+            namespace = Namespace.from_canonical(data)
+            if namespace.id != namespace_id:
+                raise ValueError("it is not the namespace it is named after")
+        except ValueError as error:
+            self._quarantine.take(path, str(error))
+            raise NotFoundError(
+                f"the description of namespace {namespace_id} is damaged: {error}"
+            ) from None
+        return namespace
+
+
+class DiskManifests(ManifestStore):
+    """The manifests of a `DiskStore`."""
+
+    _layout: Layout
+    _directories: DirectoryMaker
+    _quarantine: Quarantine
+    _fs: FileSystem
+    _lock: StoreLock | None
+    _manifest_lock: threading.Lock
+
+    def put_manifest(self, manifest: Manifest, *, replace: bool = False) -> ManifestEntry:
+        name = manifest_name(manifest.snapshot_id, manifest.tenant)
+        path = self._layout.manifest(name)
+        data = encode_manifest(manifest)
+        with self._writing_manifests():
+            self._directories.ensure(path.parent)
+            existed = path.exists()
+            if existed and not replace:
+                raise AlreadyExistsError(
+                    f"snapshot {manifest.snapshot_id!r} exists already",
+                    hint="choose another snapshot_id, or none to have one made",
+                    details={"snapshot_id": manifest.snapshot_id},
+                )
+            try:
+                write_durable(path, [data], needed=len(data), fs=self._fs)
+            except StoreError:
+                if not existed:
+                    # A save reported as failed must not turn up as a snapshot at the next start.
+                    with contextlib.suppress(OSError):
+                        self._fs.unlink(path)
+                raise
+            return ManifestEntry(name, _stamp(path.stat()))
+
+    def get_manifest(self, snapshot_id: str, tenant: str = "") -> Manifest:
+        path = self._layout.manifest(manifest_name(snapshot_id, tenant))
+        try:
+            return self._read(path)
+        except ManifestCorruptError as error:
+            moved_to = self._quarantine.take(path, error.message)
+            raise ManifestCorruptError(
+                f"the manifest of snapshot {snapshot_id!r} ({path}) is damaged: {error.message}",
+                hint="it was quarantined; restore an earlier snapshot, or put the file back "
+                "from a backup",
+                details={
+                    "snapshot_id": snapshot_id,
+                    "file": str(path),
+                    "quarantined_to": None if moved_to is None else str(moved_to),
+                },
+            ) from None
+        except NotFoundError:
+            raise NotFoundError(
+                f"no snapshot {snapshot_id!r}", details={"snapshot_id": snapshot_id}
+            ) from None
+
+    def delete_manifest(self, snapshot_id: str, tenant: str = "") -> None:
+        with self._writing_manifests():
+            unlink_durable(self._layout.manifest(manifest_name(snapshot_id, tenant)), self._fs)
+
+    def list_manifests(self) -> list[ManifestEntry]:
+        entries = []
+        for directory, _, _ in os.walk(self._layout.manifests):
+            with os.scandir(directory) as found:
+                for file in found:
+                    if file.name.endswith(".json") and not file.name.startswith("."):
+                        with contextlib.suppress(FileNotFoundError):
+                            entries.append(ManifestEntry(file.name, _stamp(file.stat())))
+        return sorted(entries, key=lambda entry: entry.name)
+
+    def load_manifest(self, entry: ManifestEntry) -> Manifest | DamagedManifest:
+        path = self._layout.manifest(entry.name)
+        try:
+            return self._read(path)
+        except ManifestCorruptError as error:
+            moved_to = self._quarantine.take(path, error.message)
+            moved = None if moved_to is None else str(moved_to)
+            return DamagedManifest(entry.name, error.message, moved)
+        except (StoreFormatError, NotFoundError) as error:
+            return DamagedManifest(entry.name, error.message, None)
+
+    def quarantine_manifest(self, entry: ManifestEntry, reason: str) -> Path | None:
+        """Move a listed manifest aside; where it is now, or None if it could not be moved."""
+        return self._quarantine.take(self._layout.manifest(entry.name), reason)
+
+    @contextlib.contextmanager
+    def _writing_manifests(self) -> Iterator[None]:
+        with self._manifest_lock:
+            if self._lock is None:
+                raise InternalError("manifests are written by the process that holds the lock only")
+            yield
+
+    def _read(self, path: Path) -> Manifest:
+        data = read_small_file(path, MAX_MANIFEST_BYTES, self._fs)
+        if data is None:
+            raise NotFoundError(f"no manifest {path}")
+        manifest = decode_manifest(data)
+        if manifest_name(manifest.snapshot_id, manifest.tenant) != path.name:
+            raise ManifestCorruptError("it is the manifest of another snapshot")
+        return manifest
+
+
+def read_small_file(path: Path, limit: int, fs: FileSystem) -> bytes | None:
+    """A whole file, or its first ``limit`` + 1 bytes; None if there is none. `StoreError`."""
+    try:
+        fd = fs.open_read(path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise store_error("open", path, error) from error
+    try:
+        size = min(os.fstat(fd).st_size, limit + 1)
+        buffer = bytearray(size)
+        filled = 0
+        while filled < size:
+            count = fs.read_into(fd, memoryview(buffer)[filled:], filled)
+            if count == 0:
+                break
+            filled += count
+        return bytes(buffer[:filled])
+    except OSError as error:
+        raise store_error("read", path, error) from error
+    finally:
+        fs.close(fd)
+
+
+def _stamp(status: os.stat_result) -> str:
+    return f"{status.st_mtime_ns}-{status.st_size}-{status.st_ino}"

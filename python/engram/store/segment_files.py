@@ -1,0 +1,250 @@
+"""Segments as files: written once through the durable writer, read into the caller's memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from engram.core.canonical import DIGEST_BYTES
+from engram.core.tokens import TokenArray, tokens_from_bytes
+from engram.errors import (
+    InternalError,
+    SegmentCorruptError,
+    StoreFormatError,
+)
+from engram.snapshot.digest import PIECE_BYTES, SegmentHasher, check_sealed, pieces, seal
+from engram.snapshot.segment import (
+    PREAMBLE,
+    SegmentHeader,
+    Shard,
+    checked_payload,
+    payload_offset,
+)
+from engram.store.base import BufferProvider, SegmentStore, StoredSegment
+from engram.store.durable import (
+    DirectoryMaker,
+    store_error,
+    sync_directory,
+    unlink_durable,
+    write_durable,
+)
+from engram.store.filesystem import FileSystem
+from engram.store.layout import SEGMENT_SUFFIX, Layout, is_digest
+from engram.store.quarantine import Quarantine
+
+
+@dataclass(frozen=True)
+class _OpenSegment:
+    fd: int
+    header: SegmentHeader
+
+
+class DiskSegments(SegmentStore):
+    """The segments of a `DiskStore`."""
+
+    _layout: Layout
+    _directories: DirectoryMaker
+    _quarantine: Quarantine
+    _fs: FileSystem
+
+    def put_segment(
+        self, header: SegmentHeader, payload: memoryview, segment_id: str | None = None
+    ) -> str:
+        payload = checked_payload(header, payload)
+        if not header.padding_is_zero(payload):
+            raise InternalError(
+                "the payload has bytes between its buffers", hint="call header.clear_padding"
+            )
+        if segment_id is None:
+            segment_id = seal(header, payload).hex()
+        path = self._layout.segment(header.shard, segment_id)
+        self._directories.ensure(path.parent)
+        if self._is_whole(path, header):
+            # The name may not be durable yet: an earlier put may have failed at that very step.
+            sync_directory(path.parent, self._fs)
+        else:
+            write_durable(
+                path,
+                _file_parts(header, payload, segment_id),
+                needed=header.file_length,
+                fs=self._fs,
+            )
+        return segment_id
+
+    def has_segment(self, shard: Shard, segment_id: str) -> bool:
+        return self._layout.segment(shard, segment_id).is_file()
+
+    def read_segment(self, shard: Shard, segment_id: str, into: BufferProvider) -> SegmentHeader:
+        with self._opened(shard, segment_id) as segment:
+            header = segment.header
+            payload = checked_payload(header, into(header))
+            if payload.readonly:
+                raise InternalError("the buffer to read a segment into is read-only")
+            hasher = SegmentHasher(header.prefix)
+            offset = len(header.prefix)
+            for piece in pieces(payload):
+                self._read_exactly(segment.fd, piece, offset)
+                hasher.update(piece)
+                offset += len(piece)
+            check_sealed(header, payload, hasher.digest(), self._trailer(segment, segment_id))
+            return header
+
+    def verify_segment(self, shard: Shard, segment_id: str) -> SegmentHeader:
+        with self._opened(shard, segment_id) as segment:
+            trailer = self._trailer(segment, segment_id)
+            header = segment.header
+            if self._hash_file(segment.fd, header.file_length - DIGEST_BYTES) != trailer:
+                raise SegmentCorruptError("segment does not match its digest")
+            for start, end in header.gaps():
+                gap = memoryview(bytearray(end - start))
+                self._read_exactly(segment.fd, gap, len(header.prefix) + start)
+                if any(gap):
+                    raise SegmentCorruptError("segment has bytes between its buffers")
+            return header
+
+    def read_tokens(self, shard: Shard, segment_id: str) -> tuple[SegmentHeader, TokenArray]:
+        with self._opened(shard, segment_id) as segment:
+            data = memoryview(bytearray(segment.header.tokens_length))
+            self._read_exactly(segment.fd, data, len(segment.header.prefix))
+            return segment.header, tokens_from_bytes(data)
+
+    def delete_segment(self, shard: Shard, segment_id: str) -> None:
+        unlink_durable(self._layout.segment(shard, segment_id), self._fs)
+
+    def iter_segments(self) -> Iterator[StoredSegment]:
+        for shard, path in self._layout.shards():
+            for directory, _, names in os.walk(path):
+                for name in names:
+                    segment_id = name.removesuffix(SEGMENT_SUFFIX)
+                    if name.endswith(SEGMENT_SUFFIX) and is_digest(segment_id):
+                        try:
+                            size = Path(directory, name).stat().st_size
+                        except FileNotFoundError:
+                            continue
+                        yield StoredSegment(shard, segment_id, size)
+
+    def _is_whole(self, path: Path, header: SegmentHeader) -> bool:
+        """Whether the segment is stored with the right length; quarantines one that is not."""
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise store_error("look at", path, error) from error
+        if size == header.file_length:
+            return True
+        self._quarantine.take(path, f"has {size} bytes instead of {header.file_length}")
+        return False
+
+    @contextmanager
+    def _opened(self, shard: Shard, segment_id: str) -> Iterator[_OpenSegment]:
+        """An open segment with its header parsed. Damage found inside is quarantined and named."""
+        path = self._layout.segment(shard, segment_id)
+        try:
+            fd = self._fs.open_read(path)
+        except FileNotFoundError:
+            raise _corrupt(path, "is missing", None, segment_id) from None
+        except OSError as error:
+            raise store_error("open", path, error) from error
+        try:
+            yield _OpenSegment(fd, self._read_header(fd, shard, segment_id))
+        except SegmentCorruptError as error:
+            moved_to = self._quarantine_open(fd, path, error.message)
+            raise _corrupt(path, f"is damaged: {error.message}", moved_to, segment_id) from None
+        except OSError as error:
+            raise store_error("read", path, error) from error
+        finally:
+            self._fs.close(fd)
+
+    def _read_header(self, fd: int, shard: Shard, segment_id: str) -> SegmentHeader:
+        size = os.fstat(fd).st_size
+        preamble = bytearray(min(size, PREAMBLE.size))
+        self._read_exactly(fd, memoryview(preamble), 0)
+        try:
+            length = payload_offset(bytes(preamble))
+        except StoreFormatError:
+            # Every version ends in the digest of all that comes before. If it holds, the file is
+            # a newer Engram's; if not, the version number is what was damaged.
+            if size < DIGEST_BYTES or self._hash_file(fd, size - DIGEST_BYTES).hex() != segment_id:
+                raise SegmentCorruptError("segment version is damaged") from None
+            raise
+        if size < length:
+            raise SegmentCorruptError("segment is cut short in its header")
+        prefix = bytearray(length)
+        self._read_exactly(fd, memoryview(prefix), 0)
+        header = SegmentHeader.decode(bytes(prefix))
+        if size != header.file_length:
+            raise SegmentCorruptError(f"segment has {size} bytes instead of {header.file_length}")
+        if header.shard != shard:
+            raise SegmentCorruptError("segment lies in the directory of another shard")
+        return header
+
+    def _trailer(self, segment: _OpenSegment, segment_id: str) -> bytes:
+        """The file's closing digest, which must be the one it is named after."""
+        trailer = bytearray(DIGEST_BYTES)
+        offset = segment.header.file_length - DIGEST_BYTES
+        self._read_exactly(segment.fd, memoryview(trailer), offset)
+        if trailer.hex() != segment_id:
+            raise SegmentCorruptError("segment does not end in the digest it is named after")
+        return bytes(trailer)
+
+    def _hash_file(self, fd: int, size: int) -> bytes:
+        """BLAKE3 of a file's first ``size`` bytes, in bounded memory."""
+        hasher = SegmentHasher(b"")
+        buffer = memoryview(bytearray(min(size, PIECE_BYTES)))
+        for offset in range(0, size, PIECE_BYTES):
+            piece = buffer[: min(PIECE_BYTES, size - offset)]
+            self._read_exactly(fd, piece, offset)
+            hasher.update(piece)
+        return hasher.digest()
+
+    def _read_exactly(self, fd: int, buffer: memoryview, offset: int) -> None:
+        while buffer:
+            count = self._fs.read_into(fd, buffer, offset)
+            if count == 0:
+                raise SegmentCorruptError("segment is cut short")
+            buffer = buffer[count:]
+            offset += count
+
+    def _quarantine_open(self, fd: int, path: Path, reason: str) -> Path | None:
+        """Quarantine what ``fd`` has open, unless another process has replaced it meanwhile."""
+        try:
+            if not os.path.samestat(os.fstat(fd), path.stat()):
+                return None
+        except OSError:
+            return None
+        return self._quarantine.take(path, reason)
+
+
+def _file_parts(
+    header: SegmentHeader, payload: memoryview, segment_id: str
+) -> Iterator[memoryview | bytes]:
+    """The parts of a segment file, hashed on their way so that the id is never a promise only."""
+    hasher = SegmentHasher(header.prefix)
+    yield header.prefix
+    for piece in pieces(payload):
+        hasher.update(piece)
+        yield piece
+    digest = hasher.digest()
+    if digest.hex() != segment_id:
+        raise InternalError(
+            f"the payload is not segment {segment_id}: its memory was changed after it was sealed"
+        )
+    yield digest
+
+
+def _corrupt(path: Path, what: str, moved_to: Path | None, segment_id: str) -> SegmentCorruptError:
+    where = f"; it was moved to {moved_to}" if moved_to else ""
+    return SegmentCorruptError(
+        f"segment {path} {what}{where}",
+        hint="the conversation goes on by computing it again; restore an earlier snapshot, "
+        "or put the file back from a backup",
+        details={
+            "segment_id": segment_id,
+            "file": str(path),
+            "quarantined_to": None if moved_to is None else str(moved_to),
+        },
+    )

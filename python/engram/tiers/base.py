@@ -1,0 +1,138 @@
+"""The words of the tiers: boundaries, outcomes, and the shape of a segment's payload."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+import torch
+
+from engram.snapshot.manifest import SegmentRef
+from engram.snapshot.segment import BufferSpec
+
+
+class Tier(str, Enum):
+    """A place that can hold the bytes of a segment, fastest first."""
+
+    VRAM = "vram"
+    RAM = "ram"
+    DISK = "disk"
+
+
+BufferPlan = tuple[str, str, tuple[int, ...]]
+"""(name, dtype in safetensors' spelling, shape) of one buffer of a payload."""
+
+
+class PayloadLayout(Protocol):
+    """What a segment of this model holds, in the order in which it is stored."""
+
+    def __call__(self, num_tokens: int, has_state: bool) -> Sequence[BufferPlan]:
+        """Buffers of a segment of `num_tokens` KV rows, without the tokens themselves."""
+        ...
+
+
+class DeviceReader(Protocol):
+    """Fills the buffers of a payload from the device pools (called on the copy thread)."""
+
+    def __call__(self, targets: dict[str, torch.Tensor]) -> None:
+        """Return when every byte has landed in host memory."""
+        ...
+
+
+class Fill(Enum):
+    """Whether the payload of a boundary may be read."""
+
+    FILLING = "filling"
+    READY = "ready"
+    FAILED = "failed"
+
+
+@dataclass(eq=False, slots=True)
+class Boundary:
+    """A token count at which the recurrent state exists, and the segment that ends there.
+
+    `in_ram` says that room in the RAM tier is taken; `payload` is the one contiguous host buffer
+    (uint8, 1-d) there, allocated by whoever fills it, so that no scheduler waits for pinned memory;
+    `parent` is the boundary at `start` (None for a segment that starts the sequence).  Chains are
+    object references: a boundary replaced in the index stays whole for whoever holds it.
+    """
+
+    key: str
+    start: int
+    end: int
+    parent: Boundary | None
+    buffers: tuple[BufferSpec, ...]
+    has_state: bool
+    in_ram: bool = False
+    payload: torch.Tensor | None = None
+    fill: Fill = Fill.FILLING
+    filled: Future[None] = field(default_factory=Future)
+    segment_id: str | None = None
+    durable: bool = False
+    holders: int = 0
+    resident_children: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the payload."""
+        return self.buffers[-1].offset + self.buffers[-1].length
+
+    @property
+    def resident(self) -> bool:
+        """True when the bytes are in RAM and complete."""
+        return self.in_ram and self.fill is Fill.READY
+
+    def chain(self, after: int = 0) -> list[Boundary]:
+        """The boundaries of the chain that end past token `after`, first one first."""
+        found: list[Boundary] = []
+        node: Boundary | None = self
+        while node is not None and node.end > after:
+            found.append(node)
+            node = node.parent
+        return found[::-1]
+
+    def ancestors(self) -> Iterator[Boundary]:
+        """This boundary and those before it on its chain, last one first."""
+        node: Boundary | None = self
+        while node is not None:
+            yield node
+            node = node.parent
+
+
+@dataclass(frozen=True, slots=True)
+class Persisted:
+    """A chain that is durable: `written` of its `nbytes` had to be written for it."""
+
+    refs: tuple[SegmentRef, ...]
+    nbytes: int
+    written: int
+
+
+@dataclass(frozen=True, slots=True)
+class Promoted:
+    """A chain that is verified and in RAM, and the slowest tier it had to be fetched from."""
+
+    source: Tier
+    nbytes: int
+    read: int
+
+
+@dataclass(slots=True)
+class TierStats:
+    """Counters since start; bytes are bytes, the rest are events."""
+
+    captured: int = 0
+    capture_refused: int = 0
+    capture_failed: int = 0
+    evicted: int = 0
+    persisted_segments: int = 0
+    persisted_bytes: int = 0
+    promoted_segments: int = 0
+    promoted_bytes: int = 0
+    loads: int = 0
+    loaded_tokens: int = 0
+    corrupt: int = 0
+    contained_errors: int = 0

@@ -1,0 +1,390 @@
+"""Moves segments between the device pools, RAM and disk, on background threads.
+
+One `TierManager` serves one rank.  The scheduler thread only asks (`capture`, `lookup`, `hold`);
+copies, hashes and files are the work of three threads whose long calls release the GIL:
+
+* *copy* fills captured payloads from the device pools,
+* *write* makes chains durable, in the order in which it was asked,
+* *read* fetches chains from disk and verifies them.
+
+Nothing here raises into the scheduler: an outcome is a value or the exception of a `Future`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+import torch
+
+from engram.errors import CaptureLostError, RamTierFullError, SnapshotCorruptError
+from engram.snapshot.manifest import SegmentRef
+from engram.snapshot.segment import BufferSpec, SegmentHeader, Shard
+from engram.store.base import SegmentStore
+from engram.tiers.base import (
+    Boundary,
+    DeviceReader,
+    PayloadLayout,
+    Persisted,
+    Promoted,
+    Tier,
+)
+from engram.tiers.payload import bytes_of, tokens_of, views, zero_padding
+from engram.tiers.ram import RamTier
+
+logger = logging.getLogger(__name__)
+
+FILL_TIMEOUT_S: Final = 120.0
+"""How long a writer waits for a payload that is still being copied from the device."""
+
+
+@dataclass(slots=True)
+class _Lease:
+    held: tuple[Boundary, ...]
+    expires: float
+
+
+@dataclass(slots=True)
+class TierManager:
+    """Owner of one rank's RAM tier and of its way to the store."""
+
+    ram: RamTier
+    store: SegmentStore
+    shard: Shard
+    layout: PayloadLayout
+    clock: Callable[[], float] = time.monotonic
+    _leases: dict[str, _Lease] = field(default_factory=dict)
+    _copy: ThreadPoolExecutor = field(init=False)
+    _write: ThreadPoolExecutor = field(init=False)
+    _read: ThreadPoolExecutor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._copy = ThreadPoolExecutor(1, thread_name_prefix="engram-copy")
+        self._write = ThreadPoolExecutor(1, thread_name_prefix="engram-write")
+        self._read = ThreadPoolExecutor(2, thread_name_prefix="engram-read")
+
+    # ---- capture ----
+
+    def capture(
+        self,
+        key: str,
+        start: int,
+        tokens: Sequence[int],
+        parent: Boundary | None,
+        read: DeviceReader,
+        *,
+        has_state: bool,
+        on_done: Callable[[], None],
+    ) -> bool:
+        """Queue the copy of the segment [start, start + len(tokens)) that ends at `key`.
+
+        `on_done` is called on the copy thread once the device memory is no longer read.  Returns
+        False, without calling it, when the RAM tier has no room: the state is then not kept.
+        """
+        end = start + len(tokens)
+        buffers = self._buffers(key, start, end, has_state)
+        with self.ram.lock:
+            self._expire()
+            try:
+                boundary = self.ram.reserve(key, start, end, parent, buffers, has_state=has_state)
+            except RamTierFullError:
+                self.ram.stats.capture_refused += 1
+                return False
+            # The index cannot hold a whole boundary here: the caller has looked, and whoever else
+            # publishes has read it from disk, which makes this copy the newer one.
+            self.ram.publish(boundary, replace=True)
+        self._copy.submit(self._fill, boundary, np.asarray(tokens, dtype="<u4"), read, on_done)
+        return True
+
+    def _fill(
+        self,
+        boundary: Boundary,
+        tokens: np.ndarray,
+        read: DeviceReader,
+        on_done: Callable[[], None],
+    ) -> None:
+        try:
+            payload = self.ram.allocate(boundary.nbytes)
+            zero_padding(payload, boundary.buffers)
+            tokens_of(payload, boundary.buffers)[:] = tokens
+            read(views(payload, boundary.buffers))
+        except BaseException as error:
+            logger.exception("capture of %s failed", boundary.key)
+            self.ram.stats.capture_failed += 1
+            self.ram.fail(boundary, error)
+        else:
+            boundary.payload = payload
+            self.ram.stats.captured += 1
+            self.ram.complete(boundary)
+        finally:
+            on_done()
+
+    # ---- lookup and leases ----
+
+    def lookup(self, owner: str, keys: Sequence[str], page_size: int) -> list[int]:
+        """Lengths, in pages of `keys`, that can be loaded now; they are leased to `owner`.
+
+        `keys` are the page keys past some device-resident prefix, first page first.
+        """
+        with self.ram.lock:
+            for index in range(len(keys) - 1, -1, -1):
+                boundary = self.ram.get(keys[index])
+                if boundary is None:
+                    continue
+                after = boundary.end - (index + 1) * page_size
+                if not self.ram.loadable(boundary, after):
+                    continue
+                chain = boundary.chain(after)
+                self.lease(owner, chain, seconds=60.0)
+                return [(node.end - after) // page_size for node in chain]
+        return []
+
+    def lease(self, owner: str, chain: Sequence[Boundary], *, seconds: float) -> None:
+        """Keep a chain in RAM for `owner` until it is released or `seconds` have passed."""
+        with self.ram.lock:
+            held = self.ram.hold(chain)
+            self.release(owner)
+            self._leases[owner] = _Lease(held, self.clock() + seconds)
+            self._expire()
+
+    def release(self, owner: str) -> None:
+        """End the lease of `owner`, if it has one."""
+        with self.ram.lock:
+            lease = self._leases.pop(owner, None)
+            if lease is not None:
+                self.ram.release(lease.held)
+
+    def _expire(self) -> None:
+        now = self.clock()
+        for owner in [o for o, lease in self._leases.items() if lease.expires <= now]:
+            self.release(owner)
+
+    # ---- persist ----
+
+    def persist(self, boundary: Boundary) -> Future[Persisted]:
+        """Make the chain of a boundary durable.  The future fails with an `EngramError`."""
+        held = self.ram.hold(boundary.ancestors())
+        future = self._write.submit(self._persist, boundary.chain())
+        future.add_done_callback(lambda _: self.ram.release(held))
+        return future
+
+    def _persist(self, chain: Sequence[Boundary]) -> Persisted:
+        refs: list[SegmentRef] = []
+        written = 0
+        for boundary in chain:
+            if not boundary.durable:
+                try:
+                    written += self._write_segment(boundary)
+                except CaptureLostError as lost:
+                    lost.details["boundary"] = chain[-1].end
+                    raise
+            assert boundary.segment_id is not None
+            refs.append(self._ref(boundary))
+        return Persisted(tuple(refs), sum(ref.bytes for ref in refs), written)
+
+    def _write_segment(self, boundary: Boundary) -> int:
+        try:
+            boundary.filled.result(FILL_TIMEOUT_S)
+        except Exception as error:
+            raise CaptureLostError(
+                f"the copy of the state at token {boundary.end} failed: {error!r}"
+            ) from error
+        payload = boundary.payload
+        if payload is None:
+            # Evicted between being found and being held.
+            raise CaptureLostError(f"the state at token {boundary.end} has left memory")
+        segment_id = self.store.put_segment(self._header(boundary), bytes_of(payload))
+        self.ram.mark_durable(boundary, segment_id)
+        self.ram.stats.persisted_segments += 1
+        self.ram.stats.persisted_bytes += boundary.nbytes
+        return boundary.nbytes
+
+    # ---- promote ----
+
+    def promote(
+        self, refs: Sequence[SegmentRef], owner: str, *, seconds: float, exact: bool
+    ) -> Future[Promoted]:
+        """Bring a chain into RAM, verified, and lease it to `owner` for `seconds`.
+
+        With `exact` the very segments named are made the ones that lookups find; else bytes of the
+        same tokens that are in RAM already will do.
+        """
+        with self.ram.lock:
+            held = self.ram.get(refs[-1].key)
+            if held is not None and self.ram.loadable(held, 0) and self._same(held, refs, exact):
+                self.lease(owner, held.chain(), seconds=seconds)
+                ready: Future[Promoted] = Future()
+                ready.set_result(Promoted(Tier.RAM, sum(ref.bytes for ref in refs), 0))
+                return ready
+        return self._read.submit(self._promote, tuple(refs), owner, seconds, exact)
+
+    @staticmethod
+    def _same(boundary: Boundary, refs: Sequence[SegmentRef], exact: bool) -> bool:
+        if not exact:
+            return True
+        return [b.segment_id for b in boundary.chain()] == [ref.segment_id for ref in refs]
+
+    def _promote(
+        self, refs: Sequence[SegmentRef], owner: str, seconds: float, exact: bool
+    ) -> Promoted:
+        parent: Boundary | None = None
+        held: list[Boundary] = []
+        read = 0
+        try:
+            for ref in refs:
+                boundary, nbytes = self._bring(ref, parent, exact)
+                held.append(boundary)
+                parent = boundary
+                read += nbytes
+            self.lease(owner, held, seconds=seconds)
+        finally:
+            self.ram.release(held)
+        source = Tier.DISK if read else Tier.RAM
+        return Promoted(source, sum(ref.bytes for ref in refs), read)
+
+    def _bring(self, ref: SegmentRef, parent: Boundary | None, exact: bool) -> tuple[Boundary, int]:
+        """The boundary of `ref` on top of `parent`, in RAM and held once, and the bytes read."""
+        with self.ram.lock:
+            known = self.ram.get(ref.key)
+            usable = (
+                known is not None
+                and known.parent is parent
+                and (known.segment_id == ref.segment_id or not exact)
+            )
+            if usable and known is not None and known.in_ram:
+                self.ram.hold((known,))
+                reuse = known
+            else:
+                reuse = None
+        if reuse is not None:
+            try:
+                reuse.filled.result(FILL_TIMEOUT_S)
+            except BaseException:
+                self.ram.release((reuse,))
+                raise
+            return reuse, 0
+        return self._fetch(ref, parent, exact)
+
+    def _fetch(self, ref: SegmentRef, parent: Boundary | None, exact: bool) -> tuple[Boundary, int]:
+        boundary: Boundary | None = None
+
+        def into(header: SegmentHeader) -> memoryview:
+            nonlocal boundary
+            self._check(header, ref, parent)
+            with self.ram.lock:
+                self._expire()
+                boundary = self.ram.reserve(
+                    ref.key, ref.start, ref.end, parent, header.buffers, has_state=header.has_state
+                )
+            boundary.payload = self.ram.allocate(boundary.nbytes)
+            return bytes_of(boundary.payload)
+
+        try:
+            self.store.read_segment(self.shard, ref.segment_id, into)
+        except BaseException as error:
+            if isinstance(error, SnapshotCorruptError):
+                self.ram.stats.corrupt += 1
+                self.ram.forget_files(frozenset((ref.segment_id,)))
+            if boundary is not None:
+                self.ram.fail(boundary, error)
+            raise
+        assert boundary is not None
+        with self.ram.lock:
+            self.ram.mark_durable(boundary, ref.segment_id)
+            self.ram.hold((boundary,))
+            known = self.ram.get(ref.key)
+            stale = known is not None and not self.ram.loadable(known, 0)
+            self.ram.publish(boundary, replace=exact or stale)
+            self.ram.complete(boundary)
+        self.ram.stats.promoted_segments += 1
+        self.ram.stats.promoted_bytes += boundary.nbytes
+        return boundary, boundary.nbytes
+
+    def _check(self, header: SegmentHeader, ref: SegmentRef, parent: Boundary | None) -> None:
+        """The file must be the segment that the manifest speaks of, on top of its parent."""
+        expected = self._plan(
+            ref.key,
+            ref.start,
+            ref.end,
+            parent.segment_id if parent is not None else None,
+            ref.has_state,
+        )
+        if header == expected:
+            return
+        found = header.model_dump()
+        name, wanted = next((n, v) for n, v in expected.model_dump().items() if found[n] != v)
+        raise SnapshotCorruptError(
+            f"segment {ref.segment_id} is not the one its manifest speaks of: "
+            f"{name} is {found[name]!r}, expected {wanted!r}",
+            hint="restore another snapshot; the store was changed by something else than Engram",
+        )
+
+    # ---- drop ----
+
+    def drop(self, segment_ids: Sequence[str]) -> Future[int]:
+        """Delete segment files nobody names any more; returns how many were asked to go.
+
+        Queued behind every write asked for before, so a chain that is being made durable is
+        never pulled from under its manifest.
+        """
+        return self._write.submit(self._drop, frozenset(segment_ids))
+
+    def _drop(self, segment_ids: frozenset[str]) -> int:
+        self.ram.forget_files(segment_ids)
+        for segment_id in segment_ids:
+            self.store.delete_segment(self.shard, segment_id)
+        return len(segment_ids)
+
+    # ---- life ----
+
+    def views(self, boundary: Boundary) -> dict[str, torch.Tensor]:
+        """The buffers of a boundary in RAM, by name."""
+        assert boundary.payload is not None
+        return views(boundary.payload, boundary.buffers)
+
+    def quiesce(self) -> None:
+        """Return when no capture reads device memory any more."""
+        self._copy.submit(lambda: None).result()
+
+    def close(self) -> None:
+        """Finish what was asked for and stop the threads."""
+        for pool in (self._copy, self._write, self._read):
+            pool.shutdown(wait=True)
+
+    def _buffers(self, key: str, start: int, end: int, has_state: bool) -> tuple[BufferSpec, ...]:
+        """Where each buffer lies in a payload; it does not depend on the parent, whose id may
+        not be known before it is written."""
+        return self._plan(key, start, end, key if start else None, has_state).buffers
+
+    def _header(self, boundary: Boundary) -> SegmentHeader:
+        parent = boundary.parent.segment_id if boundary.parent is not None else None
+        return self._plan(boundary.key, boundary.start, boundary.end, parent, boundary.has_state)
+
+    def _ref(self, boundary: Boundary) -> SegmentRef:
+        assert boundary.segment_id is not None
+        return SegmentRef(
+            segment_id=boundary.segment_id,
+            key=boundary.key,
+            start=boundary.start,
+            end=boundary.end,
+            has_state=boundary.has_state,
+            bytes=self._header(boundary).file_length,
+        )
+
+    def _plan(
+        self, key: str, start: int, end: int, parent: str | None, has_state: bool
+    ) -> SegmentHeader:
+        return SegmentHeader.plan(
+            shard=self.shard,
+            key=key,
+            start=start,
+            end=end,
+            parent=parent,
+            has_state=has_state,
+            buffers=self.layout(end - start, has_state),
+        )

@@ -1,0 +1,477 @@
+"""The catalog's queries, against what was put in."""
+
+import sqlite3
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from engram.catalog import segments as segments_module
+from engram.catalog.catalog import Catalog
+from engram.catalog.database import Database
+from engram.catalog.rows import BranchRow, UnreferencedSegment
+from engram.errors import (
+    AlreadyExistsError,
+    InvalidRequestError,
+    NotFoundError,
+    StoreError,
+)
+from engram.snapshot.listing import ManifestEntry, manifest_name
+from engram.snapshot.manifest import Manifest, change_manifest
+from engram.snapshot.segment import Shard
+from engram.store.disk import DiskStore
+from engram.testing.samples import (
+    SHARD,
+    SampleSegment,
+    sample_chain,
+    sample_manifest,
+    sample_segment,
+    seeded_random,
+)
+
+
+@pytest.fixture
+def rng() -> Random:
+    return seeded_random()
+
+
+@pytest.fixture
+def catalog(tmp_path: Path) -> Iterator[Catalog]:
+    with DiskStore.open(tmp_path / "store") as store:
+        catalog = Catalog.open(store.catalog_path, store)
+        yield catalog
+        catalog.close()
+
+
+def insert(catalog: Catalog, manifest: Manifest) -> Manifest:
+    name = manifest_name(manifest.snapshot_id, manifest.tenant)
+    catalog.insert(manifest, ManifestEntry(name, "stamp"))
+    return manifest
+
+
+def insert_and_fail(catalog: Catalog, *manifests: Manifest) -> None:
+    with catalog.atomic():
+        for manifest in manifests:
+            insert(catalog, manifest)
+        raise RuntimeError
+
+
+def turns(rng: Random, count: int, **fields: object) -> list[Manifest]:
+    """One conversation: each turn's snapshot stands on the segments of all turns before."""
+    chain = sample_chain(rng, [2] * count)
+    return [
+        sample_manifest(
+            [chain[:turn]],
+            **{
+                "snapshot_id": f"{fields.get('conversation_id', 'c')}-{turn}",
+                "conversation_id": "c",
+                "turn_number": turn,
+                "created_at": 1000.0 + turn,
+                **fields,
+            },
+        )
+        for turn in range(1, count + 1)
+    ]
+
+
+def ids(page: object) -> list[str]:
+    return [row.snapshot_id for row in page.snapshots]  # type: ignore[attr-defined]
+
+
+class TestSnapshots:
+    def test_a_row_shows_what_the_manifest_says(self, catalog: Catalog, rng: Random) -> None:
+        manifest = insert(
+            catalog,
+            sample_manifest(
+                [sample_chain(rng)],
+                tenant="team",
+                parent_snapshot="before",
+                health="norm drift",
+                user_metadata={"a": [1, {"b": None}], "é": "\u0000"},
+                pinned=True,
+                expires_at=5.5,
+                rid="request-1",
+                durability="async",
+                pending_tokens=[1, 2],
+            ),
+        )
+        row = catalog.get("snap-1", "team")
+        for field in (
+            "snapshot_id",
+            "tenant",
+            "conversation_id",
+            "branch_name",
+            "turn_number",
+            "parent_snapshot",
+            "created_at",
+            "namespace",
+            "model_name",
+            "token_count",
+            "durability",
+            "world_size",
+            "boundary_key",
+            "bytes",
+            "unique_bytes",
+            "health",
+            "user_metadata",
+            "pinned",
+            "expires_at",
+            "rid",
+        ):
+            assert getattr(row, field) == getattr(manifest, field), field
+        assert (row.num_layers, row.model_type) == (3, "hybrid")
+        assert row.pending_count == 2
+        assert row.pinned is True
+
+    def test_find_by_turn_and_the_newest(self, catalog: Catalog, rng: Random) -> None:
+        for manifest in reversed(turns(rng, 12)):
+            insert(catalog, manifest)
+        assert catalog.find("", "c", "main", 3).snapshot_id == "c-3"
+        assert catalog.find("", "c", "main").snapshot_id == "c-12"
+
+    @pytest.mark.parametrize(
+        ("place", "problem"),
+        [
+            (("", "d", "main", None), "no conversation 'd'"),
+            (("them", "c", "main", None), "no conversation 'c'"),
+            (("", "c", "side", None), "has no branch 'side'"),
+            (("", "c", "main", 9), "has no turn 9"),
+        ],
+    )
+    def test_what_is_unknown_is_named(
+        self, catalog: Catalog, rng: Random, place: tuple, problem: str
+    ) -> None:
+        insert(catalog, turns(rng, 1)[0])
+        with pytest.raises(NotFoundError, match=problem):
+            catalog.find(*place)
+
+    def test_a_snapshot_id_is_given_once(self, catalog: Catalog, rng: Random) -> None:
+        manifest = insert(catalog, turns(rng, 1)[0])
+        again = change_manifest(manifest, conversation_id="elsewhere")
+        for attempt in (lambda: catalog.ensure_free(again), lambda: insert(catalog, again)):
+            with pytest.raises(AlreadyExistsError, match="'c-1' exists already"):
+                attempt()
+        assert len(catalog.all_snapshots()) == 1
+
+    def test_a_turn_is_given_once(self, catalog: Catalog, rng: Random) -> None:
+        manifest = insert(catalog, turns(rng, 1)[0])
+        again = change_manifest(manifest, snapshot_id="other")
+        for attempt in (lambda: catalog.ensure_free(again), lambda: insert(catalog, again)):
+            with pytest.raises(AlreadyExistsError, match="turn 1 of branch 'main'") as caught:
+                attempt()
+            assert caught.value.details == {"snapshot_id": "c-1"}
+        insert(catalog, change_manifest(again, branch_name="side"))
+        insert(catalog, change_manifest(again, tenant="them", snapshot_id="c-1"))
+
+    def test_tenants_do_not_see_each_other(self, catalog: Catalog, rng: Random) -> None:
+        ours = insert(catalog, turns(rng, 1)[0])
+        insert(catalog, turns(rng, 1, tenant="them", branch_name="theirs")[0])
+        assert catalog.get("c-1").branch_name == "main"
+        assert catalog.get("c-1", "them").branch_name == "theirs"
+        assert [row.branch_name for row in catalog.list_snapshots("").snapshots] == ["main"]
+        assert [row.branch_name for row in catalog.branches("them", "c")] == ["theirs"]
+        assert [row.snapshots for row in catalog.conversations("")] == [1]
+        assert catalog.delete(ours.snapshot_id)
+        assert catalog.get("c-1", "them").tenant == "them"
+        with pytest.raises(NotFoundError, match="no snapshot 'c-1'"):
+            catalog.get("c-1")
+        assert [row.tenant for row in catalog.all_snapshots()] == ["them"]
+
+    def test_a_replacement_changes_the_row_and_keeps_the_segments(
+        self, catalog: Catalog, rng: Random
+    ) -> None:
+        manifest = insert(catalog, turns(rng, 2)[1])
+        before = list(catalog.boundaries(SHARD.namespace))
+        catalog.replace(
+            change_manifest(manifest, pinned=True, user_metadata={"a": 1}),
+            ManifestEntry(manifest_name("c-2", ""), "new stamp"),
+        )
+        assert catalog.get("c-2").pinned
+        assert catalog.get("c-2").user_metadata == {"a": 1}
+        assert list(catalog.boundaries(SHARD.namespace)) == before
+        assert catalog.unreferenced_segments() == []
+        with pytest.raises(NotFoundError):
+            catalog.replace(change_manifest(manifest, snapshot_id="x"), ManifestEntry("x", "y"))
+        assert len(catalog.all_snapshots()) == 1
+
+
+class TestListing:
+    @pytest.mark.parametrize("limit", [1, 2, 3, 7, 100])
+    def test_pages_join_to_the_whole(self, catalog: Catalog, rng: Random, limit: int) -> None:
+        # Pairs of one age, so that the id has to decide.
+        manifests = [
+            sample_manifest(
+                [sample_chain(rng, (2,))],
+                snapshot_id=f"s{number:02}",
+                turn_number=number,
+                created_at=1000.1 + number // 2,
+            )
+            for number in range(7)
+        ]
+        for manifest in rng.sample(manifests, len(manifests)):
+            insert(catalog, manifest)
+        found: list[str] = []
+        after = None
+        for _ in range(8):
+            page = catalog.list_snapshots("", limit=limit, after=after)
+            assert len(page.snapshots) <= limit
+            found += ids(page)
+            after = page.after
+            if after is None:
+                break
+        assert found == [manifest.snapshot_id for manifest in manifests]
+
+    def test_a_cursor_outlives_the_snapshot_it_came_from(
+        self, catalog: Catalog, rng: Random
+    ) -> None:
+        for manifest in turns(rng, 4):
+            insert(catalog, manifest)
+        page = catalog.list_snapshots("", limit=2)
+        catalog.delete("c-2")
+        assert ids(catalog.list_snapshots("", limit=9, after=page.after)) == ["c-3", "c-4"]
+
+    def test_by_conversation_and_branch(self, catalog: Catalog, rng: Random) -> None:
+        for manifest in turns(rng, 2):
+            insert(catalog, manifest)
+        for manifest in turns(rng, 1, conversation_id="d"):
+            insert(catalog, manifest)
+        side = turns(rng, 3, branch_name="side")[2]
+        insert(catalog, change_manifest(side, snapshot_id="side-3"))
+        assert ids(catalog.list_snapshots("", "c")) == ["c-1", "c-2", "side-3"]
+        assert ids(catalog.list_snapshots("", "c", "side")) == ["side-3"]
+        assert ids(catalog.list_snapshots("", None, "main")) == ["c-1", "d-1", "c-2"]
+        assert ids(catalog.list_snapshots("", "unknown")) == []
+
+    @pytest.mark.parametrize(
+        "after", ["", "x", "c-1", "1000.0", "1000.0~", "1000.0~.x", "nan~x", "inf~x", "~x", "1~a~b"]
+    )
+    def test_a_bad_cursor_is_refused(self, catalog: Catalog, after: str) -> None:
+        with pytest.raises(InvalidRequestError, match="after"):
+            catalog.list_snapshots("", after=after)
+
+    @pytest.mark.parametrize("limit", [0, -1, 1001])
+    def test_a_limit_out_of_bounds_is_refused(self, catalog: Catalog, limit: int) -> None:
+        for listing in (catalog.list_snapshots, catalog.conversations):
+            with pytest.raises(InvalidRequestError, match="limit"):
+                listing("", limit=limit)
+
+    def test_conversations_and_branches(self, catalog: Catalog, rng: Random) -> None:
+        main = turns(rng, 3)
+        for manifest in main:
+            insert(catalog, manifest)
+        # A branch from turn 2 shares that turn's segments.
+        branch = change_manifest(
+            main[1], snapshot_id="b-2", branch_name="side", created_at=2000.0, parent_snapshot="c-1"
+        )
+        insert(catalog, branch)
+        insert(catalog, turns(rng, 1, conversation_id="a")[0])
+        first, second = catalog.conversations("")
+        assert (first.conversation_id, first.snapshots) == ("a", 1)
+        assert second.conversation_id == "c"
+        assert (second.snapshots, second.branches, second.newest_turn) == (4, 2, 3)
+        assert (second.created_at, second.updated_at) == (1001.0, 2000.0)
+        assert second.bytes == main[2].bytes
+        assert [c.conversation_id for c in catalog.conversations("", limit=1)] == ["a"]
+        assert [c.conversation_id for c in catalog.conversations("", after="a")] == ["c"]
+        assert catalog.branches("", "c") == [
+            BranchRow("main", 3, 3, 1001.0, 1003.0),
+            BranchRow("side", 1, 2, 2000.0, 2000.0),
+        ]
+        with pytest.raises(NotFoundError, match="no conversation 'z'"):
+            catalog.branches("", "z")
+
+
+class TestSegments:
+    def test_boundaries_are_what_manifests_name_once_each(
+        self, catalog: Catalog, rng: Random, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(segments_module, "_PAGE_ROWS", 2)
+        chain = sample_chain(rng, [2] * 5)
+        for turn in (2, 5, 3):
+            insert(
+                catalog,
+                sample_manifest([chain[:turn]], snapshot_id=f"s{turn}", turn_number=turn),
+            )
+        assert list(catalog.boundaries(SHARD.namespace)) == [segment.ref for segment in chain]
+        assert list(catalog.boundaries(SHARD.namespace, rank=1)) == []
+        assert list(catalog.boundaries("ab" * 32)) == []
+
+    def test_each_rank_has_its_own(self, catalog: Catalog, rng: Random) -> None:
+        seed = rng.random()
+        chains = [
+            sample_chain(Random(seed), shard=Shard(SHARD.namespace, rank, 2)) for rank in (0, 1)
+        ]
+        insert(catalog, sample_manifest(chains))
+        for rank, chain in enumerate(chains):
+            refs = [segment.ref for segment in chain]
+            assert list(catalog.boundaries(SHARD.namespace, rank)) == refs
+            assert catalog.chain(SHARD.namespace, rank, chain[1].header.key) == refs[:2]
+        assert chains[0][0].segment_id != chains[1][0].segment_id
+
+    def test_a_chain_reaches_from_the_start_to_the_key(self, catalog: Catalog, rng: Random) -> None:
+        chain = sample_chain(rng, [2] * 4)
+        insert(catalog, sample_manifest([chain]))
+        for length in range(1, 5):
+            key = chain[length - 1].header.key
+            expected = [segment.ref for segment in chain[:length]]
+            assert catalog.chain(SHARD.namespace, 0, key) == expected
+        with pytest.raises(NotFoundError, match="no snapshot holds the boundary"):
+            catalog.chain(SHARD.namespace, 0, "ab" * 32)
+        with pytest.raises(NotFoundError):
+            catalog.chain(SHARD.namespace, 0, chain[0].header.key, "ab" * 32)
+
+    @pytest.mark.parametrize("newest_first", [True, False])
+    def test_of_two_chains_with_one_key_the_newest_or_the_one_asked_for(
+        self, catalog: Catalog, rng: Random, newest_first: bool
+    ) -> None:
+        """The same tokens computed twice: equal keys, different bytes."""
+        seed = rng.random()
+        old = sample_chain(Random(seed), (3, 2))
+        new = same_tokens_other_bytes(rng, old)
+        saves = [
+            sample_manifest([new], snapshot_id="new", turn_number=2, created_at=9.0),
+            sample_manifest([old], snapshot_id="old", turn_number=1, created_at=8.0),
+        ]
+        for manifest in saves if newest_first else reversed(saves):
+            insert(catalog, manifest)
+        key = old[1].header.key
+        assert key == new[1].header.key
+        old_refs, new_refs = [s.ref for s in old], [s.ref for s in new]
+        assert catalog.chain(SHARD.namespace, 0, key) == new_refs
+        assert catalog.chain(SHARD.namespace, 0, key, old[1].segment_id) == old_refs
+        assert catalog.chain(SHARD.namespace, 0, key, new[1].segment_id) == new_refs
+
+    def test_segments_are_unreferenced_when_the_last_snapshot_goes(
+        self, catalog: Catalog, rng: Random
+    ) -> None:
+        chain = sample_chain(rng, [2] * 3)
+        for turn in (2, 3):
+            insert(
+                catalog, sample_manifest([chain[:turn]], snapshot_id=f"s{turn}", turn_number=turn)
+            )
+        assert catalog.unreferenced_segments() == []
+        catalog.delete("s3")
+        last = UnreferencedSegment(SHARD, chain[2].segment_id, chain[2].header.file_length)
+        assert catalog.unreferenced_segments() == [last]
+        assert not catalog.is_referenced(SHARD, chain[2].segment_id)
+        assert catalog.is_referenced(SHARD, chain[1].segment_id)
+        assert not catalog.is_referenced(SHARD, "ab" * 32)
+        assert chain[2].ref not in list(catalog.boundaries(SHARD.namespace))
+        with pytest.raises(NotFoundError):
+            catalog.chain(SHARD.namespace, 0, chain[2].header.key)
+        catalog.delete("s2")
+        assert len(catalog.unreferenced_segments()) == 3
+        assert catalog.forget_segments([last]) == 1
+        assert len(catalog.unreferenced_segments()) == 2
+
+    def test_a_segment_that_is_named_again_is_not_forgotten(
+        self, catalog: Catalog, rng: Random
+    ) -> None:
+        manifest = insert(catalog, turns(rng, 1)[0])
+        catalog.delete(manifest.snapshot_id)
+        unreferenced = catalog.unreferenced_segments()
+        insert(catalog, manifest)
+        assert len(unreferenced) == 1
+        assert catalog.forget_segments(unreferenced) == 0
+        assert catalog.is_referenced(SHARD, unreferenced[0].segment_id)
+
+    def test_counts(self, catalog: Catalog, rng: Random) -> None:
+        assert vars(catalog.counts()) == {
+            "snapshots": 0,
+            "conversations": 0,
+            "segments": 0,
+            "segment_bytes": 0,
+        }
+        manifests = turns(rng, 3)
+        for manifest in manifests:
+            insert(catalog, manifest)
+        insert(catalog, turns(rng, 1, tenant="them")[0])
+        counts = catalog.counts()
+        assert (counts.snapshots, counts.conversations, counts.segments) == (4, 2, 4)
+        assert counts.segment_bytes > manifests[2].bytes
+
+
+def same_tokens_other_bytes(rng: Random, chain: list[SampleSegment]) -> list[SampleSegment]:
+    """A chain over the same tokens and keys, of other sizes and hence other ids."""
+    twin: list[SampleSegment] = []
+    for segment in chain:
+        other = sample_segment(
+            rng, parent=twin[-1] if twin else None, length=len(segment.tokens), has_state=False
+        )
+        header = other.header.model_copy(update={"key": segment.header.key})
+        twin.append(SampleSegment(header, other.payload, segment.tokens, other.segment_id))
+    return twin
+
+
+class TestTransactions:
+    def test_all_or_nothing(self, catalog: Catalog, rng: Random) -> None:
+        first, second = turns(rng, 2)
+        with pytest.raises(RuntimeError):
+            insert_and_fail(catalog, first, second)
+        assert catalog.all_snapshots() == []
+        assert list(catalog.boundaries(SHARD.namespace)) == []
+
+    def test_an_inner_failure_undoes_its_own_part_only(self, catalog: Catalog, rng: Random) -> None:
+        first, second, third = turns(rng, 3)
+        with catalog.atomic():
+            insert(catalog, first)
+            with pytest.raises(RuntimeError):
+                insert_and_fail(catalog, second)
+            insert(catalog, third)
+        assert [row.snapshot_id for row in catalog.all_snapshots()] == ["c-1", "c-3"]
+
+    def test_a_change_is_committed_when_the_call_returns(self, tmp_path: Path, rng: Random) -> None:
+        with DiskStore.open(tmp_path / "s") as store:
+            catalog = Catalog.open(store.catalog_path, store)
+            insert(catalog, turns(rng, 1)[0])
+            other = sqlite3.connect(store.catalog_path)
+            assert other.execute("SELECT snapshot_id FROM snapshots").fetchall() == [("c-1",)]
+            assert other.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+            other.close()
+            catalog.close()
+
+    def test_a_commit_is_synced(self, tmp_path: Path) -> None:
+        database = Database.open(tmp_path / "catalog.sqlite")
+        full = 2
+        row = database.row("PRAGMA synchronous")
+        assert row is not None
+        assert row[0] == full
+        database.close()
+
+    def test_a_closed_catalog_says_so(self, catalog: Catalog) -> None:
+        catalog.close()
+        with pytest.raises(StoreError, match="closed"):
+            catalog.all_snapshots()
+        catalog.close()
+
+    def test_many_threads(self, catalog: Catalog, rng: Random) -> None:
+        manifests = [
+            sample_manifest([sample_chain(rng, (2, 1))], snapshot_id=f"s{n:02}", turn_number=n)
+            for n in range(24)
+        ]
+        errors: list[BaseException] = []
+
+        def work(part: list[Manifest]) -> None:
+            try:
+                for manifest in part:
+                    insert(catalog, manifest)
+                    assert catalog.get(manifest.snapshot_id).turn_number == manifest.turn_number
+                    assert len(list(catalog.boundaries(SHARD.namespace))) >= 2
+                    if manifest.turn_number % 3 == 0:
+                        assert catalog.delete(manifest.snapshot_id)
+            except BaseException as error:
+                errors.append(error)
+                raise
+
+        threads = [threading.Thread(target=work, args=(manifests[i::4],)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert errors == []
+        assert {row.turn_number for row in catalog.all_snapshots()} == {
+            n for n in range(24) if n % 3
+        }
+        assert len(catalog.unreferenced_segments()) == 16

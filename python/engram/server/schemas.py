@@ -22,7 +22,7 @@ def _id(value: str) -> str:
 
 Id = Annotated[str, Strict(), AfterValidator(_id)]
 Rid = Annotated[str, Strict(), Field(min_length=1, max_length=255)]
-TurnNumber = Annotated[int, Strict(), Field(ge=1)]
+TurnNumber = Annotated[int, Strict(), Field(ge=1, lt=2**63)]
 
 
 class Place(BaseModel):

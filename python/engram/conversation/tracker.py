@@ -127,6 +127,12 @@ class ConversationTracker:
                 if older.snapshot_id is not None:
                     self._forget(older)
 
+    def reached(self, tag: Tag, number: int) -> None:
+        """Turn `number` is saved on a branch: its next turn comes after it."""
+        branch = self._branches.get(tag.branch)
+        if branch is not None:
+            branch.newest = max(branch.newest, number)
+
     def forget_conversation(self, tenant: str, conversation_id: str) -> None:
         """Drop what is remembered of a conversation (it was deleted)."""
         for key in [k for k in self._branches if k[:2] == (tenant, conversation_id)]:

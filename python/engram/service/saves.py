@@ -132,6 +132,8 @@ class TurnSaver:
         context.stats.recomputed_saves += recomputed
         if found.turn is not None and found.turn.tag.branch == found.tag.branch:
             context.tracker.saved(found.turn, manifest.snapshot_id)
+        # A branch that starts here may have been asked for before, and been counted as empty.
+        context.tracker.reached(found.tag, found.number)
         row = await asyncio.to_thread(context.catalog.get, manifest.snapshot_id, manifest.tenant)
         return _result(row, begun, recomputed=recomputed)
 

@@ -196,11 +196,12 @@ class TierManager:
             ) from error
         payload = boundary.payload
         assert payload is not None, "a held boundary is not evicted"
-        segment_id = self.store.put_segment(self._header(boundary), bytes_of(payload))
+        header = self._header(boundary)
+        segment_id = self.store.put_segment(header, bytes_of(payload))
         self.ram.mark_durable(boundary, segment_id)
         self.ram.stats.persisted_segments += 1
-        self.ram.stats.persisted_bytes += boundary.nbytes
-        return boundary.nbytes
+        self.ram.stats.persisted_bytes += header.file_length
+        return header.file_length
 
     # ---- promote ----
 

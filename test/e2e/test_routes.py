@@ -236,6 +236,16 @@ def test_untagged_request_of_no_conversation_is_one_itself(small: World) -> None
     assert small.client.restore(rid=replies[0].rid)["snapshot_id"] == saved["snapshot_id"]
 
 
+def test_request_whose_id_cannot_name_a_conversation(small: World, name: str) -> None:
+    """SGLang takes any request id; it is refused before anything is written, and not forgotten."""
+    rid = f"{name}/of a client"
+    small.client.generate(random_ids(seeded_random(), 30), 4, rid=rid)
+    before = small.files()
+    assert small.client.refused("/save_snapshot", {"rid": rid}, 422)["details"]["field"] == "rid"
+    assert small.files() == before
+    assert small.client.save(rid=rid, conversation_id=name)["conversation_id"] == name
+
+
 def test_tagged_request_is_not_adopted_by_another(small: World, name: str) -> None:
     _, replies = talk(small.client, name, turns=1)
     body = {"rid": replies[0].rid, "conversation_id": f"{name}-other"}

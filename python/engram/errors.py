@@ -15,6 +15,7 @@
     |   `-- ManifestCorruptError     409  snapshot_corrupt
     |-- CaptureLostError             409  capture_lost        bytes gone, cannot be recomputed
     |-- RamTierFullError             503  ram_tier_full
+    |-- GenerationAbortedError       503  generation_aborted  by SGLang, with its reason
     |-- DeadlineError                504  deadline
     `-- StoreError                   500  store_error         the disk or its driver failed
         |-- StoreFullError           507  store_full          needed and free bytes
@@ -35,6 +36,7 @@ __all__ = [
     "CaptureLostError",
     "DeadlineError",
     "EngramError",
+    "GenerationAbortedError",
     "InternalError",
     "InvalidIdError",
     "InvalidRequestError",
@@ -165,6 +167,13 @@ class RamTierFullError(EngramError):
     """The RAM tier cannot make room: what it holds is pinned or leased."""
 
     code = "ram_tier_full"
+    http_status = 503
+
+
+class GenerationAbortedError(EngramError):
+    """SGLang ended a generation without completing it."""
+
+    code = "generation_aborted"
     http_status = 503
 
 

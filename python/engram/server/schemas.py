@@ -22,7 +22,7 @@ def _id(value: str) -> str:
 
 Id = Annotated[str, Strict(), AfterValidator(_id)]
 Rid = Annotated[str, Strict(), Field(min_length=1, max_length=255)]
-TurnNumber = Annotated[int, Strict(), Field(ge=1)]
+TurnNumber = Annotated[int, Strict(), Field(ge=1, lt=2**63)]
 
 
 class Place(BaseModel):
@@ -69,12 +69,12 @@ class RestoreBody(BaseModel):
             "continuation_ids": self.continuation_ids,
             "max_new_tokens": self.max_new_tokens,
         }
+        if (self.sampling_params or {}).get("n") not in (None, 1):
+            raise ValueError("sampling_params.n must be 1: a turn has one reply")
         if self.create_new_request:
             missing = [name for name, value in needed.items() if value is None]
             if missing:
                 raise ValueError(f"create_new_request needs {' and '.join(missing)}")
-            if (self.sampling_params or {}).get("n", 1) != 1:
-                raise ValueError("sampling_params.n must be 1: a turn has one reply")
             return self
         needed |= {"sampling_params": self.sampling_params, "request_id": self.request_id}
         given = [name for name, value in needed.items() if value is not None]

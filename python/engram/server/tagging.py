@@ -29,6 +29,8 @@ GENERATION_ROUTES: Final = frozenset(
 )
 HEADER: Final = b"x-override-conversation-id"
 FIELD: Final = b'"conversation_id"'
+TEXT_PARTS: Final = ("text", "input_text", "output_text", "refusal")
+"""Types of the parts of a message that are text, in chat completions and in responses."""
 
 CURRENT_TAG: ContextVar[Tag | None] = ContextVar("CURRENT_TAG", default=None)
 """The tag of the request that is being served in this task."""
@@ -41,8 +43,10 @@ class _Fields(msgspec.Struct):
     n: Any = None
     sampling_params: Any = None
     text: Any = None
+    input_ids: Any = None
     prompt: Any = None
     messages: Any = None
+    input: Any = None
     image_data: Any = None
     video_data: Any = None
     audio_data: Any = None
@@ -93,15 +97,16 @@ def tag_of(body: bytes, header: bytes | None) -> Tag | None:
 
 def _check_single(fields: _Fields) -> None:
     """A turn has one prompt and one reply."""
-    params = fields.sampling_params
-    n = params.get("n") if isinstance(params, dict) else None
-    for value in (fields.n, n):
+    given = fields.sampling_params
+    params = given if isinstance(given, list) else [given]
+    numbers = [one.get("n") for one in params if isinstance(one, dict)]
+    for value in (fields.n, *numbers):
         if value not in (None, 1):
             raise UnsupportedError(
                 "n must be 1 in a request with a conversation_id: a turn has one reply",
                 details={"field": "n"},
             )
-    batches = (fields.text, fields.prompt, params)
+    batches = (fields.text, fields.input_ids, fields.prompt, params)
     if any(isinstance(b, list) and len(b) > 1 and not isinstance(b[0], int) for b in batches):
         raise UnsupportedError(
             "a request with a conversation_id must have one prompt",
@@ -112,10 +117,12 @@ def _check_single(fields: _Fields) -> None:
 
 def _check_text_only(fields: _Fields) -> None:
     media = any((fields.image_data, fields.video_data, fields.audio_data))
-    for message in fields.messages if isinstance(fields.messages, list) else ():
-        content = message.get("content") if isinstance(message, dict) else None
-        parts = content if isinstance(content, list) else ()
-        media = media or any(isinstance(p, dict) and p.get("type") != "text" for p in parts)
+    for messages in (fields.messages, fields.input):
+        for message in messages if isinstance(messages, list) else ():
+            content = message.get("content") if isinstance(message, dict) else None
+            parts = content if isinstance(content, list) else ()
+            types = (part.get("type") for part in parts if isinstance(part, dict))
+            media = media or any(kind not in TEXT_PARTS for kind in types)
     if media:
         raise UnsupportedError(
             "image, audio and video inputs cannot be part of a saved conversation yet",

@@ -67,7 +67,6 @@ class Generation:
     output_ids: list[int]
     text: str | None
     cached_tokens: int
-    aborted: str | None
     meta: Mapping[str, Any]
 
 
@@ -128,4 +127,10 @@ class Generator(Protocol):
         tag: Tag | None = None,
         extra_key: str | None = None,
         cache_salt: str | None = None,
-    ) -> Generation: ...
+    ) -> Generation:
+        """Generate to the end.
+
+        `InvalidRequestError` for what the engine refuses, `GenerationAbortedError` for what it
+        ends without completing.
+        """
+        ...

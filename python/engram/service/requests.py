@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from engram.conversation.turns import RunningRequest
+from engram.errors import DeadlineError
 from engram.service.automatic import AutomaticSaver
 from engram.service.context import ServiceContext
 from engram.service.ports import EngineInfo
@@ -42,7 +43,10 @@ class RequestGate:
         try:
             await self._promote_prefix(request)
         except Exception as error:
-            context.stats.hold_failures += 1
+            if isinstance(error, DeadlineError):
+                context.stats.hold_timeouts += 1
+            else:
+                context.stats.hold_failures += 1
             context.stats.note(f"prefix of {request.rid}: {error}")
             logger.warning(
                 "Engram: the stored prefix of %s cannot be used, it is recomputed: %s",

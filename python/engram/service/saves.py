@@ -157,6 +157,7 @@ class TurnSaver:
             context.boundaries.add(ref.key for ref in manifest.segments[0])
         context.stats.saves += 1
         context.stats.recomputed_saves += recomputed
+        context.tracker.reached(found.tag, found.number)
         if found.turn is not None and found.turn.tag.branch == found.tag.branch:
             context.tracker.saved(found.turn, manifest.snapshot_id)
         # A branch that starts here may have been asked for before, and been counted as empty.
@@ -165,10 +166,16 @@ class TurnSaver:
         return _result(row, begun, recomputed=recomputed)
 
     def _commit(self, manifest: Manifest) -> None:
-        """Manifest durable, then its row.  What fails in between is healed at the next start."""
-        self._context.catalog.ensure_free(manifest)
-        entry = self._context.store.put_manifest(manifest)
-        self._context.catalog.insert(manifest, entry)
+        """Manifest durable, then its row.  A crash in between is healed at the next start."""
+        catalog, store = self._context.catalog, self._context.store
+        catalog.ensure_free(manifest)
+        entry = store.put_manifest(manifest)
+        try:
+            catalog.insert(manifest, entry)
+        except BaseException:
+            # A save that was answered with an error must not come to light later.
+            store.delete_manifest(manifest.snapshot_id, manifest.tenant)
+            raise
 
     async def _persist(self, request: FinishedRequest, engine: EngineInfo) -> tuple[Stored, bool]:
         ranks = self._context.ranks
@@ -196,12 +203,6 @@ class TurnSaver:
             extra_key=request.extra_key,
             cache_salt=request.cache_salt,
         )
-        if generation.aborted is not None:
-            raise CaptureLostError(
-                f"the state of {request.rid} is gone, and computing it again was aborted: "
-                f"{generation.aborted}",
-                hint="retry when the server is less busy",
-            )
         return FinishedRequest(
             generation.rid, prefix, time.time(), request.extra_key, request.cache_salt
         )

@@ -28,7 +28,7 @@ def decide(settings: Settings, turn_number: int, since_last_save: float | None) 
     """Whether to save turn `turn_number`; `since_last_save` is None if none was saved yet.
 
     The least interval puts a save off, it never drops the last turn: whoever carries this out
-    saves, when the delay is over, the turn that is newest then.
+    saves, when the delay is over, the newest turn that was due by then.
     """
     policy = settings.snapshot_trigger_policy
     if policy in ("manual_only", "on_tool_call"):

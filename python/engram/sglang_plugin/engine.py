@@ -9,7 +9,7 @@ from typing import Any, Final
 from engram.conversation.turns import FinishedRequest, Tag
 from engram.core.namespace import Namespace
 from engram.core.tokens import TokenArray
-from engram.errors import InvalidRequestError
+from engram.errors import GenerationAbortedError, InvalidRequestError
 from engram.server.tagging import CURRENT_TAG
 from engram.service.ports import Brought, Chains, EngineInfo, Generation, Located, Stored
 from engram.sglang_plugin.control import RankClient, Result
@@ -156,7 +156,11 @@ class SglangGenerator:
         extra_key: str | None = None,
         cache_salt: str | None = None,
     ) -> Generation:
-        """Generate to the end.  `InvalidRequestError` for what SGLang refuses to generate."""
+        """Generate to the end.
+
+        Raises `InvalidRequestError` for what SGLang refuses, `GenerationAbortedError` for what it
+        ends without completing.
+        """
         from sglang.srt.managers.io_struct import GenerateReqInput
 
         request = GenerateReqInput(
@@ -178,13 +182,16 @@ class SglangGenerator:
         answer = answers[-1]
         meta = answer["meta_info"]
         reason = meta["finish_reason"] or {}
-        aborted = str(reason.get("message", "")) if reason.get("type") == "abort" else None
+        if reason.get("type") == "abort":
+            raise GenerationAbortedError(
+                f"SGLang aborted the generation: {reason.get('message') or 'no reason given'}",
+                hint="retry when the server is less busy",
+            )
         return Generation(
             meta["id"],
             list(answer["output_ids"]),
             answer.get("text"),
             int(meta.get("cached_tokens", 0)),
-            aborted,
             meta,
         )
 

@@ -54,6 +54,7 @@ def write_tiny_model(
     dtype: str = "float32",
     layers: Sequence[str] | None = None,
     force: bool = False,
+    max_length: int = MAX_LENGTH,
 ) -> Path:
     """Write a model directory: config, weights, tokenizer with chat template, generation config.
 
@@ -64,6 +65,7 @@ def write_tiny_model(
         dtype: "float32" or "bfloat16", of the weights and in the config.
         layers: kinds of the family, first layer first.
         force: replace a directory that is not empty.
+        max_length: tokens a sequence may have.
 
     Returns:
         The directory.
@@ -88,8 +90,8 @@ def write_tiny_model(
     out = Path(out)
     _make_empty(out, force)
 
-    tokenizer = build_tokenizer(MAX_LENGTH)
-    model = spec.build(kinds, len(tokenizer), MAX_LENGTH)
+    tokenizer = build_tokenizer(max_length)
+    model = spec.build(kinds, len(tokenizer), max_length)
     fill_weights(model, seed)
     model.to(DTYPES[dtype]).save_pretrained(out)
     tokenizer.save_pretrained(out)

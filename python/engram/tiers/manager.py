@@ -195,7 +195,9 @@ class TierManager:
                 f"the copy of the state at token {boundary.end} failed: {error!r}"
             ) from error
         payload = boundary.payload
-        assert payload is not None, "a held boundary is not evicted"
+        if payload is None:
+            # Evicted between being found and being held.
+            raise CaptureLostError(f"the state at token {boundary.end} has left memory")
         header = self._header(boundary)
         segment_id = self.store.put_segment(header, bytes_of(payload))
         self.ram.mark_durable(boundary, segment_id)
@@ -275,9 +277,11 @@ class TierManager:
         def into(header: SegmentHeader) -> memoryview:
             nonlocal boundary
             self._check(header, ref, parent)
-            boundary = self.ram.reserve(
-                ref.key, ref.start, ref.end, parent, header.buffers, has_state=header.has_state
-            )
+            with self.ram.lock:
+                self._expire()
+                boundary = self.ram.reserve(
+                    ref.key, ref.start, ref.end, parent, header.buffers, has_state=header.has_state
+                )
             boundary.payload = self.ram.allocate(boundary.nbytes)
             return bytes_of(boundary.payload)
 

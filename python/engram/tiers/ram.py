@@ -181,11 +181,17 @@ class RamTier:
                         self._unlist(boundary)
 
     def _take_room(self, boundary: Boundary) -> None:
-        self._make_room(boundary.nbytes)
-        self.used += boundary.nbytes
-        boundary.in_ram = True
+        # Counted before room is made, so that a parent does not go to make room for its child.
         if boundary.parent is not None:
             boundary.parent.resident_children += 1
+        try:
+            self._make_room(boundary.nbytes)
+        except RamTierFullError:
+            if boundary.parent is not None:
+                boundary.parent.resident_children -= 1
+            raise
+        self.used += boundary.nbytes
+        boundary.in_ram = True
 
     def _make_room(self, nbytes: int) -> None:
         if nbytes > self.capacity:
@@ -208,17 +214,24 @@ class RamTier:
     def _victims(self, wanted: int) -> list[Boundary]:
         """What to evict for `wanted` bytes, children before parents; nothing if not enough."""
         victims: list[Boundary] = []
+        passed: set[Boundary] = set()
         gone: Counter[Boundary] = Counter()
         for boundary in self._recency:
-            children = boundary.resident_children - gone[boundary]
-            if boundary.holders or children or boundary.fill is Fill.FILLING:
-                continue
-            victims.append(boundary)
-            wanted -= boundary.nbytes
-            if boundary.parent is not None:
-                gone[boundary.parent] += 1
-            if wanted <= 0:
-                return victims
+            node: Boundary | None = boundary
+            while node is not None:
+                children = node.resident_children - gone[node]
+                if node.holders or children or node.fill is Fill.FILLING:
+                    passed.add(node)
+                    break
+                victims.append(node)
+                wanted -= node.nbytes
+                if wanted <= 0:
+                    return victims
+                parent = node.parent
+                if parent is not None:
+                    gone[parent] += 1
+                # One that was passed over for its child's sake has been used less recently.
+                node = parent if parent in passed else None
         return []
 
     def _evict(self, boundary: Boundary) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from engram.catalog import segments as segments_module
 from engram.catalog.catalog import Catalog
+from engram.catalog.database import Database
 from engram.catalog.rows import BranchRow, UnreferencedSegment
 from engram.errors import (
     AlreadyExistsError,
@@ -321,15 +322,20 @@ class TestSegments:
         with pytest.raises(NotFoundError):
             catalog.chain(SHARD.namespace, 0, chain[0].header.key, "ab" * 32)
 
+    @pytest.mark.parametrize("newest_first", [True, False])
     def test_of_two_chains_with_one_key_the_newest_or_the_one_asked_for(
-        self, catalog: Catalog, rng: Random
+        self, catalog: Catalog, rng: Random, newest_first: bool
     ) -> None:
         """The same tokens computed twice: equal keys, different bytes."""
         seed = rng.random()
         old = sample_chain(Random(seed), (3, 2))
         new = same_tokens_other_bytes(rng, old)
-        insert(catalog, sample_manifest([new], snapshot_id="new", turn_number=2, created_at=9.0))
-        insert(catalog, sample_manifest([old], snapshot_id="old", turn_number=1, created_at=8.0))
+        saves = [
+            sample_manifest([new], snapshot_id="new", turn_number=2, created_at=9.0),
+            sample_manifest([old], snapshot_id="old", turn_number=1, created_at=8.0),
+        ]
+        for manifest in saves if newest_first else reversed(saves):
+            insert(catalog, manifest)
         key = old[1].header.key
         assert key == new[1].header.key
         old_refs, new_refs = [s.ref for s in old], [s.ref for s in new]
@@ -425,6 +431,14 @@ class TestTransactions:
             assert other.execute("PRAGMA journal_mode").fetchone() == ("wal",)
             other.close()
             catalog.close()
+
+    def test_a_commit_is_synced(self, tmp_path: Path) -> None:
+        database = Database.open(tmp_path / "catalog.sqlite")
+        full = 2
+        row = database.row("PRAGMA synchronous")
+        assert row is not None
+        assert row[0] == full
+        database.close()
 
     def test_a_closed_catalog_says_so(self, catalog: Catalog) -> None:
         catalog.close()

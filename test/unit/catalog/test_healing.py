@@ -10,6 +10,7 @@ import pytest
 
 from engram.catalog import schema
 from engram.catalog.catalog import Catalog
+from engram.catalog.database import CatalogDamagedError, Database
 from engram.errors import StoreError
 from engram.snapshot.manifest import Manifest, change_manifest
 from engram.store.disk import DiskStore
@@ -145,6 +146,33 @@ class TestRebuilding:
         with opened(store) as catalog:
             assert catalog.report.rebuilt_because is None
             assert contents(catalog) == before
+
+    def test_a_write_ahead_log_goes_with_the_damaged_file(
+        self, store: DiskStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Left behind, it would be played into the new one."""
+        path = store.catalog_path
+        files = [path.with_name(path.name + suffix) for suffix in ("", "-wal", "-shm")]
+        with opened(store) as catalog:
+            before = contents(catalog)
+            catalog.delete("a-3")
+            crashed = [file.read_bytes() for file in files]
+        for file, data in zip(files, crashed, strict=True):
+            file.write_bytes(data)
+        really_open = Database.open
+
+        def find_damage(path: Path) -> Database:
+            monkeypatch.setattr(Database, "open", really_open)
+            raise CatalogDamagedError("damage that shows before the log is touched")
+
+        monkeypatch.setattr(Database, "open", find_damage)
+        with opened(store) as catalog:
+            assert contents(catalog) == before
+            assert catalog.report.added == 6
+        quarantined = {
+            p.name.partition("catalog")[2] for p in (store.root / "quarantine").iterdir()
+        }
+        assert {".sqlite", ".sqlite-wal", ".sqlite-shm"} <= quarantined
 
     def test_a_link_moved_to_another_segment_is_found(self, store: DiskStore) -> None:
         """Damage that would let the collector take a segment in use: it breaks only an index."""

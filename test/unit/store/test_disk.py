@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 
 from engram.core.namespace import Namespace
 from engram.errors import (
@@ -295,6 +296,40 @@ class TestQuarantine:
             read(DiskStore.open(root, lock=False, fs=Healing()), segment)
         assert read(DiskStore.open(root, lock=False), segment)[1] == segment.payload
 
+    def test_a_segment_in_the_directory_of_another_shard(
+        self, root: Path, segment: SampleSegment
+    ) -> None:
+        elsewhere = Shard(SHARD.namespace, 1, 2)
+        path = Layout(root).segment(elsewhere, segment.segment_id)
+        with DiskStore.open(root) as store:
+            path.parent.mkdir(parents=True)
+            path.write_bytes(segment.file)
+            with pytest.raises(SegmentCorruptError, match="directory of another shard"):
+                store.verify_segment(elsewhere, segment.segment_id)
+            assert not path.exists()
+
+    def test_a_segment_sealed_with_bytes_in_its_padding(
+        self, root: Path, segment: SampleSegment
+    ) -> None:
+        """No writer of ours makes it. Its digest is right, but the format is closed."""
+        body = bytearray(segment.file[:-32])
+        (start, _), *_ = segment.header.gaps()
+        body[len(segment.header.prefix) + start] = 1
+        segment_id = blake3(body).hexdigest()
+        path = Layout(root).segment(SHARD, segment_id)
+        with DiskStore.open(root) as store:
+            for attempt in (
+                lambda: store.verify_segment(SHARD, segment_id),
+                lambda: store.read_segment(
+                    SHARD, segment_id, lambda h: memoryview(bytearray(h.payload_length))
+                ),
+            ):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(body + bytes.fromhex(segment_id))
+                with pytest.raises(SegmentCorruptError, match="between its buffers"):
+                    attempt()
+                assert not path.exists()
+
     def test_a_damaged_namespace_is_rewritten(self, root: Path) -> None:
         with DiskStore.open(root) as store:
             store.put_namespace(NAMESPACE)
@@ -318,8 +353,6 @@ class TestNewerVersions:
     def test_an_intact_segment_of_a_newer_version_is_refused_and_stays(
         self, root: Path, segment: SampleSegment
     ) -> None:
-        from blake3 import blake3
-
         body = self.newer(segment)
         segment_id = blake3(body).hexdigest()
         path = Layout(root).segment(SHARD, segment_id)

@@ -1,6 +1,8 @@
 """The one durable writer: order of operations, and a fault at every one of them."""
 
 import errno
+import os
+import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,6 +45,18 @@ def test_the_order_of_operations(tmp_path: Path) -> None:
         "fsync_dir",
     ]
     assert fs.calls[-1] == ("fsync_dir", tmp_path.name)
+
+
+def test_both_syncs_reach_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, synced = os.fsync, []
+
+    def fsync(fd: int) -> None:
+        synced.append(stat.S_ISDIR(os.fstat(fd).st_mode))
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write(tmp_path / "file", FileSystem())
+    assert synced == [False, True]
 
 
 def test_the_temporary_file_is_beside_the_target_and_private(tmp_path: Path) -> None:

@@ -1,0 +1,349 @@
+"""Restoring and continuing, listing, deleting, and the requests that bring their own prefix."""
+
+from __future__ import annotations
+
+import asyncio
+from random import Random
+from typing import Any
+
+import pytest
+
+from engram.catalog.rows import SnapshotRow
+from engram.conversation.turns import RunningRequest, Tag
+from engram.core.tokens import to_tokens
+from engram.errors import (
+    EngramError,
+    NamespaceMismatchError,
+    NotFoundError,
+    RamTierFullError,
+    SnapshotCorruptError,
+)
+from engram.service.restores import Continuation
+from unit.service.engine import Server, on_a_loop
+
+
+async def save_all(server: Server, conversation_id: str, turns: int) -> list[int]:
+    tokens = await server.chat(conversation_id, turns=turns)
+    for turn in range(1, turns + 1):
+        await server.service.save(tenant="", conversation_id=conversation_id, turn_number=turn)
+    return tokens
+
+
+async def newest(server: Server, conversation_id: str = "c") -> SnapshotRow:
+    return await server.service.find(tenant="", conversation_id=conversation_id)
+
+
+def flip_a_bit(server: Server, segment_id: str, rng: Random) -> None:
+    path = next(p for p in server.root.rglob("*") if segment_id in p.name)
+    data = bytearray(path.read_bytes())
+    data[rng.randrange(len(data) - 100, len(data))] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+
+
+# ---- restore ----
+
+
+@on_a_loop
+async def test_a_restore_acknowledges_what_it_did(server: Server) -> None:
+    tokens = await save_all(server, "c", 2)
+    after = server.restart(conversation_active_timeout=77.0)
+    row = await newest(after)
+    result = await after.service.restore(row)
+    assert (result.token_count, result.recompute_tokens) == (len(tokens) - 1, 1)
+    assert (result.source_tier, result.tier, result.verified) == ("disk", "ram", True)
+    assert result.bytes == row.bytes
+    assert result.generation is None
+    [asked] = after.engine.promoted
+    manifest = after.store.get_manifest(row.snapshot_id)
+    assert [list(c) for c in asked["chains"]] == [list(c) for c in manifest.segments]
+    assert (asked["exact"], asked["seconds"]) == (True, 77.0)
+    assert row.snapshot_id in asked["owner"]
+    assert after.service.context.stats.restores == 1
+    after.stop()
+
+
+@on_a_loop
+async def test_a_continuation_is_the_next_turn_of_the_branch(server: Server) -> None:
+    await save_all(server, "c", 2)
+    after = server.restart()
+    first = await after.service.find(tenant="", conversation_id="c", turn_number=1)
+    recorded = (await after.service.tokens(first)).tolist()
+    more = after.random_tokens(3)
+    result = await after.service.restore(
+        first, Continuation(more, {"max_new_tokens": 4, "temperature": 0.0}, "my-rid")
+    )
+    assert result.generation is not None
+    assert result.generation.rid == "my-rid"
+    assert after.engine.generated[-1]["input_ids"] == [*recorded, *more]
+    assert after.engine.generated[-1]["params"] == {"max_new_tokens": 4, "temperature": 0.0}
+    saved = await after.service.save(tenant="", conversation_id="c")
+    row = after.catalog.get(saved.snapshot_id)
+    assert (row.turn_number, row.branch_name) == (3, "main")
+    assert row.parent_snapshot == first.snapshot_id, "it stands on turn 1, not on turn 2"
+    expected = [*recorded, *more, *result.generation.output_ids]
+    assert (await after.service.tokens(row)).tolist() == expected
+    after.stop()
+
+
+@on_a_loop
+async def test_turns_count_on_after_a_restart(server: Server) -> None:
+    tokens = await save_all(server, "c", 3)
+    after = server.restart()
+    await after.chat("c", before=tokens)
+    saved = await after.service.save(tenant="", conversation_id="c")
+    assert saved.turn_number == 4
+    third = await after.service.find(tenant="", conversation_id="c", turn_number=3)
+    assert after.catalog.get(saved.snapshot_id).parent_snapshot == third.snapshot_id
+    assert [row.turn_number for row in await after.service.list("", "c")] == [1, 2, 3, 4]
+    after.stop()
+
+
+@on_a_loop
+async def test_a_damaged_snapshot_is_refused_and_the_others_serve(
+    server: Server, rng: Random
+) -> None:
+    await save_all(server, "c", 2)
+    row = await newest(server)
+    damaged = server.store.get_manifest(row.snapshot_id).segments[1][-1].segment_id
+    flip_a_bit(server, damaged, rng)
+    with pytest.raises(SnapshotCorruptError, match=damaged):
+        await server.service.restore(row)
+    assert server.service.context.stats.restore_failures == 1
+    first = await server.service.find(tenant="", conversation_id="c", turn_number=1)
+    assert (await server.service.restore(first)).verified
+
+
+@on_a_loop
+async def test_another_model_never_matches(server: Server) -> None:
+    await save_all(server, "c", 1)
+    row = await newest(server)
+    await server.service.stats()
+    other = server.restart()
+    other.engine = other.engine.__class__(other.store, other.rng, page_size=4)
+    other.service.context.ranks = other.engine
+    with pytest.raises(NamespaceMismatchError) as caught:
+        await other.service.restore(row)
+    named = {name: caught.value.details[name] for name in ("field", "wanted", "found")}
+    assert named == {"field": "page_size", "wanted": 4, "found": 1}
+    assert other.engine.promoted == []
+    assert await other.service.tier(row) == "disk"
+    await other.service.delete(row)
+    assert other.files() == set(), "it can still be deleted"
+    other.stop()
+
+
+@on_a_loop
+async def test_what_is_not_saved_yet_says_so(server: Server) -> None:
+    await server.chat("c")
+    with pytest.raises(NotFoundError) as caught:
+        await newest(server)
+    assert "/save_snapshot" in caught.value.hint
+    with pytest.raises(NotFoundError):
+        await server.service.find(tenant="", rid="rid-1")
+    with pytest.raises(NotFoundError):
+        await server.service.list("", "c")
+
+
+@on_a_loop
+async def test_a_tenant_sees_its_own_alone(server: Server) -> None:
+    await server.chat("c", tenant="t")
+    saved = await server.service.save(tenant="t", conversation_id="c", snapshot_id="mine")
+    for asking in (
+        server.service.find(tenant="", conversation_id="c"),
+        server.service.list("", "c"),
+        server.service.find(tenant="u", conversation_id="c"),
+    ):
+        with pytest.raises(NotFoundError):
+            await asking
+    await server.chat("c")
+    other = await server.service.save(tenant="", conversation_id="c", snapshot_id="mine")
+    assert other.snapshot_id == saved.snapshot_id, "the same id, in another tenant"
+    await server.service.delete(server.catalog.get("mine", ""))
+    assert server.catalog.get("mine", "t").turn_number == 1
+
+
+# ---- delete ----
+
+
+@on_a_loop
+async def test_deleting_takes_what_no_other_snapshot_shares(server: Server) -> None:
+    await save_all(server, "c", 3)
+    rows = await server.service.list("", "c")
+    before = server.files()
+    own = {
+        (rank, chain[-1].segment_id)
+        for rank, chain in enumerate(server.store.get_manifest(rows[2].snapshot_id).segments)
+    }
+    await server.service.delete(rows[0])
+    assert server.files() == before, "later turns stand on it"
+    await server.service.delete(rows[2])
+    assert server.files() == before - own
+    assert (await server.service.restore(rows[1])).verified
+    assert len(server.service.context.boundaries) == 2
+    await server.service.delete(rows[1])
+    assert server.files() == set()
+    assert server.store.list_manifests() == []
+    assert len(server.service.context.boundaries) == 0
+    with pytest.raises(NotFoundError):
+        await server.service.list("", "c")
+    after = server.restart()
+    assert after.catalog.counts().snapshots == 0, "what was deleted does not come back"
+    after.stop()
+
+
+@on_a_loop
+async def test_a_deletion_waits_for_a_save_that_stands_on_its_segments(server: Server) -> None:
+    await server.chat("c", turns=2)
+    await server.service.save(tenant="", conversation_id="c", turn_number=1)
+    first = await server.service.find(tenant="", conversation_id="c", turn_number=1)
+    server.engine.persist_gate.shut()
+    saving = asyncio.ensure_future(server.service.save(tenant="", conversation_id="c"))
+    await server.engine.persist_gate.reached.wait()
+    deleting = asyncio.ensure_future(server.service.delete(first))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not deleting.done()
+    assert server.store.get_manifest(first.snapshot_id).turn_number == 1
+    server.engine.persist_gate.open.set()
+    await asyncio.gather(saving, deleting)
+    second = await newest(server)
+    assert second.turn_number == 2
+    assert (await server.service.restore(second)).verified
+
+
+@on_a_loop
+async def test_saves_and_deletions_at_once_leave_only_whole_snapshots(
+    server: Server, rng: Random
+) -> None:
+    await server.chat("c", turns=6)
+    for _ in range(4):
+        turns = [turn for turn in range(1, 7) if rng.random() < 0.5]
+        rows = [row for row in server.catalog.all_snapshots() if rng.random() < 0.5]
+        saves = (server.service.save(tenant="", conversation_id="c", turn_number=t) for t in turns)
+        work: list[Any] = [*saves, *(server.service.delete(row) for row in rows)]
+        rng.shuffle(work)
+        for outcome in await asyncio.gather(*work, return_exceptions=True):
+            assert not isinstance(outcome, BaseException) or isinstance(outcome, EngramError)
+        for row in server.catalog.all_snapshots():
+            assert (await server.service.restore(row)).verified
+    for row in server.catalog.all_snapshots():
+        await server.service.delete(row)
+    assert server.files() == set()
+    assert len(server.service.context.boundaries) == 0
+
+
+# ---- requests that bring their own prefix ----
+
+
+@on_a_loop
+async def test_a_request_waits_for_its_longest_stored_prefix(server: Server) -> None:
+    tokens = await save_all(server, "c", 2)
+    after = server.restart()
+    await after.service.gate.admit(RunningRequest("r", to_tokens([*tokens, 1, 2])))
+    [asked] = after.engine.promoted
+    assert (asked["owner"], asked["exact"]) == ("r", False)
+    assert [chain[-1].end for chain in asked["chains"]] == [len(tokens) - 1] * 2
+    assert after.service.context.stats.held_requests == 1
+    await after.service.gate.admit(RunningRequest("s", to_tokens(tokens[:5])))
+    assert len(after.engine.promoted) == 1, "no boundary lies in these"
+    after.stop()
+
+
+@on_a_loop
+async def test_a_boundary_at_the_very_end_of_a_prompt_is_of_no_use(server: Server) -> None:
+    tokens = await save_all(server, "c", 1)
+    after = server.restart()
+    await after.service.gate.admit(RunningRequest("r", to_tokens(tokens[:-1])))
+    assert after.engine.promoted == []
+    await after.service.gate.admit(RunningRequest("s", to_tokens(tokens)))
+    assert len(after.engine.promoted) == 1
+    after.stop()
+
+
+@on_a_loop
+async def test_other_salts_and_adapters_never_match(server: Server) -> None:
+    tokens = to_tokens(await save_all(server, "c", 1))
+    after = server.restart()
+    gate = after.service.gate
+    await gate.admit(RunningRequest("a", tokens, extra_key="lora"))
+    await gate.admit(RunningRequest("b", tokens, cache_salt="salt"))
+    assert after.engine.promoted == []
+    after.stop()
+
+
+@on_a_loop
+async def test_a_prefix_that_is_slow_costs_the_hit_and_never_the_request(server: Server) -> None:
+    tokens = await save_all(server, "c", 1)
+    after = server.restart(snapshot_promote_timeout=0.01)
+    after.engine.promote_gate.shut()
+    _, grown = await after.serve([*tokens, 5], Tag("c"))
+    stats = after.service.context.stats
+    assert (stats.held_requests, stats.hold_timeouts, stats.hold_failures) == (1, 1, 0)
+    after.engine.promote_gate.open.set()
+    saved = await after.service.save(tenant="", conversation_id="c")
+    assert (saved.turn_number, saved.token_count) == (2, len(grown) - 1)
+    after.stop()
+
+
+@pytest.mark.parametrize(
+    "error", [RamTierFullError("full"), SnapshotCorruptError("damaged"), RuntimeError("a bug")]
+)
+@on_a_loop
+async def test_a_prefix_that_fails_costs_the_hit_and_never_the_request(
+    server: Server, error: Exception
+) -> None:
+    tokens = await save_all(server, "c", 1)
+    after = server.restart()
+    after.engine.promote_error = error
+    await after.serve([*tokens, 5], Tag("c"))
+    stats = after.service.context.stats
+    assert (stats.hold_timeouts, stats.hold_failures) == (0, 1)
+    assert str(error) in stats.last_failures[0]
+    assert (await after.service.save(tenant="", conversation_id="c")).turn_number == 2
+    after.stop()
+
+
+@on_a_loop
+async def test_without_auto_restore_nothing_is_brought(server: Server) -> None:
+    tokens = await save_all(server, "c", 1)
+    after = server.restart(snapshot_auto_restore=False)
+    await after.serve([*tokens, 5], Tag("c"))
+    assert after.engine.promoted == []
+    assert (await after.service.save(tenant="", conversation_id="c")).turn_number == 2
+    after.stop()
+
+
+@on_a_loop
+async def test_what_is_saved_is_found_without_a_restart_and_gone_when_deleted(
+    server: Server,
+) -> None:
+    tokens = await save_all(server, "c", 1)
+    request = RunningRequest("r", to_tokens([*tokens, 5]))
+    await server.service.gate.admit(request)
+    assert len(server.engine.promoted) == 1
+    await server.service.delete(await newest(server))
+    await server.service.gate.admit(request)
+    assert len(server.engine.promoted) == 1
+
+
+@on_a_loop
+async def test_pages_longer_than_a_token(tmp_path_factory: pytest.TempPathFactory) -> None:
+    server = Server.start(
+        tmp_path_factory.mktemp("paged") / "store", Random(7), fields={"page_size": 4}
+    )
+    tokens = await server.chat("c")  # 7 tokens, the last one pending: a boundary at 4
+    saved = await server.service.save(tenant="", conversation_id="c")
+    assert (saved.token_count, saved.recompute_tokens) == (4, 3)
+    assert (await server.service.tokens(await newest(server))).tolist() == tokens
+    await server.service.gate.admit(RunningRequest("r", to_tokens([*tokens, 5])))
+    assert len(server.engine.promoted) == 1
+    server.stop()
+
+
+@on_a_loop
+async def test_the_counters_are_all_there(server: Server) -> None:
+    await save_all(server, "c", 1)
+    stats = await server.service.stats()
+    assert stats["service"]["saves"] == 1
+    assert stats["ranks"] == [{"rank": 0}, {"rank": 1}]
+    assert stats["stored_boundaries"] == 1

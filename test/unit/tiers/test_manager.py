@@ -1,0 +1,586 @@
+"""`TierManager` over a real store on disk and a device of random bits."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from engram.errors import (
+    CaptureLostError,
+    EngramError,
+    RamTierFullError,
+    SegmentCorruptError,
+    SnapshotCorruptError,
+)
+from engram.snapshot.manifest import SegmentRef
+from engram.snapshot.segment import BufferSpec, SegmentHeader
+from engram.store.disk import DiskStore
+from engram.testing.samples import SHARD, seeded_random
+from engram.tiers.base import Boundary, Tier
+from engram.tiers.manager import TierManager
+from engram.tiers.payload import tokens_of
+from engram.tiers.ram import RamTier
+from unit.tiers.device import FakeDevice, TokenRun, capture, random_run, same_bits
+
+ROOMY = 1 << 20
+WAIT_S = 60
+
+NewManager = Callable[..., TierManager]
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def rng() -> Random:
+    return seeded_random()
+
+
+@pytest.fixture
+def device(rng: Random) -> FakeDevice:
+    return FakeDevice(rng)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[DiskStore]:
+    with DiskStore.open(tmp_path / "store") as store:
+        yield store
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def new_manager(store: DiskStore, device: FakeDevice, clock: Clock) -> Iterator[NewManager]:
+    made: list[TierManager] = []
+
+    def new(capacity: int = ROOMY) -> TierManager:
+        made.append(TierManager(RamTier(capacity), store, SHARD, device.layout, clock))
+        return made[-1]
+
+    yield new
+    for manager in made:
+        manager.close()
+
+
+def check_contents(manager: TierManager, run: TokenRun, *, count: int | None = None) -> None:
+    """Every segment of the run is in RAM, bit by bit what was on the device."""
+    start = 0
+    for end, key, expected in zip(run.ends[:count], run.boundary_keys, run.expected, strict=False):
+        boundary = manager.ram.get(key)
+        assert boundary is not None
+        assert boundary.resident
+        assert (boundary.start, boundary.end) == (start, end)
+        assert same_bits(manager.views(boundary), expected)
+        assert boundary.payload is not None
+        tokens = tokens_of(boundary.payload, boundary.buffers)
+        assert tokens.tolist() == run.tokens[start:end]
+        start = end
+
+
+def saved(
+    new_manager: NewManager, device: FakeDevice, rng: Random, run: TokenRun
+) -> list[SegmentRef]:
+    """A run that is on disk, and in no memory of the manager asked for next."""
+    manager = new_manager()
+    chain = capture(manager, device, rng, run)
+    return list(manager.persist(chain[-1]).result(WAIT_S).refs)
+
+
+def payload_bytes(device: FakeDevice, num_tokens: int) -> int:
+    header = SegmentHeader.plan(
+        shard=SHARD,
+        key="00" * 32,
+        start=0,
+        end=num_tokens,
+        parent=None,
+        has_state=True,
+        buffers=device.layout(num_tokens, True),
+    )
+    return header.payload_length
+
+
+def nothing_is_held(manager: TierManager) -> None:
+    """All the room can be had again; what was in RAM is gone afterwards."""
+    ram = manager.ram
+    spec = BufferSpec(name="k.0", dtype="U8", shape=(ram.capacity,), offset=0, length=ram.capacity)
+    everything = ram.reserve("00" * 32, 0, 1, None, (spec,), has_state=True)
+    assert ram.used == ram.capacity
+    ram.fail(everything, RuntimeError("of no use"))
+    assert ram.used == 0
+
+
+def flip_a_bit(root: Path, segment_id: str, rng: Random) -> None:
+    path = next(path for path in root.rglob("*") if segment_id in path.name)
+    data = bytearray(path.read_bytes())
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+
+
+# ---- capture and lookup ----
+
+
+def test_what_was_captured_is_found_bit_by_bit(
+    new_manager: NewManager, device: FakeDevice, rng: Random
+) -> None:
+    manager, run = new_manager(), random_run(rng, (5, 1, 7))
+    capture(manager, device, rng, run)
+    check_contents(manager, run)
+    assert manager.ram.stats.captured == 3
+    further = [*run.keys, "00" * 32]
+    assert manager.lookup("rid", further, 1) == [5, 6, 13]
+    assert manager.lookup("rid", further[:6], 1) == [5, 6]
+    assert manager.lookup("rid", further[:4], 1) == [], "no boundary lies in there"
+
+
+def test_a_lookup_past_a_device_prefix_counts_from_it(
+    new_manager: NewManager, device: FakeDevice, rng: Random
+) -> None:
+    manager, run = new_manager(), random_run(rng, (5, 1, 7))
+    chain = capture(manager, device, rng, run)
+    assert manager.lookup("rid", run.keys[3:], 1) == [2, 3, 10]
+    assert manager.lookup("rid", run.keys[6:], 1) == [7]
+    manager.release("rid")
+    # Only what is past the device's prefix has to be in RAM.
+    manager.ram.fail(_filling_again(manager, chain[0]), RuntimeError())
+    assert manager.lookup("rid", run.keys[6:], 1) == [7]
+
+
+def _filling_again(manager: TierManager, boundary: Boundary) -> Boundary:
+    boundary.filled = type(boundary.filled)()
+    boundary.holders += 1
+    return boundary
+
+
+def test_lengths_are_pages(new_manager: NewManager, device: FakeDevice, rng: Random) -> None:
+    manager, run = new_manager(), random_run(rng, (8, 4))
+    capture(manager, device, rng, run)
+    assert manager.lookup("rid", run.keys[3::4], 4) == [2, 3]
+    assert manager.lookup("rid", run.keys[7::4], 4) == [1, 2]
+
+
+def test_nothing_is_promised_while_it_is_filled(
+    new_manager: NewManager, device: FakeDevice, rng: Random
+) -> None:
+    manager, run = new_manager(), random_run(rng, (4,))
+    go, reached = threading.Event(), threading.Event()
+    read = device.reader(range(4), 0)
+
+    def slow(targets: dict) -> None:
+        reached.set()
+        assert go.wait(WAIT_S)
+        read(targets)
+
+    assert manager.capture(
+        run.keys[-1], 0, run.tokens, None, slow, has_state=True, on_done=lambda: None
+    )
+    assert reached.wait(WAIT_S)
+    assert manager.lookup("rid", run.keys, 1) == []
+    boundary = manager.ram.get(run.keys[-1])
+    assert boundary is not None
+    persisted = manager.persist(boundary)
+    assert not persisted.done()
+    go.set()
+    refs = persisted.result(WAIT_S).refs
+    assert [ref.key for ref in refs] == [run.keys[-1]]
+    assert manager.lookup("rid", run.keys, 1) == [4]
+    other = new_manager()
+    other.promote(refs, "a", seconds=1, exact=True).result(WAIT_S)
+    run.expected.append(device.rows(range(4), 0))
+    check_contents(other, run)
+
+
+def test_a_capture_that_fails_is_forgotten_and_lets_go_of_the_device(
+    new_manager: NewManager, device: FakeDevice, rng: Random
+) -> None:
+    manager, run = new_manager(), random_run(rng, (4,))
+
+    def broken(targets: dict) -> None:
+        raise RuntimeError("the device is gone")
+
+    done = threading.Event()
+    assert manager.capture(
+        run.keys[-1], 0, run.tokens, None, broken, has_state=True, on_done=done.set
+    )
+    assert done.wait(WAIT_S)
+    assert manager.ram.stats.capture_failed == 1
+    assert manager.ram.used == 0
+    assert manager.lookup("rid", run.keys, 1) == []
+    capture(manager, device, rng, run)
+    check_contents(manager, run)
+
+
+def test_persisting_a_capture_that_fails_says_that_its_state_is_lost(
+    new_manager: NewManager, rng: Random
+) -> None:
+    manager, run = new_manager(), random_run(rng, (4,))
+    go = threading.Event()
+
+    def broken(targets: dict) -> None:
+        assert go.wait(WAIT_S)
+        raise RuntimeError("the device is gone")
+
+    manager.capture(run.keys[-1], 0, run.tokens, None, broken, has_state=True, on_done=lambda: None)
+    boundary = manager.ram.get(run.keys[-1])
+    assert boundary is not None
+    future = manager.persist(boundary)
+    go.set()
+    with pytest.raises(CaptureLostError) as caught:
+        future.result(WAIT_S)
+    assert caught.value.details == {"boundary": 4}, "who asked can compute it again"
+
+
+def test_a_capture_without_room_is_refused(
+    new_manager: NewManager, device: FakeDevice, rng: Random
+) -> None:
+    run = random_run(rng, (4, 4))
+    size = capture(new_manager(), device, rng, run)[0].nbytes
+    manager = new_manager(size * 3 // 2)
+    first = capture(manager, device, rng, run, count=1)[0]
+    called: list[str] = []
+    with manager.ram.holding([first]):
+        queued = manager.capture(
+            run.keys[-1],
+            4,
+            run.tokens[4:],
+            first,
+            device.reader(range(4), 0),
+            has_state=True,
+            on_done=lambda: called.append("done"),
+        )
+    manager.quiesce()
+    assert not queued
+    assert called == []
+    assert manager.ram.stats.capture_refused == 1
+    assert manager.lookup("rid", run.keys, 1) == [4], "what was there still is"
+
+
+def test_a_capture_leaves_the_parent_it_stands_on(
+    new_manager: NewManager, device: FakeDevice, rng: Random
+) -> None:
+    run, other = random_run(rng, (4, 4)), random_run(rng, (4,))
+    size = capture(new_manager(), device, rng, run)[0].nbytes
+    run.expected.clear()
+    manager = new_manager(2 * size)
+    parent = capture(manager, device, rng, run, count=1)[0]
+    capture(manager, device, rng, other)
+    done = threading.Event()
+    assert manager.capture(
+        run.keys[-1],
+        4,
+        run.tokens[4:],
+        parent,
+        device.reader(range(4), 1),
+        has_state=True,
+        on_done=done.set,
+    )
+    assert done.wait(WAIT_S)
+    run.expected.append(device.rows(range(4), 1))
+    check_contents(manager, run)
+
+
+# ---- persist and promote ----
+
+
+def test_saved_bytes_come_back_bit_by_bit(
+    new_manager: NewManager, device: FakeDevice, rng: Random
+) -> None:
+    manager, run = new_manager(), random_run(rng, (5, 1, 7))
+    chain = capture(manager, device, rng, run)
+    done = manager.persist(chain[-1]).result(WAIT_S)
+    assert [ref.key for ref in done.refs] == run.boundary_keys
+    assert [(ref.start, ref.end) for ref in done.refs] == [(0, 5), (5, 6), (6, 13)]
+    assert done.written == sum(boundary.nbytes for boundary in chain)
+    fresh = new_manager()
+    promoted = fresh.promote(done.refs, "rid", seconds=10, exact=True).result(WAIT_S)
+    assert (promoted.source, promoted.read) == (Tier.DISK, done.written)
+    check_contents(fresh, run)
+    assert fresh.lookup("rid", run.keys, 1) == [5, 6, 13]
+    again = fresh.promote(done.refs, "rid", seconds=10, exact=True).result(WAIT_S)
+    assert (again.source, again.read, again.nbytes) == (Tier.RAM, 0, done.nbytes)
+
+
+def test_only_what_is_new_is_written(
+    new_manager: NewManager, device: FakeDevice, rng: Random, store: DiskStore
+) -> None:
+    manager, run = new_manager(), random_run(rng, (5, 6))
+    chain = capture(manager, device, rng, run)
+    first = manager.persist(chain[0]).result(WAIT_S)
+    both = manager.persist(chain[1]).result(WAIT_S)
+    again = manager.persist(chain[1]).result(WAIT_S)
+    assert both.refs[:1] == first.refs
+    assert (both.written, again.written) == (chain[1].nbytes, 0)
+    assert again.refs == both.refs
+    assert sorted(s.segment_id for s in store.iter_segments()) == sorted(
+        ref.segment_id for ref in both.refs
+    )
+
+
+def test_a_chain_is_promoted_on_top_of_what_is_in_ram(
+    new_manager: NewManager, device: FakeDevice, rng: Random
+) -> None:
+    run = random_run(rng, (5, 6, 3))
+    refs = saved(new_manager, device, rng, run)
+    fresh = new_manager()
+    fresh.promote(refs[:1], "a", seconds=10, exact=True).result(WAIT_S)
+    before = fresh.ram.stats.promoted_segments
+    fresh.promote(refs, "b", seconds=10, exact=True).result(WAIT_S)
+    assert fresh.ram.stats.promoted_segments - before == 2
+    check_contents(fresh, run)
+
+
+def test_other_bits_for_the_same_tokens_do_when_nothing_exact_is_asked(
+    new_manager: NewManager, device: FakeDevice, rng: Random
+) -> None:
+    run = random_run(rng, (5,))
+    refs = saved(new_manager, device, rng, run)
+    stored, run.expected = run.expected, []
+    manager = new_manager()
+    capture(manager, device, rng, run)  # the same tokens, computed anew
+    loose = manager.promote(refs, "a", seconds=10, exact=False).result(WAIT_S)
+    assert (loose.source, loose.read) == (Tier.RAM, 0)
+    check_contents(manager, run)
+    exact = manager.promote(refs, "a", seconds=10, exact=True).result(WAIT_S)
+    assert exact.source is Tier.DISK
+    run.expected = stored
+    check_contents(manager, run)
+
+
+def test_a_damaged_segment_is_never_loadable(
+    new_manager: NewManager, device: FakeDevice, rng: Random, store: DiskStore
+) -> None:
+    run = random_run(rng, (5, 6, 3))
+    refs = saved(new_manager, device, rng, run)
+    flip_a_bit(store.root, refs[1].segment_id, rng)
+    manager = new_manager()
+    for attempt in range(2):
+        with pytest.raises(SnapshotCorruptError) as caught:
+            manager.promote(refs, "rid", seconds=10, exact=False).result(WAIT_S)
+        assert refs[1].segment_id in str(caught.value), attempt
+        assert manager.lookup("rid", run.keys, 1) == [5], "what stands before it still serves"
+        manager.release("rid")
+    assert manager.ram.stats.corrupt == 2
+    check_contents(manager, run, count=1)
+    nothing_is_held(manager)
+
+
+def test_a_segment_of_another_sequence_is_refused(
+    new_manager: NewManager, device: FakeDevice, rng: Random
+) -> None:
+    run, other = random_run(rng, (5,)), random_run(rng, (5,))
+    [ref] = saved(new_manager, device, rng, run)
+    [foreign] = saved(new_manager, device, rng, other)
+    forged = ref.model_copy(update={"segment_id": foreign.segment_id})
+    manager = new_manager()
+    with pytest.raises(SnapshotCorruptError, match="key is"):
+        manager.promote([forged], "rid", seconds=10, exact=True).result(WAIT_S)
+    assert manager.lookup("rid", run.keys, 1) == []
+    assert manager.ram.used == 0
+
+
+def test_promoting_more_than_ram_holds_says_so_and_holds_nothing(
+    new_manager: NewManager, device: FakeDevice, rng: Random
+) -> None:
+    run = random_run(rng, (4, 4, 4))
+    refs = saved(new_manager, device, rng, run)
+    manager = new_manager(payload_bytes(device, 4) * 2)
+    with pytest.raises(RamTierFullError):
+        manager.promote(refs, "rid", seconds=10, exact=True).result(WAIT_S)
+    nothing_is_held(manager)
+
+
+def test_two_promotions_of_one_chain_take_its_room_once(
+    new_manager: NewManager, device: FakeDevice, rng: Random
+) -> None:
+    run = random_run(rng, (4, 4))
+    refs = saved(new_manager, device, rng, run)
+    manager = new_manager()
+    waiting = [manager.promote(refs, f"r{n}", seconds=10, exact=False) for n in range(8)]
+    for future in waiting:
+        future.result(WAIT_S)
+    check_contents(manager, run)
+    for number in range(8):
+        manager.release(f"r{number}")
+    nothing_is_held(manager)
+
+
+# ---- leases ----
+
+
+def test_a_lease_keeps_a_chain_in_ram_until_it_runs_out(
+    new_manager: NewManager, device: FakeDevice, rng: Random, clock: Clock
+) -> None:
+    run, other = random_run(rng, (4, 4)), random_run(rng, (4,))
+    refs = saved(new_manager, device, rng, run)
+    manager = new_manager(payload_bytes(device, 4) * 2)
+    manager.promote(refs, "rid", seconds=30, exact=True).result(WAIT_S)
+    done = threading.Event()
+
+    def capture_other() -> bool:
+        read = device.reader(range(4), 0)
+        return manager.capture(
+            other.keys[-1], 0, other.tokens, None, read, has_state=True, on_done=done.set
+        )
+
+    clock.now += 29
+    assert not capture_other()
+    check_contents(manager, run)
+    clock.now += 2
+    assert capture_other()
+    assert done.wait(WAIT_S)
+    manager.release("rid")  # late, and no error
+
+
+def test_promoting_takes_the_room_of_leases_that_have_run_out(
+    new_manager: NewManager, device: FakeDevice, rng: Random, clock: Clock
+) -> None:
+    runs = [random_run(rng, (4, 4)) for _ in range(2)]
+    first, second = (saved(new_manager, device, rng, run) for run in runs)
+    manager = new_manager(payload_bytes(device, 4) * 2)
+    manager.promote(first, "a", seconds=30, exact=True).result(WAIT_S)
+    with pytest.raises(RamTierFullError):
+        manager.promote(second, "b", seconds=30, exact=True).result(WAIT_S)
+    clock.now += 31
+    manager.promote(second, "b", seconds=30, exact=True).result(WAIT_S)
+    check_contents(manager, runs[1])
+
+
+def test_releasing_ends_a_lease_early_and_renewing_prolongs_it(
+    new_manager: NewManager, device: FakeDevice, rng: Random, clock: Clock
+) -> None:
+    manager, run = new_manager(), random_run(rng, (4, 4))
+    chain = capture(manager, device, rng, run)
+    manager.lease("rid", chain, seconds=10)
+    clock.now += 9
+    manager.lease("rid", chain, seconds=10)
+    assert [b.holders for b in chain] == [1, 1]
+    clock.now += 9
+    manager.lease("other", chain[:1], seconds=100)
+    assert [b.holders for b in chain] == [2, 1]
+    clock.now += 2
+    manager.lease("third", [], seconds=1)
+    assert [b.holders for b in chain] == [1, 0], "the one that ran out is gone, the other is not"
+    manager.release("other")
+    assert [b.holders for b in chain] == [0, 0]
+    manager.release("nobody")
+
+
+def test_a_lookup_leases_what_it_promises(
+    new_manager: NewManager, device: FakeDevice, rng: Random
+) -> None:
+    manager, run = new_manager(), random_run(rng, (4, 4))
+    chain = capture(manager, device, rng, run)
+    manager.lookup("rid", run.keys[5:], 1)
+    assert [b.holders for b in chain] == [0, 1]
+    manager.lookup("rid", run.keys, 1)
+    assert [b.holders for b in chain] == [1, 1]
+    manager.release("rid")
+    assert [b.holders for b in chain] == [0, 0]
+
+
+# ---- drop ----
+
+
+def test_a_dropped_segment_is_gone_from_disk_and_lives_on_in_ram(
+    new_manager: NewManager, device: FakeDevice, rng: Random, store: DiskStore
+) -> None:
+    manager, run = new_manager(), random_run(rng, (4,))
+    [boundary] = capture(manager, device, rng, run)
+    [ref] = manager.persist(boundary).result(WAIT_S).refs
+    assert manager.drop([ref.segment_id]).result(WAIT_S) == 1
+    assert list(store.iter_segments()) == []
+    check_contents(manager, run)
+    assert (boundary.durable, boundary.segment_id) == (False, None)
+    assert manager.persist(boundary).result(WAIT_S).refs == (ref,), "it can be made durable again"
+    manager.drop([ref.segment_id]).result(WAIT_S)
+    with pytest.raises(SegmentCorruptError):
+        new_manager().promote([ref], "rid", seconds=1, exact=True).result(WAIT_S)
+
+
+def test_a_drop_waits_for_the_writes_asked_for_before(
+    new_manager: NewManager, device: FakeDevice, rng: Random, store: DiskStore
+) -> None:
+    manager, run = new_manager(), random_run(rng, (4, 4))
+    chain = capture(manager, device, rng, run)
+    [first] = manager.persist(chain[0]).result(WAIT_S).refs
+    both = manager.persist(chain[1])
+    dropped = manager.drop([first.segment_id])
+    assert dropped.result(WAIT_S) == 1
+    assert both.done()
+    assert [s.segment_id for s in store.iter_segments()] == [both.result().refs[1].segment_id]
+
+
+def test_persist_promote_and_drop_at_once(
+    new_manager: NewManager, device: FakeDevice, rng: Random
+) -> None:
+    """Whatever the order, bytes are right or an error says so, and nothing stays held."""
+    runs = [random_run(rng, (3, 2, 4)) for _ in range(4)]
+    room = sum(b.nbytes for b in capture(new_manager(), device, rng, runs[0])) * 3
+    runs[0].expected.clear()
+    manager = new_manager(room)
+    refs: dict[int, list[SegmentRef]] = {}
+    for number, run in enumerate(runs):
+        chain = capture(manager, device, rng, run)
+        refs[number] = list(manager.persist(chain[-1]).result(WAIT_S).refs)
+    seeds = [rng.randrange(2**32) for _ in range(4)]
+    outcomes: list[BaseException | None] = []
+
+    def work(seed: int) -> None:
+        mine = Random(seed)
+        for step in range(25):
+            number = mine.randrange(len(runs))
+            run, owner = runs[number], f"{seed}-{step}"
+            action = mine.randrange(4)
+            try:
+                if action == 0:
+                    manager.promote(
+                        refs[number], owner, seconds=60, exact=mine.random() < 0.5
+                    ).result(WAIT_S)
+                    held = manager.ram.get(run.keys[-1])
+                    assert held is not None
+                    chain = held.chain()
+                    assert all(
+                        same_bits(manager.views(b), e)
+                        for b, e in zip(chain, run.expected, strict=True)
+                    )
+                elif action == 1:
+                    boundary = manager.ram.get(run.boundary_keys[mine.randrange(3)])
+                    if boundary is not None:
+                        manager.persist(boundary).result(WAIT_S)
+                elif action == 2:
+                    gone = mine.choice(refs[number]).segment_id
+                    manager.drop([gone]).result(WAIT_S)
+                else:
+                    manager.lookup(owner, run.keys, 1)
+            except EngramError as error:
+                outcomes.append(error)
+            finally:
+                manager.release(owner)
+
+    with ThreadPoolExecutor(4) as pool:
+        for future in [pool.submit(work, seed) for seed in seeds]:
+            future.result(WAIT_S)
+    assert all(
+        isinstance(e, (SnapshotCorruptError, CaptureLostError, RamTierFullError)) for e in outcomes
+    ), outcomes
+    assert manager.ram.used <= room
+    nothing_is_held(manager)
+    for run in itertools.islice(runs, 2):
+        run.expected.clear()
+        capture(manager, device, rng, run)
+        check_contents(manager, run)

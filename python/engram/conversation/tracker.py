@@ -129,16 +129,9 @@ class ConversationTracker:
                     self._forget(older)
 
     def reached(self, tag: Tag, number: int) -> None:
-<<<<<<< HEAD
-        """Turn `number` is saved on a branch: its next turn comes after it."""
-        branch = self._branches.get(tag.branch)
-        if branch is not None:
-            branch.newest = max(branch.newest, number)
-=======
         """A branch has a snapshot of turn `number`, be it where it starts: it counts on from it."""
         branch = self._branch(tag)
         branch.newest = max(branch.newest, number)
->>>>>>> main
 
     def forget_conversation(self, tenant: str, conversation_id: str) -> None:
         """Drop what is remembered of a conversation (it was deleted)."""

@@ -25,7 +25,6 @@ from engram.snapshot.manifest import (
 
 logger = logging.getLogger(__name__)
 
-
 _Place = tuple[tuple[str, str, str], int]
 """A branch and the number of a turn on it."""
 
@@ -160,8 +159,6 @@ class TurnSaver:
         context.tracker.reached(found.tag, found.number)
         if found.turn is not None and found.turn.tag.branch == found.tag.branch:
             context.tracker.saved(found.turn, manifest.snapshot_id)
-        # A branch that starts here may have been asked for before, and been counted as empty.
-        context.tracker.reached(found.tag, found.number)
         row = await asyncio.to_thread(context.catalog.get, manifest.snapshot_id, manifest.tenant)
         return _result(row, begun, recomputed=recomputed)
 

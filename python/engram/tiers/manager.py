@@ -303,8 +303,8 @@ class TierManager:
             self.ram.publish(boundary, replace=exact or stale)
             self.ram.complete(boundary)
         self.ram.stats.promoted_segments += 1
-        self.ram.stats.promoted_bytes += boundary.nbytes
-        return boundary, boundary.nbytes
+        self.ram.stats.promoted_bytes += ref.bytes
+        return boundary, ref.bytes
 
     def _check(self, header: SegmentHeader, ref: SegmentRef, parent: Boundary | None) -> None:
         """The file must be the segment that the manifest speaks of, on top of its parent."""

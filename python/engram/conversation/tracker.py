@@ -59,8 +59,16 @@ class ConversationTracker:
             self._running.popitem(last=False)
 
     def abandon(self, rid: str) -> None:
-        """A request ended without a reply: it is no turn."""
+        """The request that runs under `rid` ended without a reply: it is no turn."""
         self._running.pop(rid, None)
+
+    def left(self, request: RunningRequest) -> None:
+        """Whoever asked for this request waits no longer.
+
+        By then its rid may be another request's, which goes on.
+        """
+        if self._running.get(request.rid) is request:
+            del self._running[request.rid]
 
     def finish(self, rid: str, output: Sequence[int]) -> Turn | None:
         """A reply is complete.  The turn it is, if the request was tagged."""

@@ -242,3 +242,35 @@ def test_a_bad_header_is_refused() -> None:
     for value in (b"", b"a b", b"\xff", b"x" * 300):
         with pytest.raises(EngramError):
             tag_of(body(text="a"), value)
+
+
+# ---- bodies that SGLang refuses, and prompts that are elsewhere ----
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        b'{"conversation_id": "c", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"conversation_id": "c", "text": "\xff"}',
+        b'{"conversation_id": "c"',
+        b'["conversation_id"]',
+    ],
+    ids=["too deep", "not UTF-8", "cut short", "not an object"],
+)
+@on_a_loop
+async def test_a_body_that_cannot_be_read_is_left_to_sglang(broken: bytes) -> None:
+    app = App()
+    sent = await ask(app, [{"type": "http.request", "body": broken}])
+    assert sent[0]["status"] == 200, "the inner application answers"
+    assert app.body == broken
+    assert app.tags == [None]
+
+
+def test_a_session_of_sglang_cannot_be_tagged() -> None:
+    """Its earlier turns are in the scheduler: what the request holds is not the prompt."""
+    with pytest.raises(UnsupportedError) as caught:
+        tag_of(body(conversation_id="c", input_ids=[1], session_params={"id": "s"}), None)
+    assert caught.value.details == {"field": "session_params"}
+    with pytest.raises(UnsupportedError):
+        tag_of(body(input_ids=[1], session_params={"id": "s"}), b"c")
+    assert tag_of(body(conversation_id="c", input_ids=[1], session_params=None), None) == Tag("c")

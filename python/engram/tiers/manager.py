@@ -177,6 +177,10 @@ class TierManager:
         refs: list[SegmentRef] = []
         written = 0
         for boundary in chain:
+            segment_id = boundary.segment_id
+            if segment_id and not self.store.has_segment(self.shard, segment_id):
+                # Quarantined by whoever read it last, or deleted: a manifest must not name it.
+                self.ram.lose_file(boundary)
             if not boundary.durable:
                 try:
                     written += self._write_segment(boundary)

@@ -584,3 +584,37 @@ def test_persist_promote_and_drop_at_once(
         run.expected.clear()
         capture(manager, device, rng, run)
         check_contents(manager, run)
+
+
+# ---- files that go behind the manager's back ----
+
+
+def test_a_save_never_names_a_file_that_has_gone(
+    new_manager: NewManager, device: FakeDevice, store: DiskStore, rng: Random
+) -> None:
+    """The HTTP process quarantines what it finds damaged; the good bytes are in RAM still."""
+    manager, run = new_manager(), random_run(rng, (3, 4))
+    parent, child = capture(manager, device, rng, run)
+    [ref] = manager.persist(parent).result(WAIT_S).refs
+    store.delete_segment(SHARD, ref.segment_id)
+    saved = manager.persist(child).result(WAIT_S)
+    assert [r.segment_id for r in saved.refs][0] == ref.segment_id, "the same bytes again"
+    for one in saved.refs:
+        assert store.verify_segment(SHARD, one.segment_id).file_length == one.bytes
+    assert saved.written == saved.nbytes
+
+
+def test_a_save_that_stands_on_nothing_any_more_says_so(
+    new_manager: NewManager, device: FakeDevice, store: DiskStore, rng: Random
+) -> None:
+    manager, run = new_manager(), random_run(rng, (3, 4))
+    parent, child = capture(manager, device, rng, run)
+    [ref] = manager.persist(parent).result(WAIT_S).refs
+    with manager.ram.lock:
+        manager.ram._drop_payload(parent)
+    store.delete_segment(SHARD, ref.segment_id)
+    with pytest.raises(CaptureLostError) as caught:
+        manager.persist(child).result(WAIT_S)
+    assert caught.value.details == {"boundary": 7}, "who asked can compute it again"
+    assert not manager.ram.whole(child), "so that it is captured anew"
+    assert manager.ram.longest(run.keys) is None

@@ -149,11 +149,16 @@ class SnapshotService:
 
     async def delete(self, row: SnapshotRow) -> None:
         """Remove a snapshot, and the segments that no other snapshot names."""
+        # A client that goes away must not let others in between a deletion's steps.
+        await asyncio.shield(self.context.start(self._delete(row)))
+
+    async def _delete(self, row: SnapshotRow) -> None:
         context = self.context
+        # Before anything changes: the first to ask also fills the index of boundaries.
+        engine = await context.engine()
         async with context.guard.alone():
             keys = await asyncio.to_thread(context.boundary_keys, row)
             await asyncio.to_thread(self._remove, row)
-            engine = await context.engine()
             if row.namespace == engine.namespace.id:
                 context.boundaries.remove(keys)
             orphans = await asyncio.to_thread(context.catalog.unreferenced_segments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -17,6 +18,7 @@ from engram.errors import (
     NotFoundError,
     RamTierFullError,
     SnapshotCorruptError,
+    UnsupportedError,
 )
 from engram.service.restores import Continuation
 from unit.service.engine import Server, on_a_loop
@@ -347,3 +349,15 @@ async def test_the_counters_are_all_there(server: Server) -> None:
     assert stats["service"]["saves"] == 1
     assert stats["ranks"] == [{"rank": 0}, {"rank": 1}]
     assert stats["stored_boundaries"] == 1
+
+
+@on_a_loop
+async def test_a_salted_conversation_is_not_continued_without_its_salt(server: Server) -> None:
+    """The generation would stand on other page keys: nothing would be cached, silently."""
+    tokens = await save_all(server, "c", 1)
+    salted = server.engine.page_keys(to_tokens(tokens[:-1]), 1, None, "secret")[-1]
+    row = replace(await newest(server), boundary_key=salted)
+    assert (await server.service.restore(row)).token_count == len(tokens) - 1
+    with pytest.raises(UnsupportedError, match="cache_salt"):
+        await server.service.restore(row, Continuation([3], {"max_new_tokens": 1}))
+    assert server.engine.generated == []

@@ -12,7 +12,7 @@ import pytest
 from engram.conversation.turns import Tag
 from engram.errors import (
     AlreadyExistsError,
-    CaptureLostError,
+    GenerationAbortedError,
     InvalidRequestError,
     NotFoundError,
     StoreFullError,
@@ -267,7 +267,7 @@ async def test_computing_again_can_be_aborted(server: Server) -> None:
     await server.chat("c")
     server.engine.forget()
     server.engine.abort = "the queue is full"
-    with pytest.raises(CaptureLostError, match="the queue is full"):
+    with pytest.raises(GenerationAbortedError, match="the queue is full"):
         await server.service.save(tenant="", conversation_id="c")
     assert server.store.list_manifests() == []
     server.engine.abort = None

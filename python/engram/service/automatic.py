@@ -69,6 +69,8 @@ class AutomaticSaver:
             await asyncio.wait({before})
         if delay and self._due.get(turn.tag.branch) is not asyncio.current_task():
             return  # a newer turn that is due has its own task, which waits for this one
+        if turn.snapshot_id is not None:
+            return  # saved meanwhile by request; if it was deleted again, it stays deleted
         self._note(turn.tag.branch)
         durability = self._context.settings.snapshot_durability
         try:

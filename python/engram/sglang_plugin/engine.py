@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -169,11 +170,13 @@ class SglangGenerator:
             extra_key=extra_key,
             cache_salt=cache_salt,
         )
+        self._check(input_ids, sampling_params)
         token = CURRENT_TAG.set(tag)
         try:
             answers = [answer async for answer in self._manager.generate_request(request, None)]
         except ValueError as error:
-            raise InvalidRequestError(f"SGLang refused the request: {error}") from None
+            # What SGLang's own routes answer with 400: parameters, lengths, a request id in use.
+            raise InvalidRequestError(f"SGLang refuses the generation: {error}") from error
         finally:
             CURRENT_TAG.reset(token)
         answer = answers[-1]
@@ -191,3 +194,25 @@ class SglangGenerator:
             int(meta.get("cached_tokens", 0)),
             meta,
         )
+
+    def _check(self, input_ids: Sequence[int], sampling_params: Mapping[str, Any]) -> None:
+        """Refuse what SGLang lets through to where it does harm.
+
+        A token outside the vocabulary ends the scheduler, and with it the server; a parameter that
+        SGLang does not know is a TypeError, as a bug would be.
+        """
+        vocab_size: int = self._manager.model_config.vocab_size
+        largest = max(input_ids, default=0)
+        if largest >= vocab_size:
+            raise InvalidRequestError(
+                f"token {largest} is not in the model's vocabulary of {vocab_size}",
+                hint="use ids that the model's own tokenizer gives",
+                details={"field": "continuation_ids"},
+            )
+        known = inspect.signature(self._manager.sampling_params_class).parameters
+        unknown = sorted(set(sampling_params) - set(known))
+        if unknown:
+            raise InvalidRequestError(
+                f"sampling_params: SGLang knows no {', '.join(unknown)}",
+                details={"field": f"sampling_params.{unknown[0]}"},
+            )

@@ -53,12 +53,13 @@ def _hash_pages(ids: array[int], prior: str | None, page_size: int) -> list[str]
     try:
         from sglang.srt.mem_cache.rust_tree_core.extension import bindings
     except ImportError:
-        return _hash_pages_in_python(ids, prior, page_size)
+        return hash_pages_in_python(ids, prior, page_size)
     keys: list[str] = bindings.get_hash_str(ids, prior, page_size)
     return keys
 
 
-def _hash_pages_in_python(ids: Sequence[int], prior: str | None, page_size: int) -> list[str]:
+def hash_pages_in_python(ids: Sequence[int], prior: str | None, page_size: int) -> list[str]:
+    """The definition of page keys; where upstream's extension is, that computes them instead."""
     keys = []
     for first in range(0, len(ids), page_size):
         page = ids[first : first + page_size]

@@ -1,0 +1,112 @@
+"""Looks at a store without changing it: no file is written, moved or healed, no lock is kept."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from engram.errors import EngramError, StoreFormatError
+from engram.snapshot.manifest import Manifest, decode_manifest
+from engram.snapshot.segment import Shard
+from engram.store.disk import DiskStore
+from engram.store.filesystem import FileSystem
+from engram.store.layout import Layout
+from engram.store.marker import check_marker
+
+
+@dataclass(frozen=True)
+class StoreInspection:
+    """What lies below a store's root. Sizes are bytes.
+
+    ``marker`` is "intact", "missing", "damaged" or "newer format"; ``holder`` names the server that
+    holds the lock, None if none does. ``damaged_manifests`` and ``incomplete`` are file names, the
+    latter of manifests that name a segment which is not there.
+    """
+
+    root: str
+    marker: str
+    holder: str | None
+    manifests: int
+    damaged_manifests: tuple[str, ...]
+    incomplete: tuple[str, ...]
+    segments: int
+    segment_bytes: int
+    quarantined: int
+    free_bytes: int | None
+
+
+def inspect_store(root: Path) -> StoreInspection:
+    """Count what a store holds, and see whether it is whole; segments' bytes are not verified.
+
+    Manifests are verified. Raises `StoreError` where the system refuses to read.
+    """
+    fs = FileSystem()
+    layout = Layout(root)
+    try:
+        marker = check_marker(layout, fs).value
+    except StoreFormatError:
+        return StoreInspection(
+            str(root), "newer format", lock_holder(root), 0, (), (), 0, 0, 0, None
+        )
+    store = DiskStore(root, fs, None)
+    stats = store.stats()
+    present = {(found.shard, found.segment_id) for found in store.iter_segments()}
+    damaged, incomplete = [], []
+    for entry in store.list_manifests():
+        try:
+            manifest = decode_manifest(layout.manifest(entry.name).read_bytes())
+        except FileNotFoundError:
+            continue  # deleted meanwhile
+        except EngramError:
+            damaged.append(entry.name)
+            continue
+        if not _shards_of(manifest) <= present:
+            incomplete.append(entry.name)
+    return StoreInspection(
+        root=str(root),
+        marker=marker,
+        holder=lock_holder(root),
+        manifests=stats.manifests,
+        damaged_manifests=tuple(damaged),
+        incomplete=tuple(incomplete),
+        segments=len(present),
+        segment_bytes=stats.segment_bytes,
+        quarantined=stats.quarantined,
+        free_bytes=stats.free_bytes,
+    )
+
+
+def lock_holder(root: Path) -> str | None:
+    """Who holds a store's lock, in its own words; None if nobody does.
+
+    A shared lock is asked for and given back at once. A running server keeps its own; one that
+    starts in those microseconds would be told that the store is in use.
+    """
+    try:
+        fd = os.open(Layout(root).lock, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return os.pread(fd, 256, 0).decode(errors="replace").strip() or "unknown"
+    finally:
+        os.close(fd)
+    return None
+
+
+def is_store(root: Path) -> bool:
+    """Whether a directory has been used as a store."""
+    layout = Layout(root)
+    parts = (layout.marker, layout.segments, layout.manifests, layout.namespaces)
+    return any(path.exists() for path in parts)
+
+
+def _shards_of(manifest: Manifest) -> set[tuple[Shard, str]]:
+    return {
+        (Shard(manifest.namespace, rank, manifest.world_size), ref.segment_id)
+        for rank, chain in enumerate(manifest.segments)
+        for ref in chain
+    }

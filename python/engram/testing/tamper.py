@@ -1,0 +1,106 @@
+"""Damage to a stored snapshot, for tests of a store that no server has open.
+
+`rewrite_segment` plays the attacker or the faulty computation: bytes change and every digest is
+made right again, so that nothing but the model's own output can tell. `flip_byte` plays the disk:
+one byte changes and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from engram.snapshot.manifest import Manifest, SegmentRef, change_manifest
+from engram.snapshot.segment import BufferSpec, SegmentHeader, Shard
+from engram.store.disk import DiskStore
+from engram.store.layout import Layout
+
+Edit = Callable[[SegmentHeader, memoryview], None]
+"""Changes a payload (writable bytes, laid out as its header says) in place."""
+
+
+def rewrite_segment(root: Path, snapshot_id: str, edit: Edit) -> Manifest:
+    """Edit the payload of a snapshot's last segment and make all that names it consistent.
+
+    The segment gets the id that its new bytes have, the manifest refers to that and is sealed
+    again, and the catalog goes, so that the next server builds it from the manifests. An edit that
+    changes nothing leaves every file but the catalog as it was. Only the first rank's chain is
+    edited. No other snapshot may name the segment: it would be left without its file.
+
+    Returns the manifest that is stored now. Raises `StoreBusyError` while a server has the store.
+    """
+    with DiskStore.open(root) as store:
+        manifest = store.get_manifest(snapshot_id)
+        chain = manifest.segments[0]
+        shard = shard_of(manifest)
+        header, payload = read_payload(store, shard, chain[-1].segment_id)
+        edit(header, memoryview(payload))
+        segment_id = store.put_segment(header, memoryview(payload))
+        if segment_id != chain[-1].segment_id:
+            changed = SegmentRef(**{**chain[-1].model_dump(), "segment_id": segment_id})
+            segments = ((*chain[:-1], changed), *manifest.segments[1:])
+            manifest = change_manifest(manifest, segments=segments)
+            store.put_manifest(manifest, replace=True)
+            store.delete_segment(shard, chain[-1].segment_id)
+    remove_catalog(root)
+    return manifest
+
+
+def flip_byte(
+    root: Path, manifest: Manifest, buffer: str, *, segment: int = -1, offset: int = 0
+) -> Path:
+    """Invert one byte of a named buffer in a segment of the first rank's chain.
+
+    ``segment`` counts along the chain, ``offset`` in bytes from the buffer's start. Every digest
+    stays. Returns the file.
+    """
+    shard, segment_id = shard_of(manifest), manifest.segments[0][segment].segment_id
+    with DiskStore.open(root, lock=False) as store:
+        header, _ = read_payload(store, shard, segment_id)
+    path = Layout(root).segment(shard, segment_id)
+    position = len(header.prefix) + find_buffer(header, buffer).offset + offset
+    with path.open("r+b") as file:
+        file.seek(position)
+        (byte,) = file.read(1)
+        file.seek(position)
+        file.write(bytes([byte ^ 0xFF]))
+    return path
+
+
+def read_manifest(root: Path, snapshot_id: str) -> Manifest:
+    """A snapshot's manifest, read beside whatever server has the store."""
+    with DiskStore.open(root, lock=False) as store:
+        return store.get_manifest(snapshot_id)
+
+
+def remove_catalog(root: Path) -> None:
+    """Delete the catalog; the next server builds it from the manifests."""
+    catalog = Layout(root).catalog
+    for path in catalog.parent.glob(catalog.name + "*"):
+        path.unlink()
+
+
+def shard_of(manifest: Manifest) -> Shard:
+    """Where the first rank's segments of a snapshot lie."""
+    return Shard(manifest.namespace, 0, manifest.world_size)
+
+
+def find_buffer(header: SegmentHeader, name: str) -> BufferSpec:
+    """The buffer of that name. Raises KeyError naming those there are."""
+    for spec in header.buffers:
+        if spec.name == name:
+            return spec
+    raise KeyError(f"no buffer {name!r}; there are {[spec.name for spec in header.buffers]}")
+
+
+def read_payload(
+    store: DiskStore, shard: Shard, segment_id: str
+) -> tuple[SegmentHeader, bytearray]:
+    """A segment's header and its payload, verified."""
+    payload = bytearray()
+
+    def into(header: SegmentHeader) -> memoryview:
+        payload.extend(bytes(header.payload_length))
+        return memoryview(payload)
+
+    return store.read_segment(shard, segment_id, into), payload

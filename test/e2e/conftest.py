@@ -1,0 +1,53 @@
+"""Fixtures: worlds that tests share, because starting a server is what takes the time.
+
+One world runs at a time; tests are sorted by the world they need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from e2e.small_world import small_world
+from e2e.worlds import Stage, World, restarted_world
+
+WORLDS = ("restarted", "other", "small")
+TIMEOUT_S = 1200
+"""For one test, the starts of its servers included; a busy machine takes minutes for those."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    places = [index for index, item in enumerate(items) if item.path.parent == here]
+    mine = [items[index] for index in places]
+    for item in mine:
+        if item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(TIMEOUT_S))
+    for index, item in zip(places, sorted(mine, key=_world_of), strict=True):
+        items[index] = item
+
+
+def _world_of(item: pytest.Item) -> int:
+    names = getattr(item, "fixturenames", ())
+    return next((n for n, world in enumerate(WORLDS, 1) if world in names), 0)
+
+
+@pytest.fixture(scope="session")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    stage = Stage(tmp_path_factory.mktemp("e2e"))
+    yield stage
+    stage.clear()
+
+
+@pytest.fixture
+def restarted(stage: Stage) -> World:
+    """The published launch command: recorded, killed, catalog lost, started again."""
+    return stage.world("restarted", restarted_world)
+
+
+@pytest.fixture
+def small(stage: Stage) -> World:
+    """float32 and little room: recorded, killed, started again."""
+    return stage.world("small", small_world)

@@ -1,0 +1,162 @@
+"""One conversation as a client holds it, over each of the routes a client may use.
+
+A talk keeps its own history, as real clients do, and sends all of it every turn.
+"""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from typing import Any
+
+import openai
+
+from e2e.helpers import TIMEOUT_S, TOP, Client, Output, Reply, random_ids, random_text
+
+NEW_TOKENS = 12
+
+
+class Talk(ABC):
+    """`say` is a turn; `peek` is what the next turn would answer, without taking it."""
+
+    def message(self, numbers: random.Random, length: int) -> Any:
+        """A random message of `length` tokens."""
+        return random_text(numbers, length)
+
+    def say(self, client: Client, message: Any, conversation: str | None) -> Reply:
+        reply = self.ask(client, message, conversation)
+        self.keep(message, reply)
+        return reply
+
+    def peek(self, client: Client, message: Any, conversation: str | None = None) -> Reply:
+        return self.ask(client, message, conversation)
+
+    @abstractmethod
+    def ask(self, client: Client, message: Any, conversation: str | None) -> Reply:
+        """Send the history and `message`."""
+
+    @abstractmethod
+    def keep(self, message: Any, reply: Reply) -> None:
+        """Add a turn to the history."""
+
+
+class GenerateTalk(Talk):
+    """`/generate` with token ids."""
+
+    def __init__(self) -> None:
+        self.history: list[int] = []
+
+    def message(self, numbers: random.Random, length: int) -> Any:
+        return random_ids(numbers, length)
+
+    def ask(self, client: Client, message: Any, conversation: str | None) -> Reply:
+        return client.generate([*self.history, *message], NEW_TOKENS, conversation)
+
+    def keep(self, message: Any, reply: Reply) -> None:
+        self.history += [*message, *reply.tokens]
+
+
+class ChatTalk(Talk):
+    """OpenAI chat through the `openai` package, the conversation's id in the body."""
+
+    def __init__(self) -> None:
+        self.messages: list[dict[str, str]] = []
+
+    def ask(self, client: Client, message: Any, conversation: str | None) -> Reply:
+        made = self._create(client, message, conversation)
+        choice = made.choices[0]
+        return _chat_reply(made.id, choice.message.content, choice.logprobs.content, made.usage)
+
+    def keep(self, message: Any, reply: Reply) -> None:
+        self.messages += [
+            {"role": "user", "content": message},
+            {"role": "assistant", "content": reply.output.text},
+        ]
+
+    def _create(
+        self, client: Client, message: Any, conversation: str | None, **options: Any
+    ) -> Any:
+        if conversation is not None:
+            options |= self._tag(conversation)
+        return openai_client(client).chat.completions.create(
+            model="default",
+            messages=[*self.messages, {"role": "user", "content": message}],
+            temperature=0,
+            max_tokens=NEW_TOKENS,
+            logprobs=True,
+            top_logprobs=TOP,
+            **options,
+        )
+
+    def _tag(self, conversation: str) -> dict[str, Any]:
+        return {"extra_body": {"conversation_id": conversation}}
+
+
+class StreamTalk(ChatTalk):
+    """The same, streamed, the conversation's id in the header."""
+
+    def ask(self, client: Client, message: Any, conversation: str | None) -> Reply:
+        text, steps, usage, rid = "", [], None, ""
+        for chunk in self._create(
+            client, message, conversation, stream=True, stream_options={"include_usage": True}
+        ):
+            rid = chunk.id
+            usage = chunk.usage or usage
+            for choice in chunk.choices:
+                text += choice.delta.content or ""
+                steps += choice.logprobs.content if choice.logprobs else []
+        return _chat_reply(rid, text, steps, usage)
+
+    def _tag(self, conversation: str) -> dict[str, Any]:
+        return {"extra_headers": {"x-override-conversation-id": conversation}}
+
+
+class CompletionTalk(Talk):
+    """`/v1/completions` through the `openai` package."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def ask(self, client: Client, message: Any, conversation: str | None) -> Reply:
+        extra = {} if conversation is None else {"conversation_id": conversation}
+        made = openai_client(client).completions.create(
+            model="default",
+            prompt=self.text + message,
+            temperature=0,
+            max_tokens=NEW_TOKENS,
+            logprobs=TOP,
+            extra_body={"ignore_eos": True, **extra},
+        )
+        found = made.choices[0].logprobs
+        output = Output(
+            tuple(found.tokens),
+            tuple(found.token_logprobs),
+            tuple(tuple(sorted(step.items())) for step in found.top_logprobs),
+            made.choices[0].text,
+        )
+        return Reply(made.id, output, made.usage.prompt_tokens, _cached(made.usage))
+
+    def keep(self, message: Any, reply: Reply) -> None:
+        self.text += message + reply.output.text
+
+
+def openai_client(client: Client) -> openai.OpenAI:
+    return openai.OpenAI(
+        base_url=f"{client.url}/v1", api_key="none", max_retries=0, timeout=TIMEOUT_S
+    )
+
+
+def _chat_reply(rid: str, text: str, steps: Any, usage: Any) -> Reply:
+    output = Output(
+        tuple(step.token for step in steps),
+        tuple(step.logprob for step in steps),
+        tuple(tuple((top.token, top.logprob) for top in step.top_logprobs) for step in steps),
+        text,
+    )
+    return Reply(rid, output, usage.prompt_tokens, _cached(usage))
+
+
+def _cached(usage: Any) -> int:
+    assert usage.prompt_tokens_details is not None, "the reply does not say what was cached"
+    cached: int = usage.prompt_tokens_details.cached_tokens
+    return cached

@@ -12,7 +12,6 @@ import pytest
 from engram.conversation.turns import Tag
 from engram.errors import (
     AlreadyExistsError,
-    CaptureLostError,
     GenerationAbortedError,
     InvalidRequestError,
     NotFoundError,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
+from sglang.srt.sampling.sampling_params import SamplingParams
 
 from engram.conversation.turns import FinishedRequest, Tag
 from engram.core.tokens import to_tokens
@@ -79,7 +81,7 @@ async def test_saved_by_one_process_and_served_by_the_next(new_rank: NewRank, rn
     stored = await ranks.persist(finished([*tokens[:40], 7], "b"), 40)
     assert stored.boundary == 40
     assert [(ref.start, ref.end) for ref in stored.chains[0]] == [(0, 20), (20, 40)]
-    assert stored.bytes > stored.unique_bytes > 0, "a file is longer than its payload"
+    assert stored.bytes == stored.unique_bytes == sum(r.bytes for r in stored.chains[0])
     again = await ranks.persist(finished([*tokens[:40], 7], "b"), 40)
     assert (again.chains, again.unique_bytes) == (stored.chains, 0)
 
@@ -219,6 +221,8 @@ class Manager:
     def __init__(self, answer: Callable[[Any], dict[str, Any]]) -> None:
         self.answer = answer
         self.tags: list[Tag | None] = []
+        self.model_config = SimpleNamespace(vocab_size=1000)
+        self.sampling_params_class = SamplingParams
 
     async def generate_request(self, request: Any, raw: Any) -> Any:
         self.tags.append(CURRENT_TAG.get())
@@ -248,6 +252,27 @@ async def test_what_sglang_refuses_is_the_clients_fault() -> None:
     with pytest.raises(InvalidRequestError, match="temperature") as caught:
         await SglangGenerator(Manager(refuse)).generate([1], {"temperature": -1})
     assert caught.value.http_status == 422
+
+
+@pytest.mark.parametrize(
+    ("ids", "params", "field"),
+    [
+        ([1, 1000], {}, "continuation_ids"),
+        ([1], {"max_new_tokens": 1, "temprature": 0.5}, "sampling_params.temprature"),
+    ],
+)
+def test_what_would_harm_sglang_is_refused_before_it_is_asked(
+    ids: list[int], params: dict[str, Any], field: str
+) -> None:
+    @on_a_loop
+    async def ask() -> None:
+        manager = Manager(lambda request: {})
+        with pytest.raises(InvalidRequestError) as caught:
+            await SglangGenerator(manager).generate(ids, params)
+        assert caught.value.details == {"field": field}
+        assert manager.tags == []
+
+    ask()
 
 
 @on_a_loop

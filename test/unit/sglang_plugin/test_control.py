@@ -258,7 +258,7 @@ async def test_what_sglang_refuses_is_the_clients_fault() -> None:
     ("ids", "params", "field"),
     [
         ([1, 1000], {}, "continuation_ids"),
-        ([1], {"max_new_tokens": 1, "temprature": 0.5}, "sampling_params.temprature"),
+        ([1], {"max_new_tokens": 1, "heat": 0.5}, "sampling_params.heat"),
     ],
 )
 def test_what_would_harm_sglang_is_refused_before_it_is_asked(

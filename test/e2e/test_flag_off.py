@@ -92,7 +92,7 @@ def answers(server: ServerProcess, sent: list[tuple[str, str, Any]]) -> list[Ans
 
 
 def parsed(response: httpx.Response) -> Any:
-    if response.headers["content-type"].startswith("text/event-stream"):
+    if response.headers.get("content-type", "").startswith("text/event-stream"):
         events = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
         return [event if event == "[DONE]" else json.loads(event) for event in events]
     try:

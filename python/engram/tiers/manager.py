@@ -198,11 +198,12 @@ class TierManager:
         if payload is None:
             # Evicted between being found and being held.
             raise CaptureLostError(f"the state at token {boundary.end} has left memory")
-        segment_id = self.store.put_segment(self._header(boundary), bytes_of(payload))
+        header = self._header(boundary)
+        segment_id = self.store.put_segment(header, bytes_of(payload))
         self.ram.mark_durable(boundary, segment_id)
         self.ram.stats.persisted_segments += 1
-        self.ram.stats.persisted_bytes += boundary.nbytes
-        return boundary.nbytes
+        self.ram.stats.persisted_bytes += header.file_length
+        return header.file_length
 
     # ---- promote ----
 
@@ -302,8 +303,8 @@ class TierManager:
             self.ram.publish(boundary, replace=exact or stale)
             self.ram.complete(boundary)
         self.ram.stats.promoted_segments += 1
-        self.ram.stats.promoted_bytes += boundary.nbytes
-        return boundary, boundary.nbytes
+        self.ram.stats.promoted_bytes += ref.bytes
+        return boundary, ref.bytes
 
     def _check(self, header: SegmentHeader, ref: SegmentRef, parent: Boundary | None) -> None:
         """The file must be the segment that the manifest speaks of, on top of its parent."""

@@ -169,7 +169,7 @@ class TurnSaver:
         entry = store.put_manifest(manifest)
         try:
             catalog.insert(manifest, entry)
-        except BaseException:
+        except Exception:
             # A save that was answered with an error must not come to light later.
             store.delete_manifest(manifest.snapshot_id, manifest.tenant)
             raise

@@ -201,14 +201,24 @@ REFUSED: Final = (
     ("tp_size", 1, "tensor parallelism", "use --tp-size 1; it is planned"),
     ("dp_size", 1, "data parallelism", "use --dp-size 1; it is planned"),
     ("speculative_algorithm", None, "speculative decoding", "drop --speculative-algorithm"),
-    ("disaggregation_mode", "null", "prefill/decode disaggregation", "use one kind of server"),
+    ("disaggregation_mode", "null", "prefill/decode disaggregation", "drop --disaggregation-mode"),
     ("enable_hierarchical_cache", False, "HiCache", "drop --enable-hierarchical-cache"),
     ("enable_lmcache", False, "LMCache", "drop --enable-lmcache"),
     ("enable_flexkv", False, "FlexKV", "drop --enable-flexkv"),
     ("radix_cache_backend", None, "another radix cache", "drop --radix-cache-backend"),
-    ("enable_unified_cache_external_linker", False, "another external linker", "drop it"),
+    (
+        "enable_unified_cache_external_linker",
+        False,
+        "another external linker",
+        "drop --enable-unified-cache-external-linker",
+    ),
     ("enable_linear_replayssm", False, "ReplaySSM", "drop --enable-linear-replayssm"),
-    ("enable_session_radix_cache", False, "the session radix cache", "drop its flag"),
+    (
+        "enable_session_radix_cache",
+        False,
+        "the session radix cache",
+        "drop --enable-session-radix-cache",
+    ),
     ("enable_streaming_session", False, "streaming sessions", "drop --enable-streaming-session"),
 )
 """What persistence cannot work with yet: field, the value that is fine, its name, what to do."""

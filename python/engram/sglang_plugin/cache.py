@@ -146,8 +146,8 @@ class EngramRadixCache(UnifiedRadixCache):
         start = parent.end if parent is not None else 0
         kv_slots = self.path_device_indices(node)[start:].long()
         assert len(kv_slots) == end - start, (len(kv_slots), start, end)
-        token = self._lock(node)
         fence = self._stream.fence()
+        token = self._lock(node)
 
         def read(targets: dict[str, torch.Tensor]) -> None:
             with self._stream.after(fence):

@@ -13,6 +13,7 @@ from engram.conversation.turns import Tag
 from engram.errors import (
     AlreadyExistsError,
     CaptureLostError,
+    GenerationAbortedError,
     InvalidRequestError,
     NotFoundError,
     StoreFullError,
@@ -267,7 +268,7 @@ async def test_computing_again_can_be_aborted(server: Server) -> None:
     await server.chat("c")
     server.engine.forget()
     server.engine.abort = "the queue is full"
-    with pytest.raises(CaptureLostError, match="the queue is full"):
+    with pytest.raises(GenerationAbortedError, match="the queue is full"):
         await server.service.save(tenant="", conversation_id="c")
     assert server.store.list_manifests() == []
     server.engine.abort = None
@@ -323,6 +324,24 @@ async def test_a_crash_between_manifest_and_catalog_is_healed_at_the_next_start(
     await after.chat("c", before=tokens)
     assert (await after.service.save(tenant="", conversation_id="c")).turn_number == 2
     after.stop()
+
+
+@on_a_loop
+async def test_a_failed_row_takes_its_manifest_back(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await server.chat("c")
+
+    def fail(*_: Any) -> None:
+        raise StoreFullError("no space left")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(server.catalog, "insert", fail)
+        with pytest.raises(StoreFullError):
+            await server.service.save(tenant="", conversation_id="c", snapshot_id="mine")
+    assert server.store.list_manifests() == []
+    saved = await server.service.save(tenant="", conversation_id="c", snapshot_id="mine")
+    assert not saved.existing
 
 
 @on_a_loop

@@ -384,17 +384,6 @@ async def test_a_manifest_that_cannot_be_written_fails_the_save_alone(
 
 
 @on_a_loop
-async def test_an_asynchronous_save_names_what_another_save_makes(server: Server) -> None:
-    await server.chat("c")
-    promised = await server.service.save(tenant="", conversation_id="c", durability="async")
-    # Comes before the background task, and under an id of its own.
-    made = await server.service.save(tenant="", conversation_id="c", snapshot_id="another")
-    assert made.snapshot_id == promised.snapshot_id
-    row = await server.service.find(tenant="", conversation_id="c")
-    assert row.snapshot_id == promised.snapshot_id
-
-
-@on_a_loop
 async def test_an_asynchronous_save_joins_one_under_way(server: Server) -> None:
     await server.chat("c")
     first, second = await asyncio.gather(

@@ -71,7 +71,9 @@ def test_every_route_is_documented() -> None:
     service = cast(SnapshotService, None)
     routers = (compatible_router(service), memory_router(service))
     routes = {route.path for router in routers for route in router.routes}  # type: ignore[attr-defined]
-    headings = re.findall(r"^## (?:POST|GET) (\S+)$", (DOCS / "http-api.md").read_text(), re.MULTILINE)
+    headings = re.findall(
+        r"^## (?:POST|GET) (\S+)$", (DOCS / "http-api.md").read_text(), re.MULTILINE
+    )
     assert set(headings) == routes
     assert len(headings) == len(routes)
 

@@ -27,9 +27,9 @@ VARYING = {
     *("id", "created", "e2e_latency", "response_sent_to_client_ts", "request_received_ts"),
     *("queue_time", "inference_time", "decode_throughput", "forward_entry_time"),
     *("prefill_launch_delay", "prefill_launch_latency", "request_sent_to_scheduler_ts"),
-    *("prefill_waiting_latency", "prefill_launch_latency", "prefill_finished_ts", "version"),
+    *("prefill_waiting_latency", "prefill_finished_ts", "operationId"),
 }
-"""Times and ids of one request."""
+"""Times and ids of one request; FastAPI names operations after one of a set, in no order."""
 
 ONLY_CPU = "cpu_kernels_alone"
 

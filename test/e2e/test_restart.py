@@ -6,6 +6,8 @@ import pytest
 
 from e2e.helpers import assert_quarantined, random_ids
 from e2e.worlds import CONTRACT, INTERLEAVED, TURNS, Case, Stage, World, fresh
+from engram.snapshot.manifest import Manifest
+from engram.store.disk import DiskStore
 from engram.testing.samples import seeded_random
 from engram.testing.server import ServerError
 from engram.testing.tamper import flip_byte, read_manifest
@@ -110,11 +112,17 @@ def test_restore_refuses_a_flipped_byte(restarted: World) -> None:
 
 
 def test_untagged_requests_are_not_written_by_a_trigger(restarted: World) -> None:
-    """`every_turn` is the policy; what it wrote of the tagged ones is there."""
+    """`every_turn` is the policy: what it wrote is named by conversations, and nothing else is."""
+    with DiskStore.open(restarted.facts["copy"], lock=False) as store:
+        manifests = [m for m in store.iter_manifests() if isinstance(m, Manifest)]
+        stored = {segment.segment_id for segment in store.iter_segments()}
+    assert {m.conversation_id for m in manifests} == set(restarted.cases)
+    assert restarted.facts["never"] not in {m.rid for m in manifests}
+    assert stored == {ref.segment_id for m in manifests for ref in m.segments[0]}
+    automatic = [m for m in manifests if m.conversation_id == "generate" and m.turn_number == 1]
+    assert [m.durability for m in automatic] == ["async"]
     never = {"rid": restarted.facts["never"]}
     assert restarted.client.refused("/restore_snapshot", never, 404)["error"] == "not_found"
-    first = restarted.client.info(conversation_id="generate", turn_number=1)
-    assert first["turn_number"] == 1
 
 
 def test_acknowledged_id_is_the_snapshots(restarted: World) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from engram.conversation.turns import RunningRequest
-from engram.errors import DeadlineError
+from engram.errors import DeadlineError, SnapshotCorruptError
 from engram.service.automatic import AutomaticSaver
 from engram.service.context import ServiceContext
 from engram.service.ports import EngineInfo
@@ -97,13 +97,17 @@ class RequestGate:
             return
         context.stats.held_requests += 1
         chains = await asyncio.to_thread(self._chains, engine, stored.key)
-        await context.ranks.promote(
-            chains,
-            owner=request.rid,
-            seconds=HOLD_LEASE_S,
-            exact=False,
-            timeout=context.settings.snapshot_promote_timeout,
-        )
+        try:
+            await context.ranks.promote(
+                chains,
+                owner=request.rid,
+                seconds=HOLD_LEASE_S,
+                exact=False,
+                timeout=context.settings.snapshot_promote_timeout,
+            )
+        except SnapshotCorruptError:
+            context.boundaries.forget(stored.key)
+            raise
 
     def _chains(self, engine: EngineInfo, key: str) -> list[list[SegmentRef]]:
         chain = self._context.catalog.chain

@@ -267,14 +267,10 @@ class TurnSaver:
         """The newest earlier snapshot that this one stands on, on its branch or where it began."""
         catalog = self._context.catalog
         for branch in dict.fromkeys((tag.branch_name, turn.tag.branch_name)):
-            rows = catalog.list_snapshots(tag.tenant, tag.conversation_id, branch, limit=1000)
-            earlier = [
-                row
-                for row in rows.snapshots
-                if row.boundary_key in keys and row.turn_number < turn.number
-            ]
-            if earlier:
-                return max(earlier, key=lambda row: row.turn_number).snapshot_id
+            earlier = catalog.earlier(tag.tenant, tag.conversation_id, branch, turn.number)
+            for snapshot_id, key in earlier:
+                if key in keys:
+                    return snapshot_id
         return None
 
 

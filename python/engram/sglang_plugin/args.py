@@ -212,6 +212,9 @@ REFUSED: Final = (
         "another external linker",
         "drop --enable-unified-cache-external-linker",
     ),
+    ("enable_lora", None, "LoRA adapters", "drop --enable-lora"),
+    ("lora_paths", None, "LoRA adapters", "drop --lora-paths"),
+    ("enable_memory_saver", False, "releasing memory", "drop --enable-memory-saver"),
     ("enable_linear_replayssm", False, "ReplaySSM", "drop --enable-linear-replayssm"),
     (
         "enable_session_radix_cache",

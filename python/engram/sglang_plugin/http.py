@@ -19,6 +19,8 @@ from engram.core.settings import Settings
 from engram.core.tokens import to_tokens
 from engram.errors import EngramError, InvalidRequestError
 from engram.server.compatible import compatible_router
+from engram.server.memory import memory_router
+from engram.server.refusing import RefusingMiddleware
 from engram.server.tagging import CURRENT_TAG, TaggingMiddleware
 from engram.service import SnapshotService
 from engram.sglang_plugin.args import settings_of
@@ -87,8 +89,10 @@ def before_setup_and_run_http_server(
         SglangGenerator(tokenizer_manager),
     )
     _watch_requests(tokenizer_manager, service)
-    app.include_router(_marked(compatible_router(service)))
+    for router in (compatible_router(service), memory_router(service)):
+        app.include_router(_marked(router))
     app.add_middleware(TaggingMiddleware)
+    app.add_middleware(RefusingMiddleware)
     _save_before_the_end(tokenizer_manager, service)
 
 

@@ -188,6 +188,17 @@ def test_untagged_requests_expire_by_number(tracker: ConversationTracker) -> Non
     assert tracker.adopt("r2", Tag("c")).number == 1
 
 
+def test_untagged_requests_expire_by_their_tokens(
+    tracker: ConversationTracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracker_module, "MAX_UNTAGGED_TOKENS", 25)
+    for rid in ("first", "second", "third"):
+        serve(tracker, rid, length=10)
+    with pytest.raises(NotFoundError):
+        tracker.adopt("first", Tag("c"))
+    assert [tracker.adopt(rid, Tag("c")).number for rid in ("second", "third")] == [1, 2]
+
+
 def test_a_rid_used_again_neither_expires_early_nor_keeps_others_alive(
     tracker: ConversationTracker, clock: Clock
 ) -> None:

@@ -1,7 +1,7 @@
 """The reference pages name every flag, route, field and error, as they are, and no others."""
 
 import re
-from typing import cast
+from typing import Any, cast
 
 import pytest
 from pydantic import BaseModel
@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from engram.errors import walk_error_classes
 from engram.server import wire
 from engram.server.compatible import compatible_router
+from engram.server.memory import memory_router
 from engram.server.schemas import ListBody, Place, RestoreBody, SaveBody
 from engram.service import SnapshotService
 from engram.sglang_plugin.args import FLAGS, REFUSED, _default
@@ -58,6 +59,7 @@ def test_every_refused_combination_is_documented() -> None:
         "pipeline parallelism": "pipeline, tensor or data parallelism",
         "tensor parallelism": "pipeline, tensor or data parallelism",
         "data parallelism": "pipeline, tensor or data parallelism",
+        "releasing memory": "`--enable-memory-saver`",
         "another radix cache": "another radix cache or external linker",
         "another external linker": "another radix cache or external linker",
     }
@@ -66,9 +68,12 @@ def test_every_refused_combination_is_documented() -> None:
 
 
 def test_every_route_is_documented() -> None:
-    router = compatible_router(cast(SnapshotService, None))
-    routes = {route.path for route in router.routes}  # type: ignore[attr-defined]
-    headings = re.findall(r"^## POST (\S+)$", (DOCS / "http-api.md").read_text(), re.MULTILINE)
+    service = cast(SnapshotService, None)
+    routers = (compatible_router(service), memory_router(service))
+    routes = {cast(Any, route).path for router in routers for route in router.routes}
+    headings = re.findall(
+        r"^## (?:POST|GET) (\S+)$", (DOCS / "http-api.md").read_text(), re.MULTILINE
+    )
     assert set(headings) == routes
     assert len(headings) == len(routes)
 

@@ -306,6 +306,31 @@ async def test_a_prefix_that_fails_costs_the_hit_and_never_the_request(
 
 
 @on_a_loop
+async def test_no_request_waits_twice_for_a_damaged_boundary(server: Server) -> None:
+    tokens = await save_all(server, "c", 2)
+    after = server.restart()
+    after.engine.promote_error = SnapshotCorruptError("damaged")
+    prompt = to_tokens([*tokens, 5])
+    await after.service.gate.admit(RunningRequest("first", prompt))
+    await after.service.gate.admit(RunningRequest("second", prompt))
+    await after.service.gate.admit(RunningRequest("third", prompt))
+    assert after.service.context.stats.hold_failures == 2, "one for each of the two boundaries"
+    assert after.service.context.stats.held_requests == 2
+    after.stop()
+
+
+@on_a_loop
+async def test_a_rid_and_a_conversation_that_do_not_belong_together(server: Server) -> None:
+    await server.chat("c")
+    saved = await server.service.save(tenant="", conversation_id="c")
+    rid = server.catalog.get(saved.snapshot_id).rid
+    found = await server.service.find(tenant="", rid=rid, conversation_id="c")
+    assert found.snapshot_id == saved.snapshot_id
+    with pytest.raises(NotFoundError, match="'c', not of 'd'"):
+        await server.service.find(tenant="", rid=rid, conversation_id="d")
+
+
+@on_a_loop
 async def test_without_auto_restore_nothing_is_brought(server: Server) -> None:
     tokens = await save_all(server, "c", 1)
     after = server.restart(snapshot_auto_restore=False)

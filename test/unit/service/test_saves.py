@@ -12,7 +12,6 @@ import pytest
 from engram.conversation.turns import Tag
 from engram.errors import (
     AlreadyExistsError,
-    CaptureLostError,
     GenerationAbortedError,
     InvalidRequestError,
     NotFoundError,
@@ -382,3 +381,13 @@ async def test_a_manifest_that_cannot_be_written_fails_the_save_alone(
     assert server.service.context.stats.save_failures == 1
     assert not (await server.service.save(tenant="", conversation_id="c")).existing
     server.stop()
+
+
+@on_a_loop
+async def test_an_asynchronous_save_joins_one_under_way(server: Server) -> None:
+    await server.chat("c")
+    first, second = await asyncio.gather(
+        server.service.save(tenant="", conversation_id="c"),
+        server.service.save(tenant="", conversation_id="c", durability="async"),
+    )
+    assert second.snapshot_id == first.snapshot_id

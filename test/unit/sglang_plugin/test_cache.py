@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams, MatchPrefixParams
+from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from engram.sglang_plugin.keys import page_keys
 from unit.sglang_plugin.tree import LAYERS, STATES, NewRank, Rank, Served, ToyRequest
@@ -168,10 +169,13 @@ def test_emptying_the_tree_waits_for_the_copy_under_way(
     assert blocked.reached.wait(WAIT_S)
     resetting = threading.Thread(target=rank.cache.reset)
     resetting.start()
-    assert waiting.wait(WAIT_S)
-    assert resetting.is_alive()
-    blocked.go.set()
-    resetting.join(WAIT_S)
+    try:
+        # Long before a copy that is stuck, had the reset not waited for it.
+        assert waiting.wait(5)
+        assert resetting.is_alive()
+    finally:
+        blocked.go.set()
+        resetting.join(WAIT_S)
     assert not resetting.is_alive()
     rank.requests.clear()
     rank.slots.clear()
@@ -293,11 +297,15 @@ def test_a_forward_pass_reads_complete_layers_only(
 
     reader = threading.Thread(target=forward)
     reader.start()
-    for layer in range(LAYERS):
-        assert not read[layer].is_set(), failures
-        gates[layer].set()
-        assert read[layer].wait(WAIT_S)
-    reader.join(WAIT_S)
+    try:
+        for layer in range(LAYERS):
+            assert not read[layer].is_set(), failures
+            gates[layer].set()
+            assert read[layer].wait(WAIT_S)
+    finally:
+        for gate in gates:
+            gate.set()
+        reader.join(WAIT_S)
     assert failures == []
     assert rank.cache.finish_external_linker_loads([request]) == []
     rank.finish(request)
@@ -345,6 +353,23 @@ def test_a_hit_that_has_vanished_is_recomputed(
     rank.check_pools()
     rank.nothing_is_held()
     assert rank.stats.contained_errors == 0
+
+
+def test_a_promise_does_not_outlive_what_was_promised(rank: Rank, rng: Random) -> None:
+    """A waiting request is matched again and again; upstream keeps the first hit for good."""
+    tokens = random_tokens(rng, 50)
+    rank.serve(tokens[:40])
+    rank.clear_vram()
+    request = ToyRequest("r", tokens)
+    params = MatchPrefixParams(key=RadixKey(array("q", tokens[:-1])), req=request)
+    assert rank.cache.match_prefix(params).host_hit_length == 40
+    assert rank.cache.linker.has_hit("r")
+    rank.tiers.release("r")
+    boundary = rank.tiers.ram.get(page_keys(tokens, 1)[39])
+    assert boundary is not None
+    rank.tiers.ram._evict(boundary)
+    assert rank.cache.match_prefix(params).host_hit_length == 0
+    assert not rank.cache.linker.has_hit("r")
 
 
 # ---- failures of ours ----

@@ -116,7 +116,7 @@ def test_without_the_extension_hashlib_gives_the_same(
     wanted = [page_keys(tokens, page, "lora", "salt") for page in PAGES]
 
     def in_python(ids: array[int], prior: str | None, page: int) -> list[str]:
-        return keys_module._hash_pages_in_python(ids, prior, page)
+        return keys_module.hash_pages_in_python(ids, prior, page)
 
     monkeypatch.setattr(keys_module, "_hash_pages", in_python)
     assert [page_keys(tokens, page, "lora", "salt") for page in PAGES] == wanted

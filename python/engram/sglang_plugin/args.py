@@ -99,6 +99,29 @@ UNSAFE_TO_IGNORE: Final = frozenset({"snapshot_encryption_key_file", "snapshot_t
 """Flags of machinery still to come whom an operator trusts with secrets: refused, not ignored."""
 
 
+class Switch(argparse._StoreAction):
+    """`--x` and `--no-x`; also `--x true`, which is how SGLang passes on `x: true` of a YAML file.
+
+    SGLang refuses a `--config` file that names a flag of argparse's own BooleanOptionalAction.
+    """
+
+    def __init__(self, option_strings: list[str], dest: str, **kwargs: Any) -> None:
+        names = [*option_strings, *("--no-" + option[2:] for option in option_strings)]
+        super().__init__(
+            names, dest, nargs="?", const=True, type=_truth, metavar="true|false", **kwargs
+        )
+
+    def __call__(self, parser: Any, namespace: Any, value: Any, option: Any = None) -> None:
+        """Store the value, turned round by the `--no-` form."""
+        setattr(namespace, self.dest, value is not str(option).startswith("--no-"))
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"true or false, not {text!r}")
+    return text.lower() == "true"
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add Engram's flags and the alias of an upstream flag that was renamed."""
     group = parser.add_argument_group("Engram: snapshots of inference state")
@@ -263,7 +286,7 @@ def _kind(flag: Flag) -> dict[str, Any]:
         return {"choices": list(get_args(annotation))}
     kinds = [kind for kind in (get_args(annotation) or (annotation,)) if kind is not type(None)]
     if kinds[0] is bool:
-        return {"action": argparse.BooleanOptionalAction}
+        return {"action": Switch}
     base = kinds[0]
     return {"type": base if base in (int, float, str) else float}
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from sglang.srt.server_args import ServerArgs
+from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
 
 from engram.core.settings import Settings
 from engram.sglang_plugin import args as args_module
@@ -119,6 +120,25 @@ def test_every_switch_can_be_switched_on_and_off(
     for typed, wanted in ((option, True), (option.replace("--", "--no-", 1), False)):
         settings = apply_flags(parse(parser, typed))
         assert getattr(settings, field) is wanted
+
+
+@pytest.mark.parametrize("option", SWITCHES)
+@pytest.mark.parametrize("value", [True, False])
+def test_every_switch_can_be_set_in_a_configuration_file(
+    parser: argparse.ArgumentParser, tmp_path: Path, option: str, value: bool
+) -> None:
+    path = tmp_path / "server.yaml"
+    for key, wanted in ((option[2:], value), ("no-" + option[2:], not value)):
+        path.write_text(f"{key}: {str(value).lower()}\nsnapshot-every-n-turns: 3\n")
+        merged = ConfigArgumentMerger(parser).merge_config_with_args(["--config", str(path)])
+        settings = apply_flags(parse(parser, *merged))
+        assert getattr(settings, option[2:].replace("-", "_")) is wanted
+        assert settings.snapshot_every_n_turns == 3
+
+
+def test_a_switch_takes_no_other_value(parser: argparse.ArgumentParser) -> None:
+    with pytest.raises(SystemExit):
+        parse(parser, ON, "yes")
 
 
 def test_defaults(parser: argparse.ArgumentParser) -> None:

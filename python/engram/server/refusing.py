@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Final
 
 from engram.errors import UnsupportedError
-from engram.server.tagging import App, Receive, Scope, Send
+from engram.server.tagging import App, Receive, Scope, Send, route_of
 from engram.server.wire import error_response
 
 CHANGING_WEIGHTS: Final = frozenset(
@@ -32,9 +32,9 @@ class RefusingMiddleware:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] in CHANGING_WEIGHTS:
+        if scope["type"] == "http" and route_of(scope) in CHANGING_WEIGHTS:
             refusal = UnsupportedError(
-                f"{scope['path']} is refused while snapshots are kept: stored states would be "
+                f"{route_of(scope)} is refused while snapshots are kept: stored states would be "
                 "used with weights that did not make them",
                 hint="restart the server with the new weights, or without "
                 "--enable-snapshot-persistence",

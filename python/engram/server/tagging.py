@@ -53,6 +53,16 @@ class _Fields(msgspec.Struct):
     session_params: Any = None
 
 
+def route_of(scope: Scope) -> str:
+    """The path of a request as SGLang's routes see it.
+
+    Behind a proxy the server may have a root path (`--fastapi-root-path`), which stands before the
+    path whether or not the proxy has taken it off.
+    """
+    path, root = str(scope["path"]), str(scope.get("root_path", ""))
+    return path.removeprefix(root) if path.startswith(root.rstrip("/") + "/") else path
+
+
 class TaggingMiddleware:
     """Sets `CURRENT_TAG` for the tagged requests to the generation routes."""
 
@@ -60,7 +70,7 @@ class TaggingMiddleware:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] not in GENERATION_ROUTES:
+        if scope["type"] != "http" or route_of(scope) not in GENERATION_ROUTES:
             await self._app(scope, receive, send)
             return
         body, replay = await _read(receive)

@@ -29,6 +29,14 @@ def test_changing_the_weights_is_refused(client: TestClient, path: str) -> None:
     assert path in reply.json()["message"]
 
 
+def test_a_root_path_opens_no_way_around(client: TestClient) -> None:
+    app = client.app
+    behind = TestClient(app, root_path="/api")
+    path = sorted(CHANGING_WEIGHTS)[0]
+    assert behind.post("/api" + path, json={}).status_code == 422
+    assert behind.post(path, json={}).status_code == 422
+
+
 def test_the_routes_exist_in_the_sglang_that_is_supported() -> None:
     from sglang.srt.entrypoints.http_server import app
 

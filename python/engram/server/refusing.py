@@ -19,6 +19,7 @@ CHANGING_WEIGHTS: Final = frozenset(
         "/update_weights_from_distributed",
         "/update_weights_from_ipc",
         "/begin_weight_update",
+        "/weights_checker",  # one of its actions fills the weights with random numbers
         "/load_lora_adapter",
         "/load_lora_adapter_from_tensors",
     }

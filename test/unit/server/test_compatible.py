@@ -304,3 +304,25 @@ def test_openapi_has_the_five_routes_and_their_bodies(app: FastAPI) -> None:
         "sampling_params",
         "request_id",
     }
+
+
+@on_a_loop
+async def test_a_damaged_snapshot_does_not_hide_the_others(server: Server, app: FastAPI) -> None:
+    tokens = await server.chat("c", turns=2)
+    async with client_of(app) as client:
+        for turn in (1, 2):
+            body = {"conversation_id": "c", "turn_number": turn}
+            assert (await client.post("/save_snapshot", json=body)).status_code == 200
+        rows = await server.service.list("", "c")
+        newest = server.store.get_manifest(rows[1].snapshot_id).segments[0][-1]
+        path = next(p for p in server.root.rglob("*") if newest.segment_id in p.name)
+        path.write_bytes(path.read_bytes()[:-1])
+        reply = await client.post("/list_snapshots", json={"conversation_id": "c"})
+        assert reply.status_code == 200
+        first, second = reply.json()["snapshots"]
+        assert (first["turn_number"], first["damaged"]) == (1, None)
+        assert first["fill_ids"] == tokens[: len(first["fill_ids"])]
+        assert (second["turn_number"], second["fill_ids"]) == (2, None)
+        assert newest.segment_id in second["damaged"]
+        info = await client.post("/get_snapshot_info", json={"conversation_id": "c"})
+        assert (info.status_code, info.json()["error"]) == (409, "snapshot_corrupt")

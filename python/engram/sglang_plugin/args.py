@@ -245,6 +245,11 @@ REFUSED: Final = (
         "the session radix cache",
         "drop --enable-session-radix-cache",
     ),
+    # Other front ends than the HTTP server: nothing would answer a save there.
+    ("grpc_mode", False, "the gRPC server", "drop --grpc-mode"),
+    ("smg_grpc_mode", False, "the gRPC server", "drop --smg-grpc-mode"),
+    ("use_ray", False, "Ray", "drop --use-ray"),
+    ("encoder_only", False, "an encoder server", "drop --encoder-only"),
     ("enable_streaming_session", False, "streaming sessions", "drop --enable-streaming-session"),
 )
 """What persistence cannot work with yet: field, the value that is fine, its name, what to do."""

@@ -233,6 +233,10 @@ REFUSALS = [
     ("--enable-memory-saver",),
     ("--enable-linear-replayssm",),
     ("--enable-session-radix-cache",),
+    ("--grpc-mode",),
+    ("--smg-grpc-mode",),
+    ("--use-ray",),
+    ("--encoder-only",),
     ("--enable-streaming-session",),
     ("--strip-thinking-cache",),
 ]

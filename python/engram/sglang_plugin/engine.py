@@ -216,3 +216,9 @@ class SglangGenerator:
                 f"sampling_params: SGLang knows no {', '.join(unknown)}",
                 details={"field": f"sampling_params.{unknown[0]}"},
             )
+        try:
+            self._manager.sampling_params_class(**sampling_params).verify(vocab_size)
+        except (TypeError, ValueError) as error:
+            raise InvalidRequestError(
+                f"sampling_params: {error}", details={"field": "sampling_params"}
+            ) from error

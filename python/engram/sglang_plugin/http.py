@@ -153,10 +153,13 @@ def _watch_requests(manager: Any, service: SnapshotService) -> None:
     async def send_one_request(tokenized: Any) -> None:
         await _admit(service, tokenized)
         await send_one(tokenized)
+        _abort_again(manager, tokenized.rid)
 
     async def send_batch_request(tokenized: list[Any]) -> None:
         await asyncio.gather(*(_admit(service, one) for one in tokenized))
         await send_batch(tokenized)
+        for one in tokenized:
+            _abort_again(manager, one.rid)
 
     async def handle_batch_output(received: Any) -> None:
         _finish(manager, service, received)
@@ -203,6 +206,15 @@ async def _admit(service: SnapshotService, tokenized: Any) -> None:
     )
     _ADMITTED.get([]).append(request)
     await service.gate.admit(request)
+
+
+def _abort_again(manager: Any, rid: str) -> None:
+    """Repeat an abort that came while the request was held: the scheduler did not know it yet."""
+    from sglang.srt.managers.io_struct import AbortReq
+
+    state = manager.rid_to_state.get(rid)
+    if state is not None and state.abort_sent:
+        manager._dispatch_to_scheduler(AbortReq(rid=rid))
 
 
 def _finish(manager: Any, service: SnapshotService, received: Any) -> None:

@@ -9,12 +9,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+from sglang.srt.managers.io_struct import AbortReq, TokenizedGenerateReqInput
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from engram.conversation.turns import Tag
-from engram.errors import StoreError
+from engram.errors import InvalidRequestError, StoreError
 from engram.server.tagging import CURRENT_TAG
+from engram.sglang_plugin.engine import SglangGenerator
 from engram.sglang_plugin.http import _watch_requests
 from engram.testing.samples import seeded_random
 from unit.service.engine import Server, on_a_loop
@@ -28,18 +29,22 @@ class Manager:
     def __init__(self) -> None:
         self.rid_to_state: dict[str, Any] = {}
         self.ended: dict[str, asyncio.Event] = {}
+        self.dispatched: list[Any] = []
 
     async def generate_request(self, request: Any, *_: Any) -> AsyncIterator[dict[str, Any]]:
         if request.rid in self.rid_to_state:
             raise ValueError(f"Duplicate request ID detected: {request.rid}")
-        self.rid_to_state[request.rid] = SimpleNamespace(output_ids=[])
+        self.rid_to_state[request.rid] = SimpleNamespace(output_ids=[], abort_sent=False)
         ended = self.ended[request.rid] = asyncio.Event()
         await self._send_one_request(tokenized(request))
         await ended.wait()
         yield {"meta_info": {"id": request.rid, "finish_reason": {"type": "length"}}}
 
     async def _send_one_request(self, tokenized: Any) -> None:
-        pass
+        self._dispatch_to_scheduler(tokenized)
+
+    def _dispatch_to_scheduler(self, message: Any) -> None:
+        self.dispatched.append(message)
 
     async def _send_batch_request(self, tokenized: list[Any]) -> None:
         pass
@@ -107,10 +112,8 @@ def ask(
 
 
 async def sent(manager: Manager, rid: str) -> None:
-    while rid not in manager.ended:
-        await asyncio.sleep(0)
-    for _ in range(100):
-        await asyncio.sleep(0)
+    while all(message.rid != rid for message in manager.dispatched):
+        await asyncio.sleep(0.001)
 
 
 @on_a_loop
@@ -152,6 +155,53 @@ async def test_a_part_of_a_session_is_not_taken_for_a_prompt(
     await manager.finish("r")
     assert len(await task) == 1
     assert not server.service.context.tracker._untagged
+
+
+@on_a_loop
+async def test_an_abort_of_a_held_request_reaches_the_scheduler_after_it(
+    server: Server, manager: Manager
+) -> None:
+    tokens = await server.chat("c")
+    await server.service.save(tenant="", conversation_id="c")
+    server.engine.promote_gate.shut()
+    task = ask(manager, "held", None, input_ids=[*tokens, 1])
+    await server.engine.promote_gate.reached.wait()
+    manager.rid_to_state["held"].abort_sent = True  # the scheduler was told, and knew no such rid
+    server.engine.promote_gate.open.set()
+    while len(manager.dispatched) < 2:
+        await asyncio.sleep(0.001)
+    request, abort = manager.dispatched
+    assert request.rid == "held"
+    assert isinstance(abort, AbortReq)
+    assert abort.rid == "held"
+    await manager.finish("held")
+    await task
+
+
+@on_a_loop
+async def test_a_request_nobody_aborted_is_sent_alone(manager: Manager) -> None:
+    task = ask(manager, "r", None)
+    await sent(manager, "r")
+    assert [message.rid for message in manager.dispatched] == ["r"]
+    assert not isinstance(manager.dispatched[0], AbortReq)
+    await manager.finish("r")
+    await task
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{"temperature": "x"}, {"top_p": 7}, {"max_new_tokens": -1}, {"nonsense": 1}],
+    ids=lambda params: next(iter(params)),
+)
+def test_parameters_that_sglang_cannot_take_are_named(params: dict[str, Any]) -> None:
+    config = SimpleNamespace(vocab_size=100)
+    generator = SglangGenerator(
+        SimpleNamespace(model_config=config, sampling_params_class=SamplingParams)
+    )
+    with pytest.raises(InvalidRequestError) as caught:
+        generator._check([1], params)
+    assert str(caught.value.details["field"]).startswith("sampling_params")
+    generator._check([1], {"temperature": 0.5, "max_new_tokens": 3})
 
 
 @on_a_loop

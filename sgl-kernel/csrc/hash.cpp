@@ -1,0 +1,138 @@
+#include "hash.h"
+
+#include "remainder.h"
+
+namespace engram {
+
+Hasher::Hasher(const Plan& plan)
+    : plan_(plan),
+      columns_((plan.max_n - plan.min_n + 1) * plan.heads),
+      fast_(plan.polynomial == 0) {
+  reciprocals_.reserve(columns_);
+  for (int64_t c = 0; c < columns_; ++c) {
+    fast_ = fast_ && suits_double(plan.moduli[c]);
+    reciprocals_.push_back(1.0 / static_cast<double>(plan.moduli[c]));
+  }
+}
+
+namespace {
+
+// The part of a token's ids that can be hashed: from a block on, everything older is pad.
+// Writes max_n ids, the newest first.
+inline void look_back(const Plan& plan, const int64_t* newest, int64_t* ids) {
+  bool blocked = false;
+  for (int64_t k = 0; k < plan.max_n; ++k) {
+    const int64_t id = newest[-k];
+    blocked = blocked || (plan.blocks != 0 && id == kBlock);
+    ids[k] = blocked ? plan.pad : id;
+  }
+}
+
+// Products and sums wrap, as they do in numpy; signed overflow would be undefined here.
+inline int64_t multiply(int64_t a, int64_t b) {
+  return static_cast<int64_t>(static_cast<uint64_t>(a) * static_cast<uint64_t>(b));
+}
+
+inline int64_t add(int64_t a, int64_t b) {
+  return static_cast<int64_t>(static_cast<uint64_t>(a) + static_cast<uint64_t>(b));
+}
+
+// The common case, apart so that the compiler makes one version for each instruction set and,
+// with the number of heads known, one vector operation of each line of the inner loop.
+template <int kHeads, typename Out>
+ENGRAM_ALWAYS_INLINE void xor_tokens(const Plan& plan, const double* reciprocals,
+                                     const int64_t* window, int64_t count, Out* out) {
+  const int64_t heads = kHeads != 0 ? kHeads : plan.heads;
+  const int64_t context = plan.max_n - 1;
+  for (int64_t t = 0; t < count; ++t) {
+    const int64_t* newest = window + context + t;
+    int64_t mix = 0;
+    bool blocked = false;
+    int64_t column = 0;
+    for (int64_t k = 0; k <= context; ++k) {
+      int64_t id = newest[-k];
+      if (plan.blocks != 0) {
+        blocked = blocked || id == kBlock;
+        id = blocked ? plan.pad : id;
+      }
+      mix ^= multiply(id, plan.multipliers[k]);
+      if (k + 1 < plan.min_n) continue;
+      const double wide = static_cast<double>(mix);
+      for (int64_t h = 0; h < heads; ++h) {
+        const int64_t modulus = plan.moduli[column + h];
+        const int64_t rest = remainder_double(mix, wide, modulus, reciprocals[column + h]);
+        out[column + h] = static_cast<Out>(rest + plan.offsets[column + h]);
+      }
+      column += heads;
+    }
+    out += column;
+  }
+}
+
+template <typename Out>
+ENGRAM_ALWAYS_INLINE void xor_any(const Plan& plan, const double* reciprocals,
+                                  const int64_t* window, int64_t count, Out* out) {
+  if (plan.heads == 8) {
+    xor_tokens<8>(plan, reciprocals, window, count, out);
+  } else {
+    xor_tokens<0>(plan, reciprocals, window, count, out);
+  }
+}
+
+ENGRAM_CLONES void xor_int64(const Plan& plan, const double* reciprocals, const int64_t* window,
+                             int64_t count, int64_t* __restrict out) {
+  xor_any(plan, reciprocals, window, count, out);
+}
+
+ENGRAM_CLONES void xor_int32(const Plan& plan, const double* reciprocals, const int64_t* window,
+                             int64_t count, int32_t* __restrict out) {
+  xor_any(plan, reciprocals, window, count, out);
+}
+
+inline void xor_fast(const Plan& plan, const double* reciprocals, const int64_t* window,
+                     int64_t count, int64_t* out) {
+  xor_int64(plan, reciprocals, window, count, out);
+}
+
+inline void xor_fast(const Plan& plan, const double* reciprocals, const int64_t* window,
+                     int64_t count, int32_t* out) {
+  xor_int32(plan, reciprocals, window, count, out);
+}
+
+}  // namespace
+
+// The hash of `order` before the remainder, for any plan; `ids` newest first.
+int64_t Hasher::mix(const int64_t* ids, int64_t order, int64_t head) const {
+  int64_t mix = 0;
+  for (int64_t k = 0; k < order; ++k) {
+    if (plan_.polynomial != 0) {
+      mix = add(mix, multiply(ids[order - 1 - k], plan_.multipliers[head * plan_.max_n + k]));
+    } else {
+      mix ^= multiply(ids[k], plan_.multipliers[k]);
+    }
+  }
+  return mix;
+}
+
+template <typename Out>
+void Hasher::run(const int64_t* window, int64_t count, Out* out) const {
+  if (fast_) {
+    xor_fast(plan_, reciprocals_.data(), window, count, out);
+    return;
+  }
+  std::vector<int64_t> ids(plan_.max_n);
+  for (int64_t t = 0; t < count; ++t) {
+    look_back(plan_, window + plan_.max_n - 1 + t, ids.data());
+    for (int64_t c = 0; c < columns_; ++c) {
+      const int64_t hash = mix(ids.data(), plan_.min_n + c / plan_.heads, c % plan_.heads);
+      int64_t rest = remainder_integer(hash, plan_.moduli[c]);
+      if (plan_.polynomial != 0) rest = remainder_integer(rest, plan_.sizes[c]);
+      *out++ = static_cast<Out>(rest + plan_.offsets[c]);
+    }
+  }
+}
+
+template void Hasher::run<int64_t>(const int64_t*, int64_t, int64_t*) const;
+template void Hasher::run<int32_t>(const int64_t*, int64_t, int32_t*) const;
+
+}  // namespace engram

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ from engram.errors import InvalidRequestError
 
 Bytes = npt.NDArray[np.uint8]
 Int64Array = npt.NDArray[np.int64]
+Table = TypeVar("Table", bound="MemoryTable")
 
 
 class MemoryTable(ABC):
@@ -47,6 +48,12 @@ class MemoryTable(ABC):
     def close(self) -> None:
         """Free what the table holds; it cannot be used afterwards."""
         return
+
+    def __enter__(self: Table) -> Table:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 class RowSource(Protocol):
@@ -96,6 +103,8 @@ class StoredTable(MemoryTable):
         """``ids`` int64 [n], all of them rows, to bytes [n, row_bytes]."""
 
     def gather(self, ids: torch.Tensor) -> torch.Tensor:
+        if ids.numel() == 0:
+            return torch.empty(*ids.shape, self.dim, dtype=self.dtype)
         flat = ids.detach().cpu().to(torch.int64).reshape(-1).numpy()
         check_ids(flat, self.rows)
         if self.deduplicate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 from collections.abc import Iterator
@@ -186,17 +187,15 @@ class _DirectReads:
         size = self._header.row_bytes
         out = np.empty((len(offsets), size), dtype=np.uint8)
         # Anonymous memory begins at a page, as O_DIRECT demands.
-        with mmap.mmap(-1, -(-size // PAGE) * PAGE + PAGE) as buffer:
-            for row, file in enumerate(files.tolist()):
-                offset = int(offsets[row])
-                skip = offset % PAGE
-                span = -(-(skip + size) // PAGE) * PAGE
-                view = memoryview(buffer)[:span]
-                got = os.preadv(file, [view], offset - skip)
-                if got < skip + size:
-                    raise OSError(f"a shard ends at byte {offset - skip + got}")
-                out[row] = np.frombuffer(view[skip : skip + size], np.uint8)
-                view.release()
+        memory = mmap.mmap(-1, -(-size // PAGE) * PAGE + PAGE)
+        buffer = np.frombuffer(memory, np.uint8)
+        for row, file in enumerate(files.tolist()):
+            skip = int(offsets[row]) % PAGE
+            start = int(offsets[row]) - skip
+            got = os.preadv(file, [buffer[: -(-(skip + size) // PAGE) * PAGE].data], start)
+            if got < skip + size:
+                raise OSError(errno.ENODATA, f"a shard ends at byte {start + got}")
+            out[row] = buffer[skip : skip + size]
         return out
 
 

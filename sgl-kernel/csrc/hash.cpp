@@ -1,6 +1,6 @@
 #include "hash.h"
 
-#include "remainder.h"
+#include <cstring>
 
 namespace engram {
 
@@ -8,10 +8,21 @@ Hasher::Hasher(const Plan& plan)
     : plan_(plan),
       columns_((plan.max_n - plan.min_n + 1) * plan.heads),
       fast_(plan.polynomial == 0) {
-  reciprocals_.reserve(columns_);
-  for (int64_t c = 0; c < columns_; ++c) {
-    fast_ = fast_ && suits_double(plan.moduli[c]);
-    reciprocals_.push_back(1.0 / static_cast<double>(plan.moduli[c]));
+  for (int64_t c = 0; c < columns_; ++c) fast_ = fast_ && suits_double(plan.moduli[c]);
+  if (!fast_) return;
+  for (int64_t first = 0; first < columns_; first += plan.heads) {
+    for (int64_t h = 0; h < plan.heads; h += kLanes) {
+      Lanes lanes;
+      lanes.count = plan.heads - h < kLanes ? plan.heads - h : kLanes;
+      for (int64_t i = 0; i < kLanes; ++i) {
+        // Lanes beyond the last head compute something too; it is not stored.
+        const int64_t column = first + h + (i < lanes.count ? i : 0);
+        lanes.moduli[i] = plan.moduli[column];
+        lanes.reciprocals[i] = 1.0 / static_cast<double>(plan.moduli[column]);
+        lanes.offsets[i] = plan.offsets[column];
+      }
+      lanes_.push_back(lanes);
+    }
   }
 }
 
@@ -37,66 +48,56 @@ inline int64_t add(int64_t a, int64_t b) {
   return static_cast<int64_t>(static_cast<uint64_t>(a) + static_cast<uint64_t>(b));
 }
 
-// The common case, apart so that the compiler makes one version for each instruction set and,
-// with the number of heads known, one vector operation of each line of the inner loop.
-template <int kHeads, typename Out>
-ENGRAM_ALWAYS_INLINE void xor_tokens(const Plan& plan, const double* reciprocals,
+template <typename Vector>
+ENGRAM_ALWAYS_INLINE Vector load(const void* from) {
+  Vector vector;
+  std::memcpy(&vector, from, sizeof(vector));
+  return vector;
+}
+
+// The common case, apart so that the compiler makes a version for each instruction set.
+template <typename Out>
+ENGRAM_ALWAYS_INLINE void xor_tokens(const Plan& plan, const Lanes* order_lanes, int64_t per_order,
                                      const int64_t* window, int64_t count, Out* out) {
-  const int64_t heads = kHeads != 0 ? kHeads : plan.heads;
+  typedef Out Narrow __attribute__((vector_size(kLanes * sizeof(Out))));
   const int64_t context = plan.max_n - 1;
+  const bool blocks = plan.blocks != 0;
   for (int64_t t = 0; t < count; ++t) {
     const int64_t* newest = window + context + t;
+    const Lanes* lanes = order_lanes;
     int64_t mix = 0;
     bool blocked = false;
-    int64_t column = 0;
     for (int64_t k = 0; k <= context; ++k) {
       int64_t id = newest[-k];
-      if (plan.blocks != 0) {
+      if (blocks) {
         blocked = blocked || id == kBlock;
         id = blocked ? plan.pad : id;
       }
       mix ^= multiply(id, plan.multipliers[k]);
       if (k + 1 < plan.min_n) continue;
-      const double wide = static_cast<double>(mix);
-      for (int64_t h = 0; h < heads; ++h) {
-        const int64_t modulus = plan.moduli[column + h];
-        const int64_t rest = remainder_double(mix, wide, modulus, reciprocals[column + h]);
-        out[column + h] = static_cast<Out>(rest + plan.offsets[column + h]);
+      for (int64_t i = 0; i < per_order; ++i, ++lanes) {
+        const Ints rest = remainder_double(mix, load<Ints>(lanes->moduli),
+                                           load<Doubles>(lanes->reciprocals));
+        const Narrow rows = __builtin_convertvector(rest + load<Ints>(lanes->offsets), Narrow);
+        if (lanes->count == kLanes) {
+          std::memcpy(out, &rows, sizeof(rows));
+        } else {
+          std::memcpy(out, &rows, lanes->count * sizeof(Out));
+        }
+        out += lanes->count;
       }
-      column += heads;
     }
-    out += column;
   }
 }
 
-template <typename Out>
-ENGRAM_ALWAYS_INLINE void xor_any(const Plan& plan, const double* reciprocals,
-                                  const int64_t* window, int64_t count, Out* out) {
-  if (plan.heads == 8) {
-    xor_tokens<8>(plan, reciprocals, window, count, out);
-  } else {
-    xor_tokens<0>(plan, reciprocals, window, count, out);
-  }
+ENGRAM_CLONES void xor_fast(const Plan& plan, const Lanes* lanes, int64_t per_order,
+                            const int64_t* window, int64_t count, int64_t* out) {
+  xor_tokens(plan, lanes, per_order, window, count, out);
 }
 
-ENGRAM_CLONES void xor_int64(const Plan& plan, const double* reciprocals, const int64_t* window,
-                             int64_t count, int64_t* __restrict out) {
-  xor_any(plan, reciprocals, window, count, out);
-}
-
-ENGRAM_CLONES void xor_int32(const Plan& plan, const double* reciprocals, const int64_t* window,
-                             int64_t count, int32_t* __restrict out) {
-  xor_any(plan, reciprocals, window, count, out);
-}
-
-inline void xor_fast(const Plan& plan, const double* reciprocals, const int64_t* window,
-                     int64_t count, int64_t* out) {
-  xor_int64(plan, reciprocals, window, count, out);
-}
-
-inline void xor_fast(const Plan& plan, const double* reciprocals, const int64_t* window,
-                     int64_t count, int32_t* out) {
-  xor_int32(plan, reciprocals, window, count, out);
+ENGRAM_CLONES void xor_fast(const Plan& plan, const Lanes* lanes, int64_t per_order,
+                            const int64_t* window, int64_t count, int32_t* out) {
+  xor_tokens(plan, lanes, per_order, window, count, out);
 }
 
 }  // namespace
@@ -117,7 +118,7 @@ int64_t Hasher::mix(const int64_t* ids, int64_t order, int64_t head) const {
 template <typename Out>
 void Hasher::run(const int64_t* window, int64_t count, Out* out) const {
   if (fast_) {
-    xor_fast(plan_, reciprocals_.data(), window, count, out);
+    xor_fast(plan_, lanes_.data(), (plan_.heads + kLanes - 1) / kLanes, window, count, out);
     return;
   }
   std::vector<int64_t> ids(plan_.max_n);

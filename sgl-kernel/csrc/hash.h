@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "remainder.h"
+
 namespace engram {
 
 // One layer's hash. Arrays belong to the caller. C = orders * heads columns, order first.
@@ -19,6 +21,14 @@ struct Plan {
 };
 
 constexpr int64_t kBlock = INT64_MIN;
+
+// Up to eight heads of one order. Plain arrays: not every allocator aligns for wide vectors.
+struct Lanes {
+  int64_t moduli[kLanes];
+  double reciprocals[kLanes];
+  int64_t offsets[kLanes];
+  int64_t count;
+};
 
 // A plan with its reciprocals; hashes runs of tokens.
 class Hasher {
@@ -36,8 +46,8 @@ class Hasher {
 
   Plan plan_;
   int64_t columns_;
-  bool fast_;                       // every modulus suits the reciprocal in double
-  std::vector<double> reciprocals_;
+  bool fast_;                 // every modulus suits the reciprocal in double
+  std::vector<Lanes> lanes_;  // if fast: order by order
 };
 
 }  // namespace engram

@@ -11,7 +11,7 @@ namespace engram {
 namespace {
 
 constexpr int64_t kLine = 64;
-constexpr int64_t kAhead = 24;         // rows; memory latency over the time one row takes
+constexpr int64_t kAhead = 32;  // rows; memory latency over the time one row takes, with room
 constexpr int64_t kPage = 4096;
 constexpr int64_t kReadMost = 256 << 10;
 
@@ -53,8 +53,9 @@ void gather(const uint8_t* table, int64_t row_bytes, const Id* ids, int64_t coun
   for (int64_t i = 0; i < count; ++i) {
     if (i + kAhead < count) {
       const uint8_t* next = table + static_cast<int64_t>(ids[i + kAhead]) * row_bytes;
-      for (int64_t j = 0; j < row_bytes; j += kLine) __builtin_prefetch(next + j);
-      __builtin_prefetch(next + row_bytes - 1);
+      // Into the second level: the first has too few slots for lines under way.
+      for (int64_t j = 0; j < row_bytes; j += kLine) __builtin_prefetch(next + j, 0, 2);
+      __builtin_prefetch(next + row_bytes - 1, 0, 2);
     }
     copy_row(table + static_cast<int64_t>(ids[i]) * row_bytes, row_bytes, out + i * row_bytes);
   }

@@ -1,7 +1,8 @@
 """Native CPU kernels of Engram's conditional memory, over numpy arrays.
 
 Every function releases the GIL while it computes. Arrays must be C-contiguous; ids must be rows of
-the table: `engram.conditional_memory` checks them.
+the table: `engram.conditional_memory` checks them. Where a function takes ``out``, that array is
+filled and returned: fresh memory costs a page fault every 4 KiB, which large results feel.
 """
 
 from __future__ import annotations
@@ -74,31 +75,39 @@ def instruction_set() -> str:
     return str(_library.engram_instruction_set().decode())
 
 
-def hash_window(plan: Plan, window: Int64Array, dtype: npt.DTypeLike = np.int64) -> np.ndarray:
+def hash_window(
+    plan: Plan,
+    window: Int64Array,
+    dtype: npt.DTypeLike = np.int64,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
     """``window`` [B, max_n - 1 + T] to rows [B, T, columns] of ``dtype`` int64 or int32."""
     window = _int64(window)
-    out = np.empty((*_shape(plan, window), plan.columns), dtype=dtype)
+    out = _out(out, (*_shape(plan, window), plan.columns), np.dtype(dtype))
     narrow = ctypes.c_int64(out.dtype == np.int32)
     batch, tokens = _sizes(out.shape[:2])
     _library.engram_hash(ctypes.byref(plan), _at(window), batch, tokens, narrow, _at(out))
     return out
 
 
-def gather(table: Bytes, ids: Int64Array, threads: int = 1) -> Bytes:
+def gather(table: Bytes, ids: Int64Array, threads: int = 1, out: Bytes | None = None) -> Bytes:
     """Rows ``ids`` [n] of ``table`` [rows, row_bytes]: [n, row_bytes]."""
     ids = _int64(ids)
-    out = np.empty((len(ids), table.shape[1]), dtype=np.uint8)
+    out = _out(out, (len(ids), table.shape[1]), np.dtype(np.uint8))
     sizes = _sizes((len(ids), threads))
     width = ctypes.c_int64(table.shape[1])
     _library.engram_gather(_at(table), width, _at(ids), *sizes, _at(out))
     return out
 
 
-def hash_gather(plan: Plan, window: Int64Array, table: Bytes, threads: int = 1) -> Bytes:
+def hash_gather(
+    plan: Plan, window: Int64Array, table: Bytes, threads: int = 1, out: Bytes | None = None
+) -> Bytes:
     """Rows of ``table`` for every column of every token: [B * T * columns, row_bytes]."""
     window = _int64(window)
     batch, tokens = _shape(plan, window)
-    out = np.empty((batch * tokens * plan.columns, table.shape[1]), dtype=np.uint8)
+    shape = (batch * tokens * plan.columns, table.shape[1])
+    out = _out(out, shape, np.dtype(np.uint8))
     sizes = _sizes((table.shape[1], threads))
     _library.engram_hash_gather(
         ctypes.byref(plan), _at(window), *_sizes((batch, tokens)), _at(table), *sizes, _at(out)
@@ -120,6 +129,15 @@ def read_rows(
     error = _library.engram_read_rows(_at(files), _at(offsets), *sizes, _at(out))
     if error:
         raise OSError(error, os.strerror(error))
+    return out
+
+
+def _out(out: np.ndarray | None, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """``out`` if it fits, or a new array."""
+    if out is None:
+        return np.empty(shape, dtype=dtype)
+    if out.shape != shape or out.dtype != dtype or not out.flags.c_contiguous:
+        raise ValueError(f"out must be contiguous {dtype} {shape}, not {out.dtype} {out.shape}")
     return out
 
 

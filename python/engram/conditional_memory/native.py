@@ -26,16 +26,24 @@ class NativeKernel:
         self._plans = WeakKeyDictionary()
 
     def hash_window(
-        self, window: torch.Tensor, plan: HashPlan, offsets: bool, dtype: torch.dtype
+        self,
+        window: torch.Tensor,
+        plan: HashPlan,
+        offsets: bool,
+        dtype: torch.dtype,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """``window`` int64 [B, max_n - 1 + T] to [B, T, C] of ``dtype`` int64 or int32."""
         narrow = np.int32 if dtype == torch.int32 else np.int64
         native = self._native(plan, offsets)
-        return torch.from_numpy(engram_kernel.hash_window(native, window.numpy(), narrow))
+        target = None if out is None else out.numpy()
+        return torch.from_numpy(engram_kernel.hash_window(native, window.numpy(), narrow, target))
 
-    def gather(self, table: Bytes, ids: Int64Array, *, threads: int) -> Bytes:
-        """Rows of ``table`` [rows, row_bytes]; ``ids`` are not checked."""
-        return np.asarray(engram_kernel.gather(table, ids, threads))
+    def gather(
+        self, table: Bytes, ids: Int64Array, *, threads: int, out: Bytes | None = None
+    ) -> Bytes:
+        """Rows of ``table`` [rows, row_bytes], into ``out`` if given; ``ids`` are not checked."""
+        return np.asarray(engram_kernel.gather(table, ids, threads, out))
 
     def hash_gather(
         self, window: torch.Tensor, plan: HashPlan, table: Bytes, *, threads: int

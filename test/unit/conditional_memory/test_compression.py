@@ -26,7 +26,8 @@ def byte_tokenizer() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     text = [
-        "The cat and the dog, THE Cat; caf\u00e9 Cafe\u0301 caf\u00e9s na\u00efve \u4f60\u597d"
+        "The cat and the dog, THE Cat; "
+        "\u00e9t\u00e9 E\u0301t\u00e9 \u00c9T\u00c9 na\u00efve \u4f60\u597d"
     ] * 9
     trainer = trainers.BpeTrainer(
         vocab_size=400,

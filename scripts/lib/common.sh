@@ -6,6 +6,7 @@ if [[ "${ENGRAM_PYTHON:-}" == */* && "$ENGRAM_PYTHON" != /* ]]; then
     export ENGRAM_PYTHON="$PWD/$ENGRAM_PYTHON"
 fi
 
+SCRIPT="$(cd "$(dirname "$0")" && pwd)/$(basename "$0")"
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 cd "$ROOT" || exit 1
 
@@ -22,7 +23,7 @@ fail() {
 }
 
 # usage: the comment at the head of the script, without its marks.
-usage() { awk 'NR == 1 { next } !/^#/ { exit } { sub(/^# ?/, ""); print }' "$0"; }
+usage() { awk 'NR == 1 { next } !/^#/ { exit } { sub(/^# ?/, ""); print }' "$SCRIPT"; }
 
 # ensure_python: set PY to an interpreter that has everything python/pyproject.toml asks for.
 # With ENGRAM_PYTHON that one, as it is; else .venv, made or brought up to date where needed.

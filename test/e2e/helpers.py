@@ -6,6 +6,7 @@ import random
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -159,3 +160,9 @@ def assert_close(reply: Reply, reference: Reply, tolerance: float) -> None:
         for one, other in zip(reply.output.logprobs, reference.output.logprobs, strict=True)
     )
     assert worst <= tolerance, worst
+
+
+def assert_quarantined(store: Path, name: str) -> None:
+    """The file `name` has left its place and lies in quarantine."""
+    assert not list((store / "segments").rglob(name))
+    assert [path for path in (store / "quarantine").iterdir() if path.name.endswith(name)]

@@ -38,7 +38,8 @@ def small_world(stage: Stage, folder: Path) -> World:
     world.cases["lost"] = _lost(client, numbers)
     world.cases["evicted"] = _evicted(world, numbers)
     world.cases["short"] = _short(client, numbers)
-    world.cases["base"] = save_and_peek(client, numbers, "base", two_turns(client, numbers, "base"))
+    for name in ("base", "flipped"):
+        world.cases[name] = save_and_peek(client, numbers, name, two_turns(client, numbers, name))
     world.server.kill()
     world.server.start()
     return world

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from e2e.worlds import INTERLEAVED, TURNS, Case, World
-from engram.errors import StoreBusyError
+from e2e.helpers import assert_quarantined, random_ids
+from e2e.worlds import CONTRACT, INTERLEAVED, TURNS, Case, Stage, World, fresh
+from engram.snapshot.manifest import Manifest
+from engram.store.disk import DiskStore
+from engram.testing.samples import seeded_random
 from engram.testing.server import ServerError
 from engram.testing.tamper import flip_byte, read_manifest
 
@@ -80,7 +83,7 @@ def test_a_flipped_byte_costs_the_hit_and_nothing_else(restarted: World) -> None
     case = restarted.cases["flipped"]
     client = restarted.client
     manifest = read_manifest(restarted.store, case.saved["snapshot_id"])
-    damaged = flip_byte(restarted.store, manifest, "k.1", offset=100)
+    damaged = flip_byte(restarted.store, manifest, "k.1", segment=0, offset=100)
     reply = case.talk.peek(client, case.message)
     assert reply.cached == 0
     # The same tokens under another key share nothing with them: computed from the first one on.
@@ -88,7 +91,7 @@ def test_a_flipped_byte_costs_the_hit_and_nothing_else(restarted: World) -> None
     cold = client.generate(prompt, len(reply.tokens), extra_key="cold")
     assert cold.cached == 0
     assert reply.output == cold.output
-    assert_quarantined(restarted, damaged.name)
+    assert_quarantined(restarted.store, damaged.name)
     refused = client.refused("/restore_snapshot", {"conversation_id": case.name}, 409)
     assert refused["error"] == "snapshot_corrupt"
     assert damaged.stem in refused["message"]
@@ -103,30 +106,43 @@ def test_restore_refuses_a_flipped_byte(restarted: World) -> None:
     assert refused["error"] == "snapshot_corrupt"
     assert damaged.stem in refused["message"]
     assert refused["hint"]
-    assert_quarantined(restarted, damaged.name)
-    reply = case.talk.peek(client, case.message)
-    assert reply.cached < case.saved["token_count"]
-
-
-def assert_quarantined(world: World, name: str) -> None:
-    assert not list((world.store / "segments").rglob(name))
-    assert [p for p in (world.store / "quarantine").iterdir() if p.name.endswith(name)]
+    assert_quarantined(restarted.store, damaged.name)
+    # Serving goes on, and nobody else's snapshot has suffered.
+    assert client.restore(conversation_id="unaltered")["verified"] is True
 
 
 def test_untagged_requests_are_not_written_by_a_trigger(restarted: World) -> None:
-    """`every_turn` is the policy; what it wrote of the tagged ones is there."""
+    """`every_turn` is the policy: what it wrote is named by conversations, and nothing else is."""
+    with DiskStore.open(restarted.facts["copy"], lock=False) as store:
+        manifests = [m for m in store.iter_manifests() if isinstance(m, Manifest)]
+        stored = {segment.segment_id for segment in store.iter_segments()}
+    assert {m.conversation_id for m in manifests} == set(restarted.cases)
+    assert restarted.facts["never"] not in {m.rid for m in manifests}
+    assert stored == {ref.segment_id for m in manifests for ref in m.segments[0]}
+    automatic = [m for m in manifests if m.conversation_id == "generate" and m.turn_number == 1]
+    assert [m.durability for m in automatic] == ["async"]
     never = {"rid": restarted.facts["never"]}
     assert restarted.client.refused("/restore_snapshot", never, 404)["error"] == "not_found"
-    first = restarted.client.info(conversation_id="generate", turn_number=1)
-    assert first["turn_number"] == 1
 
 
-def test_second_server_on_the_directory_is_refused(stage, restarted: World) -> None:
-    from e2e.worlds import CONTRACT
+def test_acknowledged_id_is_the_snapshots(restarted: World) -> None:
+    """An automatic save of the same turn is under way when the asynchronous one is asked for."""
+    client, numbers = restarted.client, seeded_random()
+    for turn in range(1, 4):
+        client.generate(random_ids(numbers, 30), 4, "promised")
+        promised = client.save(conversation_id="promised", turn_number=turn, durability="async")
+        durable = client.save(conversation_id="promised", turn_number=turn)
+        assert durable["snapshot_id"] == promised["snapshot_id"]
+        assert durable["durability"] == "sync"
+        metadata = client.info(conversation_id="promised", turn_number=turn)
+        assert metadata["snapshot_id"] == promised["snapshot_id"]
 
-    second = stage.server(restarted.store.parent.parent, CONTRACT, store=restarted.store)
-    second.log_path = restarted.store.parent.parent / "second.log"
+
+def test_second_server_on_the_directory_is_refused(stage: Stage, restarted: World) -> None:
+    folder = fresh(stage.folder / "second")
+    second = stage.server(folder, CONTRACT, store=restarted.store)
     with pytest.raises(ServerError, match="another server uses the snapshot directory"):
         second.start()
-    assert StoreBusyError.code == "store_busy"
-    assert "Traceback" not in second.log_path.read_text()
+    log = second.log_path.read_text()
+    assert f"process {restarted.server.process.pid}" in log
+    assert "Traceback" not in log

@@ -29,6 +29,12 @@ BAD_IDS = {
     "slash": "a/b",
     "space": "a b",
 }
+GENERATION: dict[str, dict[str, Any]] = {
+    "/generate": {"text": "a"},
+    "/v1/completions": {"model": "default", "prompt": "a"},
+    "/v1/chat/completions": {"model": "default", "messages": [{"role": "user", "content": "a"}]},
+    "/v1/responses": {"model": "default", "input": "a"},
+}
 METADATA = {
     *("conversation_id", "turn_number", "timestamp", "token_count", "model_name", "layer_config"),
     *("branch_name", "parent_snapshot", "fill_ids"),
@@ -90,19 +96,10 @@ def test_hint_for_an_unknown_conversation_says_both_ways(small: World) -> None:
 
 
 @pytest.mark.parametrize("bad", BAD_IDS.values(), ids=BAD_IDS)
-@pytest.mark.parametrize("path", [*ROUTES, "/generate", "/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("path", [*ROUTES, *GENERATION])
 def test_bad_conversation_id_is_422_and_touches_nothing(small: World, path: str, bad: str) -> None:
     before = small.files()
-    body: dict[str, Any] = {"conversation_id": bad}
-    if path not in ROUTES:
-        body |= {
-            "/generate": {"text": "a"},
-            "/v1/completions": {"model": "default", "prompt": "a"},
-            "/v1/chat/completions": {
-                "model": "default",
-                "messages": [{"role": "user", "content": "a"}],
-            },
-        }[path]
+    body = {"conversation_id": bad, **GENERATION.get(path, {})}
     refused = small.client.refused(path, body, 422)
     assert refused["error"] == "invalid_request"
     assert refused["details"]["field"] == "conversation_id"
@@ -202,7 +199,9 @@ def test_save_says_what_it_saved(small: World, name: str) -> None:
     assert saved["recomputed"] is False
     assert saved["elapsed_ms"] > 0
     new = [path for path in small.store.rglob("*.seg") if path.stem not in before]
-    assert saved["bytes"] == saved["unique_bytes"] == sum(path.stat().st_size for path in new)
+    assert len(new) == 2
+    assert saved["bytes"] == sum(path.stat().st_size for path in new)
+    assert saved["unique_bytes"] == saved["bytes"]
 
 
 def test_asynchronous_save_says_so_and_comes(small: World, name: str) -> None:
@@ -235,6 +234,16 @@ def test_untagged_request_of_no_conversation_is_one_itself(small: World) -> None
     saved = small.client.save(rid=replies[0].rid)
     assert saved["conversation_id"] == replies[0].rid
     assert small.client.restore(rid=replies[0].rid)["snapshot_id"] == saved["snapshot_id"]
+
+
+def test_request_whose_id_cannot_name_a_conversation(small: World, name: str) -> None:
+    """SGLang takes any request id; it is refused before anything is written, and not forgotten."""
+    rid = f"{name}/of a client"
+    small.client.generate(random_ids(seeded_random(), 30), 4, rid=rid)
+    before = small.files()
+    assert small.client.refused("/save_snapshot", {"rid": rid}, 422)["details"]["field"] == "rid"
+    assert small.files() == before
+    assert small.client.save(rid=rid, conversation_id=name)["conversation_id"] == name
 
 
 def test_tagged_request_is_not_adopted_by_another(small: World, name: str) -> None:

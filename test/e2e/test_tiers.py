@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from e2e.helpers import Reply, assert_close
+from e2e.helpers import Reply, assert_close, assert_quarantined
 from e2e.small_world import SHARED_PROMPT, SHORT
 from e2e.worlds import World
+from engram.testing.tamper import flip_byte, read_manifest
 
 
 def restored_next_turn(world: World, name: str) -> Reply:
@@ -49,3 +50,14 @@ def test_turn_that_ends_inside_another_path_survives(small: World) -> None:
     small.client.flush()
     second = restored_next_turn(small, "short")
     assert second.output == first.output
+
+
+def test_what_lies_before_a_damaged_segment_is_still_used(small: World) -> None:
+    case = small.cases["flipped"]
+    manifest = read_manifest(small.store, case.saved["snapshot_id"])
+    intact = manifest.segments[0][-2].end
+    damaged = flip_byte(small.store, manifest, "ssm.3", offset=5)
+    reply = case.talk.peek(small.client, case.message)
+    assert reply.cached == intact
+    assert_close(reply, case.reference, 1e-3)
+    assert_quarantined(small.store, damaged.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sqlite3
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Final
 
@@ -128,6 +129,18 @@ class SnapshotTable:
             (tenant, rid),
         )
         return None if row is None else _snapshot(row)
+
+    def earlier(
+        self, tenant: str, conversation_id: str, branch_name: str, before_turn: int
+    ) -> Iterator[tuple[str, str]]:
+        """(snapshot id, boundary key) of a branch's turns below ``before_turn``, newest first."""
+        rows = self._db.rows(
+            "SELECT snapshot_id, boundary_key FROM snapshots WHERE tenant = ?"
+            " AND conversation_id = ? AND branch_name = ? AND turn_number < ?"
+            " ORDER BY turn_number DESC",
+            (tenant, conversation_id, branch_name, before_turn),
+        )
+        return ((row[0], row[1]) for row in rows)
 
     def list_snapshots(
         self,

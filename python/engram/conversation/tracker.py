@@ -22,6 +22,8 @@ from engram.errors import NotFoundError
 MAX_RUNNING: Final = 65_536
 MAX_UNTAGGED: Final = 1_000
 UNTAGGED_SECONDS: Final = 300.0
+MAX_UNTAGGED_TOKENS: Final = 32 << 20
+"""Tokens of remembered untagged requests, four bytes each."""
 MAX_TURN_TOKENS: Final = 32 << 20
 """Tokens of remembered turns, four bytes each; past that the oldest turns are forgotten."""
 MAX_BRANCHES: Final = 10_000
@@ -47,6 +49,7 @@ class ConversationTracker:
         self._clock = clock
         self._running: OrderedDict[str, RunningRequest] = OrderedDict()
         self._untagged: OrderedDict[str, FinishedRequest] = OrderedDict()
+        self._untagged_tokens = 0
         self._branches: OrderedDict[tuple[str, str, str], _Branch] = OrderedDict()
         self._turns: OrderedDict[tuple[tuple[str, str, str], int], Turn] = OrderedDict()
         self._by_rid: dict[str, Turn] = {}
@@ -59,8 +62,16 @@ class ConversationTracker:
             self._running.popitem(last=False)
 
     def abandon(self, rid: str) -> None:
-        """A request ended without a reply: it is no turn."""
+        """The request that runs under `rid` ended without a reply: it is no turn."""
         self._running.pop(rid, None)
+
+    def left(self, request: RunningRequest) -> None:
+        """Whoever asked for this request waits no longer.
+
+        By then its rid may be another request's, which goes on.
+        """
+        if self._running.get(request.rid) is request:
+            del self._running[request.rid]
 
     def finish(self, rid: str, output: Sequence[int]) -> Turn | None:
         """A reply is complete.  The turn it is, if the request was tagged."""
@@ -75,8 +86,9 @@ class ConversationTracker:
             request.cache_salt,
         )
         if request.tag is None:
+            self._forget_untagged(rid)
             self._untagged[rid] = finished
-            self._untagged.move_to_end(rid)
+            self._untagged_tokens += len(finished.tokens)
             self._expire()
             return None
         return self._append(request.tag, finished)
@@ -87,7 +99,7 @@ class ConversationTracker:
         if turn is not None and turn.tag.branch == tag.branch:
             return turn
         self._expire()
-        finished = self._untagged.pop(rid, None)
+        finished = self._forget_untagged(rid)
         if finished is None:
             raise NotFoundError(
                 f"no finished request {rid!r}",
@@ -177,6 +189,14 @@ class ConversationTracker:
         horizon = self._clock() - UNTAGGED_SECONDS
         while self._untagged:
             rid, oldest = next(iter(self._untagged.items()))
-            if len(self._untagged) <= MAX_UNTAGGED and oldest.finished_at > horizon:
+            many = len(self._untagged) > MAX_UNTAGGED
+            large = self._untagged_tokens > MAX_UNTAGGED_TOKENS and len(self._untagged) > 1
+            if not (many or large or oldest.finished_at <= horizon):
                 return
-            del self._untagged[rid]
+            self._forget_untagged(rid)
+
+    def _forget_untagged(self, rid: str) -> FinishedRequest | None:
+        finished = self._untagged.pop(rid, None)
+        if finished is not None:
+            self._untagged_tokens -= len(finished.tokens)
+        return finished

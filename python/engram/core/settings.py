@@ -18,7 +18,7 @@ Count = Annotated[int, Field(ge=1)]
 class Settings(BaseModel):
     """Settings of the snapshot subsystem; times are seconds, sizes GB are 10^9 bytes."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     enable_snapshot_persistence: bool = False
     snapshot_dir: str = "./sglang_snapshots"

@@ -50,6 +50,17 @@ class _Fields(msgspec.Struct):
     image_data: Any = None
     video_data: Any = None
     audio_data: Any = None
+    session_params: Any = None
+
+
+def route_of(scope: Scope) -> str:
+    """The path of a request as SGLang's routes see it.
+
+    Behind a proxy the server may have a root path (`--fastapi-root-path`), which stands before the
+    path whether or not the proxy has taken it off.
+    """
+    path, root = str(scope["path"]), str(scope.get("root_path", ""))
+    return path.removeprefix(root) if path.startswith(root.rstrip("/") + "/") else path
 
 
 class TaggingMiddleware:
@@ -59,7 +70,7 @@ class TaggingMiddleware:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] not in GENERATION_ROUTES:
+        if scope["type"] != "http" or route_of(scope) not in GENERATION_ROUTES:
             await self._app(scope, receive, send)
             return
         body, replay = await _read(receive)
@@ -79,10 +90,8 @@ def tag_of(body: bytes, header: bytes | None) -> Tag | None:
     """The tag of a request, None if it has none.  Raises for what a conversation cannot hold."""
     if header is None and FIELD not in body:
         return None
-    try:
-        fields = msgspec.json.decode(body, type=_Fields)
-    except msgspec.MsgspecError:
-        # SGLang's own routes say what is wrong with a body, in their own words.
+    fields = _decode(body)
+    if fields is None:
         return None
     given = fields.conversation_id
     if given is None:
@@ -95,8 +104,23 @@ def tag_of(body: bytes, header: bytes | None) -> Tag | None:
     return tag
 
 
+def _decode(body: bytes) -> _Fields | None:
+    """The fields of a body; None for one that SGLang's routes refuse, in their own words."""
+    try:
+        return msgspec.json.decode(body, type=_Fields)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+
+
 def _check_single(fields: _Fields) -> None:
-    """A turn has one prompt and one reply."""
+    """A turn has one prompt and one reply, and all of the prompt is in the request."""
+    if fields.session_params:
+        raise UnsupportedError(
+            "a request with a conversation_id cannot be part of an SGLang session: the session "
+            "holds the rest of its prompt",
+            hint="leave session_params out and send the whole history",
+            details={"field": "session_params"},
+        )
     given = fields.sampling_params
     params = given if isinstance(given, list) else [given]
     numbers = [one.get("n") for one in params if isinstance(one, dict)]

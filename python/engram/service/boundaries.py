@@ -41,6 +41,10 @@ class BoundaryIndex:
             else:
                 self._references.pop(key, None)
 
+    def forget(self, key: str) -> None:
+        """The bytes behind this boundary are damaged: no request waits for them again."""
+        self._references.pop(key, None)
+
     def longest(self, keys: Sequence[str], page_size: int) -> StoredBoundary | None:
         """The last of a request's page keys at which a boundary is stored."""
         if not self._references:

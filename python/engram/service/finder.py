@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from engram.catalog.rows import SnapshotRow
 from engram.conversation.turns import Tag, Turn
-from engram.core.ids import DEFAULT_BRANCH
+from engram.core.ids import DEFAULT_BRANCH, check_id
 from engram.errors import AlreadyExistsError, InvalidRequestError, NotFoundError
 from engram.service.context import ServiceContext
 
@@ -68,8 +68,9 @@ class TurnFinder:
             if row is not None and conversation_id in (None, row.conversation_id):
                 tag = Tag(row.conversation_id, branch_name or row.branch_name, tenant)
                 return Found(tag, row=row)
-            # A request that was in no conversation starts one under its own id.
-            tag = Tag(conversation_id or rid, branch_name or DEFAULT_BRANCH, tenant)
+            # A request that was in no conversation starts one under its own id, if that can be one.
+            name = conversation_id or check_id("rid", rid)
+            tag = Tag(name, branch_name or DEFAULT_BRANCH, tenant)
             turn = tracker.adopt(rid, tag)
         return await self._prefer_row(tag, turn)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from engram.conversation.turns import RunningRequest
-from engram.errors import DeadlineError
+from engram.errors import DeadlineError, SnapshotCorruptError
 from engram.service.automatic import AutomaticSaver
 from engram.service.context import ServiceContext
 from engram.service.ports import EngineInfo
@@ -55,10 +55,19 @@ class RequestGate:
             )
 
     def finished(self, rid: str, output: Sequence[int]) -> None:
-        """Called when a reply is complete, before the client sees its end."""
-        turn = self._context.tracker.finish(rid, output)
-        if turn is not None:
-            self._automatic.finished(turn)
+        """Called when a reply is complete, before the client sees its end.
+
+        Whatever goes wrong here costs the turn, never the server: this is called inside the
+        engine's receive loop, which ends the process when it fails.
+        """
+        try:
+            turn = self._context.tracker.finish(rid, output)
+            if turn is not None:
+                self._automatic.finished(turn)
+        except Exception as error:
+            self._context.stats.lost_turns += 1
+            self._context.stats.note(f"the turn that {rid} was: {error}")
+            logger.exception("Engram: %s was not counted as a turn; it cannot be saved", rid)
 
     async def settled(self, rid: str) -> None:
         """Return when the automatic save of a finished request, if any, is over."""
@@ -67,8 +76,12 @@ class RequestGate:
             await self._automatic.settled(turn)
 
     def abandoned(self, rid: str) -> None:
-        """Called when a request ended without a reply."""
+        """Called when the engine ended a request without a reply."""
         self._context.tracker.abandon(rid)
+
+    def left(self, request: RunningRequest) -> None:
+        """Called when nobody waits for a request any longer, finished or not."""
+        self._context.tracker.left(request)
 
     async def _promote_prefix(self, request: RunningRequest) -> None:
         context = self._context
@@ -84,13 +97,17 @@ class RequestGate:
             return
         context.stats.held_requests += 1
         chains = await asyncio.to_thread(self._chains, engine, stored.key)
-        await context.ranks.promote(
-            chains,
-            owner=request.rid,
-            seconds=HOLD_LEASE_S,
-            exact=False,
-            timeout=context.settings.snapshot_promote_timeout,
-        )
+        try:
+            await context.ranks.promote(
+                chains,
+                owner=request.rid,
+                seconds=HOLD_LEASE_S,
+                exact=False,
+                timeout=context.settings.snapshot_promote_timeout,
+            )
+        except SnapshotCorruptError:
+            context.boundaries.forget(stored.key)
+            raise
 
     def _chains(self, engine: EngineInfo, key: str) -> list[list[SegmentRef]]:
         chain = self._context.catalog.chain

@@ -13,7 +13,7 @@ import numpy as np
 from engram.catalog.rows import SnapshotRow
 from engram.conversation.turns import Tag
 from engram.core.tokens import TokenArray, to_tokens, tokens_digest
-from engram.errors import EngramError, SnapshotCorruptError
+from engram.errors import EngramError, SnapshotCorruptError, UnsupportedError
 from engram.service.context import ServiceContext
 from engram.service.ports import EngineInfo
 from engram.service.results import RestoreResult
@@ -47,6 +47,8 @@ class Restorer:
         try:
             engine = await context.engine()
             manifest, tokens = await asyncio.to_thread(self._read, row, engine)
+            if continuation is not None:
+                self._check_unseeded(row, tokens, engine)
             brought = await context.ranks.promote(
                 manifest.segments,
                 owner=f"snapshot:{row.tenant}/{row.snapshot_id}",
@@ -79,6 +81,23 @@ class Restorer:
             elapsed_ms=elapsed_ms,
             generation=generation,
         )
+
+    def _check_unseeded(self, row: SnapshotRow, tokens: TokenArray, engine: EngineInfo) -> None:
+        """Refuse to generate under other page keys than those of the snapshot.
+
+        What they were seeded with is not recorded: a salt is a secret of the client's.
+        """
+        keys = self._context.ranks.page_keys(
+            tokens[: row.token_count], engine.page_size, None, None
+        )
+        if keys[-1] != row.boundary_key:
+            raise UnsupportedError(
+                "this conversation was held under an extra_key or a cache_salt, without which its "
+                "state cannot be used",
+                hint="restore without create_new_request, and send the next turn to /generate "
+                "with the same extra_key and cache_salt",
+                details={"field": "create_new_request"},
+            )
 
     async def tokens(self, row: SnapshotRow) -> TokenArray:
         """All recorded tokens of a snapshot, u32 [token_count + pending]."""

@@ -62,6 +62,7 @@ class ServiceStats:
     held_requests: int = 0
     hold_timeouts: int = 0
     hold_failures: int = 0
+    lost_turns: int = 0
     last_failures: list[str] = field(default_factory=list)
 
     def note(self, what: str) -> None:

@@ -25,13 +25,17 @@ from engram.snapshot.manifest import (
 
 logger = logging.getLogger(__name__)
 
+_Place = tuple[tuple[str, str, str], int]
+"""A branch and the number of a turn on it."""
+
 
 class TurnSaver:
     """Carries out saves; those of one turn go one after another, so it is saved once."""
 
     def __init__(self, context: ServiceContext) -> None:
         self._context = context
-        self._turns: dict[tuple[tuple[str, str, str], int], tuple[asyncio.Lock, int]] = {}
+        self._turns: dict[_Place, tuple[asyncio.Lock, int]] = {}
+        self._promised: dict[_Place, str] = {}
 
     async def save(
         self, found: Found, snapshot_id: str | None, durability: Durability
@@ -58,11 +62,19 @@ class TurnSaver:
         """Start a save and return what it will be; its failure is logged and counted."""
         begun = time.monotonic()
         context = self._context
-        chosen = snapshot_id or new_snapshot_id()
+        place = (found.tag.branch, found.number)
+        if place in self._turns:
+            # Under way already, under an id that the reply must name: it is there in a moment.
+            return await self.save(found, snapshot_id, "async")
+        # Whichever save of the turn comes first, an automatic one perhaps, makes this snapshot.
+        chosen = self._promised.setdefault(place, snapshot_id or new_snapshot_id())
         if found.turn is not None:
             request = found.turn.request
-            expected = context.expected_boundary(request, await context.engine())
-            boundary = (await context.ranks.locate(request, expected)).boundary
+            try:
+                boundary = await self._locate(request)
+            except BaseException:
+                self._promised.pop(place, None)
+                raise
             pending = len(request.tokens) - boundary
         else:
             row = _row(found)
@@ -81,12 +93,25 @@ class TurnSaver:
             elapsed_ms=(time.monotonic() - begun) * 1000,
         )
 
+    async def _locate(self, request: FinishedRequest) -> int:
+        """Where a snapshot of the request will end, its state computed again if need be."""
+        expected = self._context.expected_boundary(request, await self._context.engine())
+        try:
+            return (await self._context.ranks.locate(request, expected)).boundary
+        except CaptureLostError as lost:
+            boundary = lost.details.get("boundary")
+            if not isinstance(boundary, int) or boundary < 1:
+                raise
+            return boundary
+
     async def _save_in_background(self, found: Found, snapshot_id: str) -> None:
         try:
             await self.save(found, snapshot_id, "async")
         except Exception as error:
             self._context.stats.note(f"asynchronous save {snapshot_id}: {error}")
             logger.error("Engram: snapshot %s was not saved: %s", snapshot_id, error)
+        finally:
+            self._promised.pop((found.tag.branch, found.number), None)
 
     async def check_free(self, found: Found, snapshot_id: str | None) -> None:
         """Raise `AlreadyExistsError` if the id names the snapshot of another turn."""
@@ -114,6 +139,7 @@ class TurnSaver:
         begun: float,
     ) -> SaveResult:
         context = self._context
+        snapshot_id = self._promised.get((found.tag.branch, found.number), snapshot_id)
         await self.check_free(found, snapshot_id)
         row = await context.row(found.tag, found.number)
         if row is not None:
@@ -143,7 +169,7 @@ class TurnSaver:
         entry = store.put_manifest(manifest)
         try:
             catalog.insert(manifest, entry)
-        except BaseException:
+        except Exception:
             # A save that was answered with an error must not come to light later.
             store.delete_manifest(manifest.snapshot_id, manifest.tenant)
             raise
@@ -241,14 +267,10 @@ class TurnSaver:
         """The newest earlier snapshot that this one stands on, on its branch or where it began."""
         catalog = self._context.catalog
         for branch in dict.fromkeys((tag.branch_name, turn.tag.branch_name)):
-            rows = catalog.list_snapshots(tag.tenant, tag.conversation_id, branch, limit=1000)
-            earlier = [
-                row
-                for row in rows.snapshots
-                if row.boundary_key in keys and row.turn_number < turn.number
-            ]
-            if earlier:
-                return max(earlier, key=lambda row: row.turn_number).snapshot_id
+            earlier = catalog.earlier(tag.tenant, tag.conversation_id, branch, turn.number)
+            for snapshot_id, key in earlier:
+                if key in keys:
+                    return snapshot_id
         return None
 
 

@@ -93,24 +93,37 @@ class SnapshotService:
     ) -> SnapshotRow:
         """The snapshot of a turn, or of a branch's newest saved one.  `NotFoundError` otherwise."""
         need_place(conversation_id, rid)
-        catalog = self.context.catalog
-        if conversation_id is None:
-            assert rid is not None
-            row = await asyncio.to_thread(catalog.find_rid, rid, tenant)
-            if row is None:
-                raise NotFoundError(
-                    f"no snapshot of a request {rid!r}", hint="save it first", details={"rid": rid}
-                )
-            return row
+        if rid is not None:
+            return await self._find_by_rid(tenant, rid, conversation_id)
+        assert conversation_id is not None
         tag = Tag(conversation_id, branch_name or DEFAULT_BRANCH, tenant)
         try:
             return await asyncio.to_thread(
-                catalog.find, tenant, conversation_id, tag.branch_name, turn_number
+                self.context.catalog.find,
+                tenant,
+                conversation_id,
+                tag.branch_name,
+                turn_number,
             )
         except NotFoundError as error:
             if self.context.tracker.find(tag, turn_number) is not None:
                 error.hint = "that turn is not saved yet: POST /save_snapshot first"
             raise
+
+    async def _find_by_rid(self, tenant: str, rid: str, conversation_id: str | None) -> SnapshotRow:
+        row = await asyncio.to_thread(self.context.catalog.find_rid, rid, tenant)
+        if row is None:
+            raise NotFoundError(
+                f"no snapshot of a request {rid!r}", hint="save it first", details={"rid": rid}
+            )
+        if conversation_id not in (None, row.conversation_id):
+            raise NotFoundError(
+                f"request {rid!r} is a turn of conversation {row.conversation_id!r}, "
+                f"not of {conversation_id!r}",
+                hint="leave one of the two out",
+                details={"rid": rid},
+            )
+        return row
 
     async def list(self, tenant: str, conversation_id: str) -> list[SnapshotRow]:
         """All snapshots of a conversation, oldest first.  `NotFoundError` if there is none."""
@@ -149,11 +162,16 @@ class SnapshotService:
 
     async def delete(self, row: SnapshotRow) -> None:
         """Remove a snapshot, and the segments that no other snapshot names."""
+        # A client that goes away must not let others in between a deletion's steps.
+        await asyncio.shield(self.context.start(self._delete(row)))
+
+    async def _delete(self, row: SnapshotRow) -> None:
         context = self.context
+        # Before anything changes: the first to ask also fills the index of boundaries.
+        engine = await context.engine()
         async with context.guard.alone():
             keys = await asyncio.to_thread(context.boundary_keys, row)
             await asyncio.to_thread(self._remove, row)
-            engine = await context.engine()
             if row.namespace == engine.namespace.id:
                 context.boundaries.remove(keys)
             orphans = await asyncio.to_thread(context.catalog.unreferenced_segments)

@@ -99,6 +99,29 @@ UNSAFE_TO_IGNORE: Final = frozenset({"snapshot_encryption_key_file", "snapshot_t
 """Flags of machinery still to come whom an operator trusts with secrets: refused, not ignored."""
 
 
+class Switch(argparse._StoreAction):
+    """`--x` and `--no-x`; also `--x true`, which is how SGLang passes on `x: true` of a YAML file.
+
+    SGLang refuses a `--config` file that names a flag of argparse's own BooleanOptionalAction.
+    """
+
+    def __init__(self, option_strings: list[str], dest: str, **kwargs: Any) -> None:
+        names = [*option_strings, *("--no-" + option[2:] for option in option_strings)]
+        super().__init__(
+            names, dest, nargs="?", const=True, type=_truth, metavar="true|false", **kwargs
+        )
+
+    def __call__(self, parser: Any, namespace: Any, value: Any, option: Any = None) -> None:
+        """Store the value, turned round by the `--no-` form."""
+        setattr(namespace, self.dest, value is not str(option).startswith("--no-"))
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"true or false, not {text!r}")
+    return text.lower() == "true"
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add Engram's flags and the alias of an upstream flag that was renamed."""
     group = parser.add_argument_group("Engram: snapshots of inference state")
@@ -201,14 +224,27 @@ REFUSED: Final = (
     ("tp_size", 1, "tensor parallelism", "use --tp-size 1; it is planned"),
     ("dp_size", 1, "data parallelism", "use --dp-size 1; it is planned"),
     ("speculative_algorithm", None, "speculative decoding", "drop --speculative-algorithm"),
-    ("disaggregation_mode", "null", "prefill/decode disaggregation", "use one kind of server"),
+    ("disaggregation_mode", "null", "prefill/decode disaggregation", "drop --disaggregation-mode"),
     ("enable_hierarchical_cache", False, "HiCache", "drop --enable-hierarchical-cache"),
     ("enable_lmcache", False, "LMCache", "drop --enable-lmcache"),
     ("enable_flexkv", False, "FlexKV", "drop --enable-flexkv"),
     ("radix_cache_backend", None, "another radix cache", "drop --radix-cache-backend"),
-    ("enable_unified_cache_external_linker", False, "another external linker", "drop it"),
+    (
+        "enable_unified_cache_external_linker",
+        False,
+        "another external linker",
+        "drop --enable-unified-cache-external-linker",
+    ),
+    ("enable_lora", None, "LoRA adapters", "drop --enable-lora"),
+    ("lora_paths", None, "LoRA adapters", "drop --lora-paths"),
+    ("enable_memory_saver", False, "releasing memory", "drop --enable-memory-saver"),
     ("enable_linear_replayssm", False, "ReplaySSM", "drop --enable-linear-replayssm"),
-    ("enable_session_radix_cache", False, "the session radix cache", "drop its flag"),
+    (
+        "enable_session_radix_cache",
+        False,
+        "the session radix cache",
+        "drop --enable-session-radix-cache",
+    ),
     ("enable_streaming_session", False, "streaming sessions", "drop --enable-streaming-session"),
 )
 """What persistence cannot work with yet: field, the value that is fine, its name, what to do."""
@@ -250,7 +286,7 @@ def _kind(flag: Flag) -> dict[str, Any]:
         return {"choices": list(get_args(annotation))}
     kinds = [kind for kind in (get_args(annotation) or (annotation,)) if kind is not type(None)]
     if kinds[0] is bool:
-        return {"action": argparse.BooleanOptionalAction}
+        return {"action": Switch}
     base = kinds[0]
     return {"type": base if base in (int, float, str) else float}
 

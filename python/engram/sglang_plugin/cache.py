@@ -34,7 +34,9 @@ from engram.sglang_plugin.streams import SideStream
 logger = logging.getLogger(__name__)
 
 MAX_FINISHED: Final = 100_000
-"""Finished requests whose boundary is remembered; about 200 bytes each."""
+"""Request ids whose boundaries are remembered; about 200 bytes each."""
+MAX_FINISHED_OF_A_RID: Final = 8
+"""A client may give one id to all its requests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ class EngramRadixCache(UnifiedRadixCache):
         self._stream = SideStream(self._pools.device, cache_linker.forward_stream)
         self._has_state = ComponentType.MAMBA in self.components
         self._finishing: Any = None
-        self._finished: OrderedDict[str, FinishedTurn] = OrderedDict()
+        self._finished: OrderedDict[str, tuple[FinishedTurn, ...]] = OrderedDict()
         self._locks: dict[int, Any] = {}
         self._copied: deque[int] = deque()
         self._next_lock = 0
@@ -146,8 +148,8 @@ class EngramRadixCache(UnifiedRadixCache):
         start = parent.end if parent is not None else 0
         kv_slots = self.path_device_indices(node)[start:].long()
         assert len(kv_slots) == end - start, (len(kv_slots), start, end)
-        token = self._lock(node)
         fence = self._stream.fence()
+        token = self._lock(node)
 
         def read(targets: dict[str, torch.Tensor]) -> None:
             with self._stream.after(fence):
@@ -190,9 +192,9 @@ class EngramRadixCache(UnifiedRadixCache):
 
     # ---- what the control plane asks ----
 
-    def finished_turn(self, rid: str) -> FinishedTurn | None:
-        """The boundary at which a finished request ended, if it is remembered."""
-        return self._finished.get(rid)
+    def finished_turns(self, rid: str) -> tuple[FinishedTurn, ...]:
+        """The boundaries at which the requests of this id ended, as far as they are remembered."""
+        return self._finished.get(rid, ())
 
     def resident(self, token_ids: Any, extra_key: str | None, cache_salt: str | None) -> Resident:
         """How much of a token sequence the tree could serve without any load."""
@@ -217,6 +219,7 @@ class EngramRadixCache(UnifiedRadixCache):
         return self.match_prefix(MatchPrefixParams(key=key))
 
     def _remember(self, rid: str, turn: FinishedTurn) -> None:
-        self._finished[rid] = turn
+        earlier = [known for known in self._finished.pop(rid, ()) if known != turn]
+        self._finished[rid] = (*earlier, turn)[-MAX_FINISHED_OF_A_RID:]
         if len(self._finished) > MAX_FINISHED:
             self._finished.popitem(last=False)

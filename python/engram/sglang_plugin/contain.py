@@ -18,7 +18,7 @@ class Containment:
     """Runs pieces of Engram on the scheduler thread; a failure is logged, counted and ends there.
 
     What is lost is then a snapshot or a hit, never the request: the caller goes on as if Engram
-    had nothing stored.  The count shows in the statistics and makes `engram doctor` complain.
+    had nothing stored.  The count is in the rank's statistics.
     """
 
     def __init__(self, stats: TierStats) -> None:

@@ -150,20 +150,16 @@ class RankControl:
 
     def _locate(self, request: PersistRequest) -> Boundary:
         """The boundary a snapshot of these tokens ends at, captured now if VRAM still has it."""
-        turn = self._cache.finished_turn(request.request_rid) if request.request_rid else None
-        end = turn.boundary if turn is not None else request.boundary
-        tokens = array("q", request.tokens[:end])
-        keys = page_keys(tokens, self._rank.page_size, request.extra_key, request.cache_salt)
-        if not keys or len(keys) * self._rank.page_size != end:
+        page_size = self._rank.page_size
+        keys = page_keys(request.tokens, page_size, request.extra_key, request.cache_salt)
+        end = self._end(request, keys)
+        if end % page_size or not 0 < end <= len(keys) * page_size:
             raise CaptureLostError(
                 f"there is no boundary at token {end} of {len(request.tokens)}",
                 details={"boundary": end},
             )
-        if turn is not None and turn.key != keys[-1]:
-            raise InternalError(
-                f"request {request.request_rid}: the recorded tokens are not those of its state",
-                hint="please report this; the state was not saved",
-            )
+        keys = keys[: end // page_size]
+        tokens = array("q", request.tokens[:end])
         ram = self._tiers.ram
         held = ram.get(keys[-1])
         if held is not None and ram.whole(held):
@@ -181,6 +177,23 @@ class RankControl:
                 hint="raise --max-warm-memory-gb, or retry when running saves are done",
             )
         return held
+
+    def _end(self, request: PersistRequest, keys: list[str]) -> int:
+        """Where the state of these tokens stands: as remembered of their request, or as expected.
+
+        An id that a client used again stands for several requests; the page key tells which.
+        """
+        turns = self._cache.finished_turns(request.request_rid) if request.request_rid else ()
+        for turn in reversed(turns):
+            last = turn.boundary // self._rank.page_size - 1
+            if last < len(keys) and keys[last] == turn.key:
+                return turn.boundary
+        if len(turns) == 1:
+            raise InternalError(
+                f"request {request.request_rid}: the recorded tokens are not those of its state",
+                hint="please report this; the state was not saved",
+            )
+        return request.boundary
 
     def _promote(self, request: PromoteRequest) -> Future[Result]:
         resident = None

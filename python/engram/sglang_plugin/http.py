@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -16,8 +17,10 @@ from engram.catalog.catalog import Catalog
 from engram.conversation.turns import RunningRequest
 from engram.core.settings import Settings
 from engram.core.tokens import to_tokens
-from engram.errors import EngramError
+from engram.errors import EngramError, InvalidRequestError
 from engram.server.compatible import compatible_router
+from engram.server.memory import memory_router
+from engram.server.refusing import RefusingMiddleware
 from engram.server.tagging import CURRENT_TAG, TaggingMiddleware
 from engram.service import SnapshotService
 from engram.sglang_plugin.args import settings_of
@@ -40,6 +43,8 @@ class _Opened:
 
 
 _opened: _Opened | None = None
+_ADMITTED: ContextVar[list[RunningRequest]] = ContextVar("_ADMITTED")
+"""What the call of `generate_request` that runs in this context has sent to the scheduler."""
 
 
 def around_launch_server(
@@ -84,8 +89,10 @@ def before_setup_and_run_http_server(
         SglangGenerator(tokenizer_manager),
     )
     _watch_requests(tokenizer_manager, service)
-    app.include_router(_marked(compatible_router(service)))
+    for router in (compatible_router(service), memory_router(service)):
+        app.include_router(_marked(router))
     app.add_middleware(TaggingMiddleware)
+    app.add_middleware(RefusingMiddleware)
     _save_before_the_end(tokenizer_manager, service)
 
 
@@ -156,15 +163,18 @@ def _watch_requests(manager: Any, service: SnapshotService) -> None:
         await handle_batch(received)
 
     async def generate_request(request: Any, *args: Any, **kw: Any) -> AsyncIterator[Any]:
+        admitted: list[RunningRequest] = []
+        # Not reset: a generator may be closed in another context than it was started in.
+        _ADMITTED.set(admitted)
         try:
             async for response in generate(request, *args, **kw):
                 if service.context.settings.snapshot_durability == "sync":
                     await _settle(service, response)
                 yield response
         finally:
-            rids = request.rid if isinstance(request.rid, list) else [request.rid]
-            for rid in rids:
-                gate.abandoned(rid)
+            # Not by rid: one that was refused as a duplicate is the rid of a running request.
+            for running in admitted:
+                gate.left(running)
 
     manager._send_one_request = send_one_request
     manager._send_batch_request = send_batch_request
@@ -177,19 +187,22 @@ async def _admit(service: SnapshotService, tokenized: Any) -> None:
 
     if not isinstance(tokenized, TokenizedGenerateReqInput) or tokenized.input_ids is None:
         return
+    if tokenized.session_params is not None:
+        return  # its prompt is put together in the scheduler: what passes here is a part of it
     # As `Req` makes it: the adapter is part of the key.
     extra_key = tokenized.extra_key
     if tokenized.lora_id is not None:
         extra_key = (extra_key or "") + tokenized.lora_id
-    await service.gate.admit(
-        RunningRequest(
-            tokenized.rid,
-            to_tokens(tokenized.input_ids),
-            CURRENT_TAG.get(),
-            extra_key,
-            tokenized.cache_salt or None,
-        )
+    try:
+        prompt = to_tokens(tokenized.input_ids, "input_ids")
+    except InvalidRequestError as error:
+        # What SGLang's routes answer with 400; a negative id would end its scheduler.
+        raise ValueError(str(error)) from error
+    request = RunningRequest(
+        tokenized.rid, prompt, CURRENT_TAG.get(), extra_key, tokenized.cache_salt or None
     )
+    _ADMITTED.get([]).append(request)
+    await service.gate.admit(request)
 
 
 def _finish(manager: Any, service: SnapshotService, received: Any) -> None:

@@ -141,11 +141,12 @@ class EngramLinker(UnifiedCacheLinker):
             self.tiers.ram.stats.contained_errors += 1
             logger.exception("Engram: a layer-wise load failed; its requests are aborted")
             self.layer_done_counter.fail(index, error)
+        else:
+            self.tiers.ram.stats.loads += len(loads)
+            self.tiers.ram.stats.loaded_tokens += sum(len(load.kv_slots) for load in loads)
         finally:
             for load in loads:
                 self.tiers.ram.release(load.held)
-                self.tiers.ram.stats.loads += 1
-                self.tiers.ram.stats.loaded_tokens += len(load.kv_slots)
 
     def _scatter(
         self, layer: int, load: _Load, chain: Sequence[tuple[Boundary, dict[str, torch.Tensor]]]

@@ -101,7 +101,7 @@ def run(options: Options, progress: Progress) -> Outcome:
         timeout=options.timeout,
     )
     try:
-        with progress.step("start SGLang with snapshots (the model is loaded: up to a minute)"):
+        with progress.step("start SGLang with snapshots (this takes up to a minute or two)"):
             server.start()
         chat = Chat(server.url, CONVERSATION, REPLY_TOKENS)
         _read_in(chat, options.text, progress)
@@ -181,8 +181,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupted)
     try:
+        text = chosen.text.read_text()
         with _folder(chosen.dir) as folder:
-            text = chosen.text.read_text()
             options = Options(folder, text, chosen.seed, chosen.timeout)
             outcome = run(options, Progress(console))
             show(console, outcome, folder if chosen.dir else None)

@@ -46,28 +46,25 @@ def rewrite_segment(root: Path, snapshot_id: str, edit: Edit) -> Manifest:
     return manifest
 
 
-def flip_byte(root: Path, manifest: Manifest, buffer: str, offset: int = 0) -> Path:
-    """Invert one byte of a named buffer in a snapshot's last segment; every digest stays.
+def flip_byte(
+    root: Path, manifest: Manifest, buffer: str, *, segment: int = -1, offset: int = 0
+) -> Path:
+    """Invert one byte of a named buffer in a segment of the first rank's chain.
 
-    Returns the file.
+    ``segment`` counts along the chain, ``offset`` in bytes from the buffer's start. Every digest
+    stays. Returns the file.
     """
-    shard = shard_of(manifest)
-    path = segment_file(root, manifest)
+    shard, segment_id = shard_of(manifest), manifest.segments[0][segment].segment_id
     with DiskStore.open(root, lock=False) as store:
-        header, _ = read_payload(store, shard, manifest.segments[0][-1].segment_id)
-    spec = find_buffer(header, buffer)
-    position = len(header.prefix) + spec.offset + offset
+        header, _ = read_payload(store, shard, segment_id)
+    path = Layout(root).segment(shard, segment_id)
+    position = len(header.prefix) + find_buffer(header, buffer).offset + offset
     with path.open("r+b") as file:
         file.seek(position)
         (byte,) = file.read(1)
         file.seek(position)
         file.write(bytes([byte ^ 0xFF]))
     return path
-
-
-def segment_file(root: Path, manifest: Manifest) -> Path:
-    """The file of the last segment in the first rank's chain."""
-    return Layout(root).segment(shard_of(manifest), manifest.segments[0][-1].segment_id)
 
 
 def read_manifest(root: Path, snapshot_id: str) -> Manifest:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -64,7 +63,7 @@ def write_tiny_model(
         seed: of the weights.
         dtype: "float32" or "bfloat16", of the weights and in the config.
         layers: kinds of the family, first layer first.
-        force: replace a directory that is not empty.
+        force: write into a directory that is not empty, replacing files of the same names.
         max_length: tokens a sequence may have.
 
     Returns:
@@ -88,7 +87,7 @@ def write_tiny_model(
             f"unknown or no layer kinds {unknown}; {family} has {', '.join(spec.layer_kinds)}"
         )
     out = Path(out)
-    _make_empty(out, force)
+    _make_directory(out, force)
 
     tokenizer = build_tokenizer(max_length)
     model = spec.build(kinds, len(tokenizer), max_length)
@@ -135,13 +134,11 @@ def fill_weights(model: PreTrainedModel, seed: int) -> None:
     head[-len(BYTES) :] = 0
 
 
-def _make_empty(out: Path, force: bool) -> None:
+def _make_directory(out: Path, force: bool) -> None:
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} exists and is not a directory")
-    if out.is_dir() and any(out.iterdir()):
-        if not force:
-            raise FileExistsError(f"{out} is not empty; --force replaces what is in it")
-        shutil.rmtree(out)
+    if out.is_dir() and any(out.iterdir()) and not force:
+        raise FileExistsError(f"{out} is not empty; --force writes into it all the same")
     out.mkdir(parents=True, exist_ok=True)
 
 
@@ -156,7 +153,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
     parser.add_argument("--layers", help="layer kinds, comma-separated, first layer first")
-    parser.add_argument("--force", action="store_true", help="replace what is in DIR")
+    parser.add_argument(
+        "--force", action="store_true", help="write into DIR though it is not empty"
+    )
     options = parser.parse_args(arguments)
     layers = options.layers.split(",") if options.layers else None
     try:

@@ -177,6 +177,10 @@ class TierManager:
         refs: list[SegmentRef] = []
         written = 0
         for boundary in chain:
+            segment_id = boundary.segment_id
+            if segment_id and not self.store.has_segment(self.shard, segment_id):
+                # Quarantined by whoever read it last, or deleted: a manifest must not name it.
+                self.ram.lose_file(boundary)
             if not boundary.durable:
                 try:
                     written += self._write_segment(boundary)
@@ -198,11 +202,12 @@ class TierManager:
         if payload is None:
             # Evicted between being found and being held.
             raise CaptureLostError(f"the state at token {boundary.end} has left memory")
-        segment_id = self.store.put_segment(self._header(boundary), bytes_of(payload))
+        header = self._header(boundary)
+        segment_id = self.store.put_segment(header, bytes_of(payload))
         self.ram.mark_durable(boundary, segment_id)
         self.ram.stats.persisted_segments += 1
-        self.ram.stats.persisted_bytes += boundary.nbytes
-        return boundary.nbytes
+        self.ram.stats.persisted_bytes += header.file_length
+        return header.file_length
 
     # ---- promote ----
 
@@ -302,8 +307,8 @@ class TierManager:
             self.ram.publish(boundary, replace=exact or stale)
             self.ram.complete(boundary)
         self.ram.stats.promoted_segments += 1
-        self.ram.stats.promoted_bytes += boundary.nbytes
-        return boundary, boundary.nbytes
+        self.ram.stats.promoted_bytes += ref.bytes
+        return boundary, ref.bytes
 
     def _check(self, header: SegmentHeader, ref: SegmentRef, parent: Boundary | None) -> None:
         """The file must be the segment that the manifest speaks of, on top of its parent."""

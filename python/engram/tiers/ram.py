@@ -175,10 +175,15 @@ class RamTier:
         with self.lock:
             for boundary in list(self._index.values()):
                 if boundary.segment_id in segment_ids:
-                    boundary.durable = False
-                    boundary.segment_id = None
-                    if not boundary.in_ram:
-                        self._unlist(boundary)
+                    self.lose_file(boundary)
+
+    def lose_file(self, boundary: Boundary) -> None:
+        """The segment file of this boundary, listed or not, is gone."""
+        with self.lock:
+            boundary.durable = False
+            boundary.segment_id = None
+            if not boundary.in_ram:
+                self._unlist(boundary)
 
     def _take_room(self, boundary: Boundary) -> None:
         # Counted before room is made, so that a parent does not go to make room for its child.

@@ -121,6 +121,21 @@ def test_what_never_began_or_was_abandoned_is_no_turn(tracker: ConversationTrack
     assert tracker.newest(Tag("c")) == 0
 
 
+def test_a_request_that_is_left_does_not_take_another_of_its_id_along(
+    tracker: ConversationTracker,
+) -> None:
+    first = RunningRequest("r", to_tokens([1]), Tag("c"))
+    tracker.begin(first)
+    tracker.left(RunningRequest("r", to_tokens([1]), Tag("c")))  # a duplicate that was refused
+    assert tracker.finish("r", [2]) is not None
+    tracker.begin(RunningRequest("r", to_tokens([3]), Tag("c")))
+    tracker.left(first)  # its client closes the reply only now
+    assert tracker.finish("r", [4]) is not None
+    tracker.begin(first)
+    tracker.left(first)
+    assert tracker.finish("r", [2]) is None
+
+
 def test_running_requests_are_bounded(
     tracker: ConversationTracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,6 +186,17 @@ def test_untagged_requests_expire_by_number(tracker: ConversationTracker) -> Non
         with pytest.raises(NotFoundError):
             tracker.adopt(gone, Tag("c"))
     assert tracker.adopt("r2", Tag("c")).number == 1
+
+
+def test_untagged_requests_expire_by_their_tokens(
+    tracker: ConversationTracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracker_module, "MAX_UNTAGGED_TOKENS", 25)
+    for rid in ("first", "second", "third"):
+        serve(tracker, rid, length=10)
+    with pytest.raises(NotFoundError):
+        tracker.adopt("first", Tag("c"))
+    assert [tracker.adopt(rid, Tag("c")).number for rid in ("second", "third")] == [1, 2]
 
 
 def test_a_rid_used_again_neither_expires_early_nor_keeps_others_alive(

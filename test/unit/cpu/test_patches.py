@@ -36,6 +36,7 @@ print(json.dumps({
     "platform": {
         "class": type(current_platform).__name__,
         "out_of_tree": current_platform.is_out_of_tree(),
+        "device": current_platform.get_device(),
         "attention": current_platform.get_default_attention_backend(),
         "extra_buffer": current_platform.support_mamba_cache_extra_buffer(),
         "triton": current_platform.capabilities.supports_triton,
@@ -81,6 +82,7 @@ def test_install_replaces_what_a_cpu_lacks() -> None:
     assert found["platform"] == {
         "class": "EngramCpuPlatform",
         "out_of_tree": True,
+        "device": "cpu",
         "attention": "torch_native",
         "extra_buffer": True,
         "triton": False,

@@ -51,9 +51,17 @@ def write_script(path: Path, body: str, mode: int = 0o755) -> Path:
 
 def test_every_command_explains_itself() -> None:
     names = {str(path.relative_to(ROOT)) for path in commands()}
-    assert {"scripts/install", "scripts/check", "scripts/test", ".ci/run"} <= names
+    wanted_names = {"scripts/install", "scripts/check", "scripts/demo", "scripts/test", ".ci/run"}
+    assert wanted_names <= names
     problems = {path.name: help_problem(path) for path in commands()}
     assert {name: problem for name, problem in problems.items() if problem} == {}
+
+
+def test_a_command_explains_itself_from_another_folder() -> None:
+    script = os.path.relpath(ROOT / "scripts/check", ROOT / "docs")
+    result = subprocess.run([script, "--help"], cwd=ROOT / "docs", capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "Usage: scripts/check" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -69,14 +77,16 @@ def test_a_command_without_help_is_seen(tmp_path: Path, body: str, mode: int, pr
     assert (help_problem(script) or "").startswith(problem)
 
 
-@pytest.mark.parametrize("name", ["scripts/install", "scripts/check", ".ci/run"])
+@pytest.mark.parametrize("name", ["scripts/install", "scripts/check", "scripts/demo", ".ci/run"])
 def test_an_unknown_argument_is_refused(name: str) -> None:
     result = run(ROOT / name, "nonsense")
     assert result.returncode == 2
     assert "nonsense" in result.stderr
 
 
-@pytest.mark.parametrize("name", ["scripts/install", "scripts/check", "scripts/test"])
+@pytest.mark.parametrize(
+    "name", ["scripts/install", "scripts/check", "scripts/demo", "scripts/test"]
+)
 def test_an_interpreter_that_is_not_there_is_named(name: str, tmp_path: Path) -> None:
     result = run(ROOT / name, python=str(tmp_path / "python"))
     assert result.returncode == 2

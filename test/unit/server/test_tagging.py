@@ -8,10 +8,17 @@ from random import Random
 from typing import Any
 
 import pytest
+from starlette._utils import get_route_path
 
 from engram.conversation.turns import Tag
 from engram.errors import EngramError, InvalidIdError, UnsupportedError
-from engram.server.tagging import CURRENT_TAG, GENERATION_ROUTES, TaggingMiddleware, tag_of
+from engram.server.tagging import (
+    CURRENT_TAG,
+    GENERATION_ROUTES,
+    TaggingMiddleware,
+    route_of,
+    tag_of,
+)
 from engram.testing.samples import seeded_random
 from unit.service.engine import on_a_loop
 
@@ -50,6 +57,7 @@ async def ask(
     *,
     path: str = "/generate",
     headers: Sequence[tuple[bytes, bytes]] = (),
+    **more: Any,
 ) -> list[dict[str, Any]]:
     waiting = list(messages)
     sent: list[dict[str, Any]] = []
@@ -60,7 +68,7 @@ async def ask(
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
 
-    scope = {"type": "http", "path": path, "headers": list(headers), "method": "POST"}
+    scope = {"type": "http", "path": path, "headers": list(headers), "method": "POST", **more}
     await TaggingMiddleware(app)(scope, receive, send)
     return sent
 
@@ -242,3 +250,57 @@ def test_a_bad_header_is_refused() -> None:
     for value in (b"", b"a b", b"\xff", b"x" * 300):
         with pytest.raises(EngramError):
             tag_of(body(text="a"), value)
+
+
+# ---- bodies that SGLang refuses, and prompts that are elsewhere ----
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        b'{"conversation_id": "c", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"conversation_id": "c", "text": "\xff"}',
+        b'{"conversation_id": "c"',
+        b'["conversation_id"]',
+    ],
+    ids=["too deep", "not UTF-8", "cut short", "not an object"],
+)
+@on_a_loop
+async def test_a_body_that_cannot_be_read_is_left_to_sglang(broken: bytes) -> None:
+    app = App()
+    sent = await ask(app, [{"type": "http.request", "body": broken}])
+    assert sent[0]["status"] == 200, "the inner application answers"
+    assert app.body == broken
+    assert app.tags == [None]
+
+
+def test_a_session_of_sglang_cannot_be_tagged() -> None:
+    """Its earlier turns are in the scheduler: what the request holds is not the prompt."""
+    with pytest.raises(UnsupportedError) as caught:
+        tag_of(body(conversation_id="c", input_ids=[1], session_params={"id": "s"}), None)
+    assert caught.value.details == {"field": "session_params"}
+    with pytest.raises(UnsupportedError):
+        tag_of(body(input_ids=[1], session_params={"id": "s"}), b"c")
+    assert tag_of(body(conversation_id="c", input_ids=[1], session_params=None), None) == Tag("c")
+
+
+@pytest.mark.parametrize(
+    ("root", "path", "route"),
+    [
+        ("", "/generate", "/generate"),
+        ("/api", "/api/generate", "/generate"),  # as uvicorn says it
+        ("/api", "/generate", "/generate"),
+        ("/api/", "/api//generate", "/generate"),
+        ("/gen", "/generate", "/generate"),
+    ],
+)
+def test_a_route_is_known_behind_a_root_path(root: str, path: str, route: str) -> None:
+    assert route_of({"path": path, "root_path": root}) == route
+    assert get_route_path({"path": path, "root_path": root}) == route, "as the routes see it"
+
+
+@on_a_loop
+async def test_a_request_behind_a_root_path_is_tagged() -> None:
+    app = App()
+    await ask(app, whole(body(conversation_id="c")), path="/api/generate", root_path="/api")
+    assert app.tags == [Tag("c")]

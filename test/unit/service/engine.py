@@ -16,7 +16,7 @@ from engram.core.canonical import blake3_hex
 from engram.core.namespace import Namespace
 from engram.core.settings import Settings
 from engram.core.tokens import TokenArray, to_tokens, tokens_to_bytes
-from engram.errors import CaptureLostError, DeadlineError
+from engram.errors import CaptureLostError, DeadlineError, GenerationAbortedError
 from engram.service import SnapshotService
 from engram.service.ports import Brought, Chains, EngineInfo, Generation, Located, Stored
 from engram.snapshot.manifest import SegmentRef
@@ -234,11 +234,11 @@ class FakeEngine:
         await gate.admit(RunningRequest(rid, to_tokens(input_ids), tag, extra_key, cache_salt))
         if self.abort is not None:
             gate.abandoned(rid)
-            return Generation(rid, [], None, 0, self.abort, {})
+            raise GenerationAbortedError(self.abort)
         output = [self.rng.randrange(2**32) for _ in range(sampling_params["max_new_tokens"])]
         self.computed([*input_ids, *output])
         gate.finished(rid, output)
-        return Generation(rid, output, "text", 0, None, {"id": rid})
+        return Generation(rid, output, "text", 0, {"id": rid})
 
 
 @dataclass

@@ -79,6 +79,19 @@ async def test_the_interval_never_costs_the_last_turn(start: Start) -> None:
 
 
 @on_a_loop
+async def test_a_deleted_turn_does_not_come_back_when_the_interval_is_over(start: Start) -> None:
+    server = start(snapshot_trigger_policy="every_turn", snapshot_min_interval_seconds=LONG)
+    tokens = await server.chat("c")
+    await server.service.context.drain()  # 1 is saved at once, 2 is put off
+    await server.chat("c", before=tokens)
+    assert await saved_turns(server) == [1]
+    await server.service.save(tenant="", conversation_id="c", turn_number=2)
+    await server.service.delete(await server.service.find(tenant="", conversation_id="c"))
+    await server.service.close()
+    assert await saved_turns(server) == [1]
+
+
+@on_a_loop
 async def test_the_interval_saves_by_itself_when_it_is_over(start: Start) -> None:
     server = start(snapshot_trigger_policy="every_turn", snapshot_min_interval_seconds=0.2)
     tokens = await server.chat("c", turns=1)

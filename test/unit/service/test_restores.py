@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -17,6 +18,7 @@ from engram.errors import (
     NotFoundError,
     RamTierFullError,
     SnapshotCorruptError,
+    UnsupportedError,
 )
 from engram.service.restores import Continuation
 from unit.service.engine import Server, on_a_loop
@@ -304,6 +306,31 @@ async def test_a_prefix_that_fails_costs_the_hit_and_never_the_request(
 
 
 @on_a_loop
+async def test_no_request_waits_twice_for_a_damaged_boundary(server: Server) -> None:
+    tokens = await save_all(server, "c", 2)
+    after = server.restart()
+    after.engine.promote_error = SnapshotCorruptError("damaged")
+    prompt = to_tokens([*tokens, 5])
+    await after.service.gate.admit(RunningRequest("first", prompt))
+    await after.service.gate.admit(RunningRequest("second", prompt))
+    await after.service.gate.admit(RunningRequest("third", prompt))
+    assert after.service.context.stats.hold_failures == 2, "one for each of the two boundaries"
+    assert after.service.context.stats.held_requests == 2
+    after.stop()
+
+
+@on_a_loop
+async def test_a_rid_and_a_conversation_that_do_not_belong_together(server: Server) -> None:
+    await server.chat("c")
+    saved = await server.service.save(tenant="", conversation_id="c")
+    rid = server.catalog.get(saved.snapshot_id).rid
+    found = await server.service.find(tenant="", rid=rid, conversation_id="c")
+    assert found.snapshot_id == saved.snapshot_id
+    with pytest.raises(NotFoundError, match="'c', not of 'd'"):
+        await server.service.find(tenant="", rid=rid, conversation_id="d")
+
+
+@on_a_loop
 async def test_without_auto_restore_nothing_is_brought(server: Server) -> None:
     tokens = await save_all(server, "c", 1)
     after = server.restart(snapshot_auto_restore=False)
@@ -347,3 +374,15 @@ async def test_the_counters_are_all_there(server: Server) -> None:
     assert stats["service"]["saves"] == 1
     assert stats["ranks"] == [{"rank": 0}, {"rank": 1}]
     assert stats["stored_boundaries"] == 1
+
+
+@on_a_loop
+async def test_a_salted_conversation_is_not_continued_without_its_salt(server: Server) -> None:
+    """The generation would stand on other page keys: nothing would be cached, silently."""
+    tokens = await save_all(server, "c", 1)
+    salted = server.engine.page_keys(to_tokens(tokens[:-1]), 1, None, "secret")[-1]
+    row = replace(await newest(server), boundary_key=salted)
+    assert (await server.service.restore(row)).token_count == len(tokens) - 1
+    with pytest.raises(UnsupportedError, match="cache_salt"):
+        await server.service.restore(row, Continuation([3], {"max_new_tokens": 1}))
+    assert server.engine.generated == []

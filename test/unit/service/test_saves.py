@@ -12,7 +12,7 @@ import pytest
 from engram.conversation.turns import Tag
 from engram.errors import (
     AlreadyExistsError,
-    CaptureLostError,
+    GenerationAbortedError,
     InvalidRequestError,
     NotFoundError,
     StoreFullError,
@@ -267,7 +267,7 @@ async def test_computing_again_can_be_aborted(server: Server) -> None:
     await server.chat("c")
     server.engine.forget()
     server.engine.abort = "the queue is full"
-    with pytest.raises(CaptureLostError, match="the queue is full"):
+    with pytest.raises(GenerationAbortedError, match="the queue is full"):
         await server.service.save(tenant="", conversation_id="c")
     assert server.store.list_manifests() == []
     server.engine.abort = None
@@ -326,6 +326,24 @@ async def test_a_crash_between_manifest_and_catalog_is_healed_at_the_next_start(
 
 
 @on_a_loop
+async def test_a_failed_row_takes_its_manifest_back(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await server.chat("c")
+
+    def fail(*_: Any) -> None:
+        raise StoreFullError("no space left")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(server.catalog, "insert", fail)
+        with pytest.raises(StoreFullError):
+            await server.service.save(tenant="", conversation_id="c", snapshot_id="mine")
+    assert server.store.list_manifests() == []
+    saved = await server.service.save(tenant="", conversation_id="c", snapshot_id="mine")
+    assert not saved.existing
+
+
+@on_a_loop
 async def test_a_crash_before_the_manifest_leaves_only_orphans(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -363,3 +381,13 @@ async def test_a_manifest_that_cannot_be_written_fails_the_save_alone(
     assert server.service.context.stats.save_failures == 1
     assert not (await server.service.save(tenant="", conversation_id="c")).existing
     server.stop()
+
+
+@on_a_loop
+async def test_an_asynchronous_save_joins_one_under_way(server: Server) -> None:
+    await server.chat("c")
+    first, second = await asyncio.gather(
+        server.service.save(tenant="", conversation_id="c"),
+        server.service.save(tenant="", conversation_id="c", durability="async"),
+    )
+    assert second.snapshot_id == first.snapshot_id

@@ -127,7 +127,7 @@ def test_bad_arguments_are_errors_before_anything_is_written(
     assert not out.exists()
 
 
-def test_a_directory_in_use_is_kept_unless_forced(tmp_path: Path) -> None:
+def test_a_directory_in_use_is_left_alone_unless_forced(tmp_path: Path) -> None:
     kept = tmp_path / "notes.txt"
     kept.write_text("mine")
     with pytest.raises(FileExistsError, match=f"{re.escape(str(tmp_path))} is not empty; --force"):
@@ -135,9 +135,10 @@ def test_a_directory_in_use_is_kept_unless_forced(tmp_path: Path) -> None:
     assert kept.read_text() == "mine"
     with pytest.raises(FileExistsError, match="is not a directory"):
         write_tiny_model(kept)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     write_tiny_model(tmp_path, force=True)
-    assert not kept.exists()
     assert (tmp_path / "config.json").exists()
+    assert kept.read_text() == "mine"
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

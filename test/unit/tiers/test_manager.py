@@ -305,7 +305,7 @@ def test_saved_bytes_come_back_bit_by_bit(
     done = manager.persist(chain[-1]).result(WAIT_S)
     assert [ref.key for ref in done.refs] == run.boundary_keys
     assert [(ref.start, ref.end) for ref in done.refs] == [(0, 5), (5, 6), (6, 13)]
-    assert done.written == sum(boundary.nbytes for boundary in chain)
+    assert done.written == done.nbytes == sum(s.bytes for s in manager.store.iter_segments())
     fresh = new_manager()
     promoted = fresh.promote(done.refs, "rid", seconds=10, exact=True).result(WAIT_S)
     assert (promoted.source, promoted.read) == (Tier.DISK, done.written)
@@ -324,7 +324,7 @@ def test_only_what_is_new_is_written(
     both = manager.persist(chain[1]).result(WAIT_S)
     again = manager.persist(chain[1]).result(WAIT_S)
     assert both.refs[:1] == first.refs
-    assert (both.written, again.written) == (chain[1].nbytes, 0)
+    assert (both.written, again.written) == (both.refs[1].bytes, 0)
     assert again.refs == both.refs
     assert sorted(s.segment_id for s in store.iter_segments()) == sorted(
         ref.segment_id for ref in both.refs
@@ -584,3 +584,37 @@ def test_persist_promote_and_drop_at_once(
         run.expected.clear()
         capture(manager, device, rng, run)
         check_contents(manager, run)
+
+
+# ---- files that go behind the manager's back ----
+
+
+def test_a_save_never_names_a_file_that_has_gone(
+    new_manager: NewManager, device: FakeDevice, store: DiskStore, rng: Random
+) -> None:
+    """The HTTP process quarantines what it finds damaged; the good bytes are in RAM still."""
+    manager, run = new_manager(), random_run(rng, (3, 4))
+    parent, child = capture(manager, device, rng, run)
+    [ref] = manager.persist(parent).result(WAIT_S).refs
+    store.delete_segment(SHARD, ref.segment_id)
+    saved = manager.persist(child).result(WAIT_S)
+    assert saved.refs[0].segment_id == ref.segment_id, "the same bytes again"
+    for one in saved.refs:
+        assert store.verify_segment(SHARD, one.segment_id).file_length == one.bytes
+    assert saved.written == saved.nbytes
+
+
+def test_a_save_that_stands_on_nothing_any_more_says_so(
+    new_manager: NewManager, device: FakeDevice, store: DiskStore, rng: Random
+) -> None:
+    manager, run = new_manager(), random_run(rng, (3, 4))
+    parent, child = capture(manager, device, rng, run)
+    [ref] = manager.persist(parent).result(WAIT_S).refs
+    with manager.ram.lock:
+        manager.ram._drop_payload(parent)
+    store.delete_segment(SHARD, ref.segment_id)
+    with pytest.raises(CaptureLostError) as caught:
+        manager.persist(child).result(WAIT_S)
+    assert caught.value.details == {"boundary": 7}, "who asked can compute it again"
+    assert not manager.ram.whole(child), "so that it is captured anew"
+    assert manager.ram.longest(run.keys) is None

@@ -19,6 +19,10 @@ class EngramCpuPlatform(CpuDeviceMixin, SRTPlatform):
     _enum = PlatformEnum.OOT
     capabilities = PlatformCapabilities()
 
+    def get_device(self, device_id: int = 0) -> str:
+        """Return "cpu": what SGLang takes for `--device` where it is not given, so a string."""
+        return self.device_type
+
     def is_pin_memory_available(self, device: Any = None) -> bool:
         return False
 

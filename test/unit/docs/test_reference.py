@@ -1,0 +1,114 @@
+"""The reference pages name every flag, route, field and error, as they are, and no others."""
+
+import re
+from typing import Any, cast
+
+import pytest
+from pydantic import BaseModel
+
+from engram.errors import walk_error_classes
+from engram.server import wire
+from engram.server.compatible import compatible_router
+from engram.server.memory import memory_router
+from engram.server.schemas import ListBody, Place, RestoreBody, SaveBody
+from engram.service import SnapshotService
+from engram.sglang_plugin.args import FLAGS, REFUSED, _default
+from engram.sglang_plugin.plugin import HOOKS
+from repository import ROOT
+
+DOCS = ROOT / "docs"
+SCHEMAS: dict[str, type[BaseModel]] = {
+    "/save_snapshot": SaveBody,
+    "/restore_snapshot": RestoreBody,
+    "/list_snapshots": ListBody,
+    "/get_snapshot_info": Place,
+}
+
+
+def rows(markdown: str, heading: str) -> list[list[str]]:
+    """The cells of the first table under `heading` (its text), header and rule left out."""
+    section = re.split(rf"^#+ {re.escape(heading)}$", markdown, flags=re.MULTILINE)[1]
+    table = []
+    for line in section.splitlines():
+        if line.startswith("|"):
+            table.append([cell.strip() for cell in line.strip("|").split(" | ")])
+        elif table:
+            break
+    return table[2:]
+
+
+def plain(cell: str) -> str:
+    return cell.strip(" |").strip("`")
+
+
+def test_every_flag_is_documented_as_it_is() -> None:
+    table = rows((DOCS / "flags.md").read_text(), "Flags")
+    documented = [
+        (plain(name), plain(default), plain(active)) for name, default, active, _ in table
+    ]
+    assert documented == [
+        (flag.option, _default(flag), "yes" if flag.active else "not yet") for flag in FLAGS
+    ]
+    assert all(plain(meaning) for *_, meaning in table)
+
+
+def test_every_refused_combination_is_documented() -> None:
+    text = (DOCS / "flags.md").read_text().split("## Refused combinations")[1].replace("\n", " ")
+    words = {
+        "--tokenizer-worker-num above 1": "more than one tokenizer worker",
+        "pipeline parallelism": "pipeline, tensor or data parallelism",
+        "tensor parallelism": "pipeline, tensor or data parallelism",
+        "data parallelism": "pipeline, tensor or data parallelism",
+        "releasing memory": "`--enable-memory-saver`",
+        "another radix cache": "another radix cache or external linker",
+        "another external linker": "another radix cache or external linker",
+    }
+    names = [name for _, _, name, _ in REFUSED]
+    assert [name for name in names if words.get(name, name) not in text] == []
+
+
+def test_every_route_is_documented() -> None:
+    service = cast(SnapshotService, None)
+    routers = (compatible_router(service), memory_router(service))
+    routes = {cast(Any, route).path for router in routers for route in router.routes}
+    headings = re.findall(
+        r"^## (?:POST|GET) (\S+)$", (DOCS / "http-api.md").read_text(), re.MULTILINE
+    )
+    assert set(headings) == routes
+    assert len(headings) == len(routes)
+
+
+@pytest.mark.parametrize("route", SCHEMAS)
+def test_every_field_of_a_body_is_documented(route: str) -> None:
+    table = rows((DOCS / "http-api.md").read_text(), f"POST {route}")
+    assert [plain(row[0]) for row in table] == list(SCHEMAS[route].model_fields)
+
+
+def test_every_error_is_documented_with_its_status() -> None:
+    assert issubclass(wire.BodyTooLargeError, wire.InvalidRequestError)  # imported: in the walk
+    table = rows((DOCS / "http-api.md").read_text(), "Errors")
+    documented = {(int(status), plain(code)) for status, code, _ in table}
+    # Other tests in this process may have made classes of their own.
+    ours = [error for error in walk_error_classes() if error.__module__.startswith("engram.")]
+    assert documented == {(error.http_status, error.code) for error in ours}
+    assert len(documented) == len(table)
+
+
+def test_every_room_is_in_the_architecture() -> None:
+    table = rows((DOCS / "architecture.md").read_text(), "Rooms")
+    package = ROOT / "python" / "engram"
+    rooms = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    assert {plain(row[0]) for row in table} == rooms | {"errors.py"}
+
+
+def test_every_hook_of_the_seam_is_in_the_architecture() -> None:
+    seam = (DOCS / "architecture.md").read_text().split("## The seam")[1].split("\n## ")[0]
+    # Two are the way in of what the table calls routes and messages.
+    known = {
+        "launch_server": "routers on SGLang's own application",
+        "_setup_and_run_http_server": "routers on SGLang's own application",
+        "init_request_dispatcher": "handlers on the scheduler's dispatcher",
+        "add_cli_args": "ServerArgs.add_cli_args",
+    }
+    names = [target.rsplit(".", 1)[-1] for target in HOOKS]
+    assert [name for name in names if known.get(name, name) not in seam] == []

@@ -1,0 +1,177 @@
+"""The hooks of the HTTP process, around a tokenizer manager that serves by itself."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+from engram.conversation.turns import Tag
+from engram.errors import StoreError
+from engram.server.tagging import CURRENT_TAG
+from engram.sglang_plugin.http import _watch_requests
+from engram.testing.samples import seeded_random
+from unit.service.engine import Server, on_a_loop
+
+OUTPUT = [7, 8, 9]
+
+
+class Manager:
+    """The parts of SGLang's `TokenizerManager` that every request passes."""
+
+    def __init__(self) -> None:
+        self.rid_to_state: dict[str, Any] = {}
+        self.ended: dict[str, asyncio.Event] = {}
+
+    async def generate_request(self, request: Any, *_: Any) -> AsyncIterator[dict[str, Any]]:
+        if request.rid in self.rid_to_state:
+            raise ValueError(f"Duplicate request ID detected: {request.rid}")
+        self.rid_to_state[request.rid] = SimpleNamespace(output_ids=[])
+        ended = self.ended[request.rid] = asyncio.Event()
+        await self._send_one_request(tokenized(request))
+        await ended.wait()
+        yield {"meta_info": {"id": request.rid, "finish_reason": {"type": "length"}}}
+
+    async def _send_one_request(self, tokenized: Any) -> None:
+        pass
+
+    async def _send_batch_request(self, tokenized: list[Any]) -> None:
+        pass
+
+    async def _handle_batch_output(self, received: Any) -> None:
+        for rid in received.rids:
+            del self.rid_to_state[rid]
+            self.ended[rid].set()
+
+    async def finish(self, rid: str) -> None:
+        await self._handle_batch_output(
+            SimpleNamespace(rids=[rid], finished_reasons=[{"type": "length"}], output_ids=[OUTPUT])
+        )
+
+
+def tokenized(request: Any) -> TokenizedGenerateReqInput:
+    return TokenizedGenerateReqInput(
+        rid=request.rid,
+        input_text=None,
+        input_ids=request.input_ids,
+        input_embeds=None,
+        mm_inputs=None,
+        token_type_ids=None,
+        sampling_params=SamplingParams(),
+        return_logprob=False,
+        logprob_start_len=-1,
+        top_logprobs_num=0,
+        token_ids_logprob=None,
+        stream=False,
+        session_params=request.session_params,
+    )
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    server = Server.start(tmp_path / "store", seeded_random())
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def manager(server: Server) -> Manager:
+    manager = Manager()
+    _watch_requests(manager, server.service)
+    return manager
+
+
+def ask(
+    manager: Manager,
+    rid: str,
+    tag: Tag | None,
+    input_ids: list[int] | None = None,
+    session_params: Any = None,
+) -> asyncio.Task[list[Any]]:
+    """A client's request, from its route on."""
+    request = SimpleNamespace(
+        rid=rid, input_ids=input_ids or [1, 2, 3], session_params=session_params
+    )
+
+    async def route() -> list[Any]:
+        CURRENT_TAG.set(tag)
+        return [response async for response in manager.generate_request(request)]
+
+    return asyncio.get_running_loop().create_task(route())
+
+
+async def sent(manager: Manager, rid: str) -> None:
+    while rid not in manager.ended:
+        await asyncio.sleep(0)
+    for _ in range(100):
+        await asyncio.sleep(0)
+
+
+@on_a_loop
+async def test_a_duplicate_that_is_refused_leaves_the_running_request_its_turn(
+    server: Server, manager: Manager
+) -> None:
+    first = ask(manager, "r", Tag("c"))
+    await sent(manager, "r")
+    with pytest.raises(ValueError, match="Duplicate"):
+        await ask(manager, "r", Tag("other"))
+    await manager.finish("r")
+    assert len(await first) == 1
+    turn = server.service.context.tracker.find(Tag("c"))
+    assert turn is not None
+    assert turn.request.tokens.tolist() == [1, 2, 3, *OUTPUT]
+    assert server.service.context.tracker.find(Tag("other")) is None
+
+
+@on_a_loop
+async def test_a_request_whose_client_has_gone_is_forgotten(
+    server: Server, manager: Manager
+) -> None:
+    task = ask(manager, "r", Tag("c"))
+    await sent(manager, "r")
+    tracker = server.service.context.tracker
+    assert "r" in tracker._running
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not tracker._running
+
+
+@on_a_loop
+async def test_a_part_of_a_session_is_not_taken_for_a_prompt(
+    server: Server, manager: Manager
+) -> None:
+    task = ask(manager, "r", None, session_params=SimpleNamespace(id="s"))
+    await sent(manager, "r")
+    await manager.finish("r")
+    assert len(await task) == 1
+    assert not server.service.context.tracker._untagged
+
+
+@on_a_loop
+async def test_token_ids_that_are_none_are_a_bad_request(manager: Manager) -> None:
+    with pytest.raises(ValueError, match="input_ids"):
+        await ask(manager, "r", None, input_ids=[1, -1])
+
+
+@on_a_loop
+async def test_a_turn_that_cannot_be_counted_does_not_end_the_receive_loop(
+    server: Server, manager: Manager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise StoreError("the catalog cannot be read")
+
+    task = ask(manager, "r", Tag("c"))
+    await sent(manager, "r")
+    monkeypatch.setattr(server.catalog, "find", broken)
+    await manager.finish("r")
+    assert len(await task) == 1, "the client has its reply"
+    stats = server.service.context.stats
+    assert stats.lost_turns == 1
+    assert "the catalog cannot be read" in stats.last_failures[-1]

@@ -93,7 +93,8 @@ def _layers(seconds: float) -> Callable[[], None]:
     """Matrix products that take about ``seconds`` on one thread."""
     a = torch.randn(256, 1024)
     b = torch.randn(1024, 1024)
-    once = statistics.median(_time_of(lambda: a @ b, 20))
+    # The least, so that a busy moment does not make the layers too short.
+    once = min(_time_of(lambda: torch.mm(a, b), 40))
     count = max(1, round(seconds / once))
 
     def layers() -> None:

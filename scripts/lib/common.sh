@@ -48,7 +48,10 @@ STAMP="$ROOT/.venv/.engram-installed"
 # fingerprint: changes when .venv has to be installed again.
 fingerprint() {
     "$PY" -c 'import hashlib, pathlib, sys
-print(hashlib.sha256(pathlib.Path("python/pyproject.toml").read_bytes()).hexdigest(), *sys.version_info[:2])'
+built = (p for p in pathlib.Path("sgl-kernel").rglob("*") if p.suffix in {".toml", ".py", ".cpp", ".h"})
+files = [pathlib.Path("python/pyproject.toml"), *sorted(p for p in built if "build" not in p.parts)]
+content = b"".join(file.read_bytes() for file in files)
+print(hashlib.sha256(content).hexdigest(), *sys.version_info[:2])'
 }
 
 is_current() { [[ -x "$PY" && -f "$STAMP" && "$(fingerprint)" == "$(cat "$STAMP")" ]]; }
@@ -60,6 +63,8 @@ install_venv() {
     say "installing Engram, SGLang and the tools (the first time: several minutes, about 11 GB)"
     "$PY" -m pip install --disable-pip-version-check --no-input -e "python/[dev]" ||
         fail "the installation stopped; mend what pip names above, then run this again"
+    "$PY" -m pip install --disable-pip-version-check --no-input ./sgl-kernel ||
+        fail "the native kernel was not built; it needs g++: mend what pip names above, then run this again"
     # Last, so that an installation cut short is taken up again.
     fingerprint >"$STAMP"
     say "installed in .venv"

@@ -1,0 +1,1 @@
+"""Measurements of the conditional memory. `run` takes them, `plots` draws them."""

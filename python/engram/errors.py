@@ -7,7 +7,8 @@
     |-- NotFoundError                404  not_found
     |-- AlreadyExistsError           409  already_exists
     |-- InvalidRequestError          422  invalid_request
-    |   `-- InvalidIdError           422  invalid_request     names the field
+    |   |-- InvalidIdError           422  invalid_request     names the field
+    |   `-- BodyTooLargeError        413  body_too_large
     |-- UnsupportedError             422  unsupported
     |-- NamespaceMismatchError       409  namespace_mismatch  names field, wanted, found
     |-- SnapshotCorruptError         409  snapshot_corrupt    names the file and what to do
@@ -33,6 +34,7 @@ from typing import ClassVar
 
 __all__ = [
     "AlreadyExistsError",
+    "BodyTooLargeError",
     "CaptureLostError",
     "DeadlineError",
     "EngramError",
@@ -115,6 +117,13 @@ class InvalidRequestError(EngramError):
 
 class InvalidIdError(InvalidRequestError):
     """An id outside ``[A-Za-z0-9._:-]{1,255}`` or with a leading dot."""
+
+
+class BodyTooLargeError(InvalidRequestError):
+    """The body of a request is larger than the route allows."""
+
+    code = "body_too_large"
+    http_status = 413
 
 
 class UnsupportedError(EngramError):

@@ -11,7 +11,12 @@ from fastapi import Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 
-from engram.errors import EngramError, InternalError, InvalidRequestError
+from engram.errors import (
+    BodyTooLargeError,
+    EngramError,
+    InternalError,
+    InvalidRequestError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -19,13 +24,6 @@ MAX_BODY_BYTES: Final = 16 << 20
 """Of Engram's own routes; the largest legitimate body is a list of continuation tokens."""
 
 Body = TypeVar("Body", bound=BaseModel)
-
-
-class BodyTooLargeError(InvalidRequestError):
-    """413: the body is over `MAX_BODY_BYTES`."""
-
-    code = "body_too_large"
-    http_status = 413
 
 
 async def read_body(request: Request, schema: type[Body]) -> Body:

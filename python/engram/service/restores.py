@@ -13,7 +13,13 @@ import numpy as np
 from engram.catalog.rows import SnapshotRow
 from engram.conversation.turns import Tag
 from engram.core.tokens import TokenArray, to_tokens, tokens_digest
-from engram.errors import EngramError, SnapshotCorruptError, UnsupportedError
+from engram.errors import (
+    EngramError,
+    ManifestCorruptError,
+    NotFoundError,
+    SnapshotCorruptError,
+    UnsupportedError,
+)
 from engram.service.context import ServiceContext
 from engram.service.ports import EngineInfo
 from engram.service.results import RestoreResult
@@ -104,13 +110,24 @@ class Restorer:
         return await asyncio.to_thread(self._tokens_of, row)
 
     def _tokens_of(self, row: SnapshotRow) -> TokenArray:
-        return self._tokens(self._context.store.get_manifest(row.snapshot_id, row.tenant))
+        return self._tokens(self._manifest(row))
+
+    def _manifest(self, row: SnapshotRow) -> Manifest:
+        """The manifest of a listed snapshot; that it is listed says that it was durable."""
+        try:
+            return self._context.store.get_manifest(row.snapshot_id, row.tenant)
+        except NotFoundError as error:
+            raise ManifestCorruptError(
+                f"the manifest of snapshot {row.snapshot_id!r} is missing: {error.message}",
+                hint="delete the snapshot, or restore another turn",
+                details={"snapshot_id": row.snapshot_id},
+            ) from None
 
     def _read(self, row: SnapshotRow, engine: EngineInfo) -> tuple[Manifest, TokenArray]:
         store = self._context.store
         if row.namespace != engine.namespace.id:
             engine.namespace.require(store.get_namespace(row.namespace))
-        manifest = store.get_manifest(row.snapshot_id, row.tenant)
+        manifest = self._manifest(row)
         return manifest, self._tokens(manifest)
 
     def _tokens(self, manifest: Manifest) -> TokenArray:

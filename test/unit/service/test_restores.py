@@ -101,6 +101,17 @@ async def test_turns_count_on_after_a_restart(server: Server) -> None:
 
 
 @on_a_loop
+async def test_a_lost_manifest_is_damage_and_not_an_unknown_snapshot(server: Server) -> None:
+    await save_all(server, "c", 2)
+    row = await newest(server)
+    server.store.delete_manifest(row.snapshot_id)
+    with pytest.raises(SnapshotCorruptError, match=row.snapshot_id):
+        await server.service.restore(row)
+    first = await server.service.find(tenant="", conversation_id="c", turn_number=1)
+    assert (await server.service.restore(first)).verified
+
+
+@on_a_loop
 async def test_a_damaged_snapshot_is_refused_and_the_others_serve(
     server: Server, rng: Random
 ) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Final
@@ -93,7 +94,7 @@ def before_setup_and_run_http_server(
         app.include_router(_marked(router))
     app.add_middleware(TaggingMiddleware)
     app.add_middleware(RefusingMiddleware)
-    _save_before_the_end(tokenizer_manager, service)
+    _save_before_the_end(app, tokenizer_manager, service)
 
 
 def _report(store: DiskStore, catalog: Catalog) -> None:
@@ -120,28 +121,41 @@ def _marked(router: Any) -> Any:
     return router
 
 
-def _save_before_the_end(manager: Any, service: SnapshotService) -> None:
-    """On SIGTERM, finish the saves while the ranks still answer.
+def _save_before_the_end(app: Any, manager: Any, service: SnapshotService) -> None:
+    """Finish the saves while the ranks still answer.
 
-    Upstream waits for the running requests and then ends the schedulers, in one coroutine; ours
-    runs before it.
+    On SIGTERM upstream waits for the running requests and then ends the schedulers, in one
+    coroutine; ours runs before it.  On Ctrl-C only the web server is told: it ends the app's
+    lifespan while the schedulers still run.
     """
     from sglang.srt.managers.tokenizer_manager import ServerStatus
 
-    shut_down = manager.sigterm_watchdog
+    shut_down, serve = manager.sigterm_watchdog, app.router.lifespan_context
+
+    async def finish() -> None:
+        try:
+            await asyncio.wait_for(service.close(), CLOSE_TIMEOUT_S)
+        except asyncio.TimeoutError:
+            logger.error("Engram: saves still running after %g s are given up", CLOSE_TIMEOUT_S)
 
     async def sigterm_watchdog() -> None:
         while not manager.gracefully_exit:
             await asyncio.sleep(POLL_S)
         while manager.rid_to_state and manager.server_status != ServerStatus.UnHealthy:
             await asyncio.sleep(POLL_S)
-        try:
-            await asyncio.wait_for(service.close(), CLOSE_TIMEOUT_S)
-        except asyncio.TimeoutError:
-            logger.error("Engram: saves still running after %g s are given up", CLOSE_TIMEOUT_S)
+        await finish()
         await shut_down()
 
+    @asynccontextmanager
+    async def lifespan(running: Any) -> AsyncIterator[Any]:
+        async with serve(running) as state:
+            try:
+                yield state
+            finally:
+                await finish()
+
     manager.sigterm_watchdog = sigterm_watchdog
+    app.router.lifespan_context = lifespan
 
 
 def _watch_requests(manager: Any, service: SnapshotService) -> None:

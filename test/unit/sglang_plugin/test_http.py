@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from sglang.srt.managers.io_struct import AbortReq, TokenizedGenerateReqInput
@@ -15,8 +16,10 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from engram.conversation.turns import Tag
 from engram.errors import InvalidRequestError, StoreError
 from engram.server.tagging import CURRENT_TAG
+from engram.service import SnapshotService
+from engram.sglang_plugin import http as http_module
 from engram.sglang_plugin.engine import SglangGenerator
-from engram.sglang_plugin.http import _watch_requests
+from engram.sglang_plugin.http import _save_before_the_end, _watch_requests
 from engram.testing.samples import seeded_random
 from unit.service.engine import Server, on_a_loop
 
@@ -225,3 +228,63 @@ async def test_a_turn_that_cannot_be_counted_does_not_end_the_receive_loop(
     stats = server.service.context.stats
     assert stats.lost_turns == 1
     assert "the catalog cannot be read" in stats.last_failures[-1]
+
+
+class Ending:
+    """How SGLang ends: the watchdog that SIGTERM wakes, and the app's lifespan that Ctrl-C ends."""
+
+    def __init__(self) -> None:
+        self.gracefully_exit = False
+        self.rid_to_state: dict[str, Any] = {}
+        self.server_status = "up"
+        self.events: list[str] = []
+        self.router = SimpleNamespace(lifespan_context=self._lifespan)
+
+    async def sigterm_watchdog(self) -> None:
+        self.events.append("schedulers ended")
+
+    @asynccontextmanager
+    async def _lifespan(self, app: Any) -> AsyncIterator[str]:
+        yield "state"
+        self.events.append("lifespan over")
+
+    async def close(self) -> None:
+        self.events.append("saved")
+
+
+@on_a_loop
+async def test_saves_are_finished_before_sigterm_ends_the_schedulers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(http_module, "POLL_S", 0.001)
+    ending = Ending()
+    ending.rid_to_state["running"] = object()
+    _save_before_the_end(ending, ending, cast(SnapshotService, ending))
+    watchdog = asyncio.ensure_future(ending.sigterm_watchdog())
+    ending.gracefully_exit = True
+    await asyncio.sleep(0.02)
+    assert ending.events == [], "a request still runs: its turn is to be saved too"
+    ending.rid_to_state.clear()
+    await watchdog
+    assert ending.events == ["saved", "schedulers ended"]
+
+
+@on_a_loop
+async def test_saves_are_finished_before_the_lifespan_ends() -> None:
+    ending = Ending()
+    _save_before_the_end(ending, ending, cast(SnapshotService, ending))
+    async with ending.router.lifespan_context(ending) as state:
+        assert state == "state"
+        assert ending.events == []
+    assert ending.events == ["saved", "lifespan over"]
+
+
+@on_a_loop
+async def test_saves_that_do_not_end_hold_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_module, "CLOSE_TIMEOUT_S", 0.01)
+    ending = Ending()
+    monkeypatch.setattr(ending, "close", asyncio.Event().wait)
+    _save_before_the_end(ending, ending, cast(SnapshotService, ending))
+    async with ending.router.lifespan_context(ending):
+        pass
+    assert ending.events == ["lifespan over"]

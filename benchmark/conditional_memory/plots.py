@@ -102,7 +102,7 @@ def hiding(folder: Path, figures: dict[str, Any]) -> None:
         measured = figures["hiding"][kind]
         ways = measured["step_ms"]
         ax.barh(list(ways)[::-1], list(ways.values())[::-1], color=[BLUE, ORANGE, GREY])
-        ax.set_title(f"{kind}: {measured['hiding']:.0%} hidden", fontsize=9)
+        ax.set_title(f"{kind}: {min(measured['hiding'], 1):.0%} hidden", fontsize=9)
         ax.set_xlabel("ms a step")
     save(figure, folder, "hiding")
 
@@ -118,7 +118,8 @@ def bars(axes: Any, rates: dict[str, float], title: str) -> None:
 def save(figure: Any, folder: Path, name: str) -> None:
     figure.tight_layout()
     # Without the version and date, equal figures give equal files.
-    figure.savefig(folder / f"{name}.png", dpi=130, metadata={"Software": None})
+    metadata = {"Software": None}
+    figure.savefig(folder / f"{name}.png", dpi=130, metadata=metadata, bbox_inches="tight")
     plt.close(figure)
 
 

@@ -17,6 +17,7 @@ namespace engram {
 // Eight numbers at a time; compilers split them where registers are narrower.
 constexpr int64_t kLanes = 8;
 typedef int64_t Ints __attribute__((vector_size(kLanes * sizeof(int64_t))));
+typedef uint64_t Words __attribute__((vector_size(kLanes * sizeof(uint64_t))));
 typedef double Doubles __attribute__((vector_size(kLanes * sizeof(double))));
 
 // Whether `remainder_double` is exact for a modulus.
@@ -32,7 +33,8 @@ inline bool suits_double(int64_t modulus) {
 ENGRAM_ALWAYS_INLINE Ints remainder_double(int64_t x, Ints modulus, Doubles reciprocal) {
   const double wide = static_cast<double>(x);
   const Ints quotient = __builtin_convertvector(wide * reciprocal, Ints);
-  Ints rest = x - quotient * modulus;
+  // Unsigned: beside the ends of 64 bits the product leaves them, and the difference comes back.
+  Ints rest = (Ints)(static_cast<uint64_t>(x) - (Words)quotient * (Words)modulus);
   rest += (rest < 0) & modulus;
   rest += (rest < 0) & modulus;
   rest -= (rest >= modulus) & modulus;

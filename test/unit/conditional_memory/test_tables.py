@@ -343,6 +343,19 @@ class TestCache:
         held = table.cache_statistics.hits - before
         assert held >= 18, f"{held} of 20 hot rows survived a scan over 900"
 
+    def test_a_full_cache_admits_no_row_that_comes_once(self, table: DiskTable) -> None:
+        # Twice what it holds, often enough to count, not so often that the counts are halved.
+        for _ in range(4):
+            table.gather(torch.arange(128))
+        tags = table._cache._tags
+        assert (tags >= 0).all()
+        before = table.cache_statistics.admitted
+        for part in torch.arange(200, ROWS)[:160].split(8):
+            table.gather(part)
+        admitted = table.cache_statistics.admitted - before
+        # Some pass for frequent: the sketch of so small a cache has 256 counters for 288 ids.
+        assert admitted < 60, f"{admitted} of 160 rows that came once were admitted"
+
     def test_hot_rows_change(self, table: DiskTable) -> None:
         """What was hot is forgotten when it is no longer asked for."""
         old, new = torch.arange(0, 50), torch.arange(500, 550)

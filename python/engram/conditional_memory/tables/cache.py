@@ -96,11 +96,18 @@ class HotRowCache:
 
     def _admit(self, ids: Int64Array, sets: npt.NDArray[np.uint64], rows: Bytes) -> None:
         """Put in the rows that are asked for more often than the rarest of their set."""
-        # One a set and batch: the others of the same set would have to see its effect. Another
-        # thread may have put an id in meanwhile.
-        _, first = np.unique(sets, return_index=True)
-        first = first[self._find(ids[first], sets[first]) < 0]
-        ids, sets, rows = ids[first], sets[first], rows[first]
+        # Another thread may have put an id in meanwhile.
+        left = np.flatnonzero(self._find(ids, sets) < 0)
+        # Of ids in one set each must see the effect of the one before; a set takes WAYS at most.
+        for _ in range(WAYS):
+            _, first = np.unique(sets[left], return_index=True)
+            chosen = left[first]
+            self._admit_one_a_set(ids[chosen], sets[chosen], rows[chosen])
+            left = np.delete(left, first)
+            if len(left) == 0:
+                break
+
+    def _admit_one_a_set(self, ids: Int64Array, sets: npt.NDArray[np.uint64], rows: Bytes) -> None:
         tags = self._tags[sets]
         frequency = np.where(tags < 0, -1, self._sketch.estimate(tags.ravel()).reshape(tags.shape))
         way = frequency.argmin(1)

@@ -29,9 +29,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         items[index] = item
 
 
-def _world_of(item: pytest.Item) -> int:
+def _world_of(item: pytest.Item) -> tuple[int, str]:
     names = getattr(item, "fixturenames", ())
-    return next((n for n, world in enumerate(WORLDS, 1) if world in names), 0)
+    if "variant" in names and isinstance(item, pytest.Function):
+        return len(WORLDS) + 1, item.callspec.params["variant"].name
+    return next((n for n, world in enumerate(WORLDS, 1) if world in names), 0), ""
 
 
 @pytest.fixture(scope="session")

@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from engram.snapshot.manifest import Manifest, SegmentRef, change_manifest
 from engram.snapshot.segment import BufferSpec, SegmentHeader, Shard
 from engram.store.disk import DiskStore
 from engram.store.layout import Layout
+from engram.tiers.payload import views
 
 Edit = Callable[[SegmentHeader, memoryview], None]
 """Changes a payload (writable bytes, laid out as its header says) in place."""
@@ -44,6 +47,17 @@ def rewrite_segment(root: Path, snapshot_id: str, edit: Edit) -> Manifest:
             store.delete_segment(shard, chain[-1].segment_id)
     remove_catalog(root)
     return manifest
+
+
+def add_to_value(buffer: str, change: float) -> Edit:
+    """An edit that adds to the first value of a named buffer, whatever its dtype."""
+
+    def edit(header: SegmentHeader, payload: memoryview) -> None:
+        find_buffer(header, buffer)
+        whole = torch.frombuffer(payload, dtype=torch.uint8)
+        views(whole, header.buffers)[buffer].view(-1)[0] += change
+
+    return edit
 
 
 def flip_byte(

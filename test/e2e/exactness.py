@@ -1,8 +1,7 @@
 """One server of any family: recorded, killed, and started again on what it has stored.
 
-A `Variant` says which model is served and how; `exactness_world` makes it, `CASES` says what was
-recorded in it.  To cover another family or strategy, add a variant to `VARIANTS`: the tests of
-`test_families.py` run over all of them.
+A `Variant` says which model is served and how; `exactness_world` makes it. To cover another family
+or strategy, add a variant to `VARIANTS`: the tests of `test_families.py` run over all of them.
 """
 
 from __future__ import annotations

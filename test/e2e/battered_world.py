@@ -78,13 +78,13 @@ def battered_world(stage: Stage, folder: Path) -> World:
     for wound in WOUNDS:
         _record(world.client, numbers, world, wound.conversation)
     for field in OTHER_SETTINGS:
-        _record(world.client, numbers, world, _named(field))
+        _record(world.client, numbers, world, of_setting(field))
     world.facts["storm"] = storm_until_the_scheduler_dies(world.server, numbers)
     world.facts["ended"] = _ended_by_itself(world.server)
     world.server.kill()
 
     for field, value in OTHER_SETTINGS.items():
-        saved = world.cases[_named(field)].saved
+        saved = world.cases[of_setting(field)].saved
         rename_namespace(store, saved["snapshot_id"], **{field: value})
     for wound in WOUNDS:
         if wound.when == "before":
@@ -148,5 +148,6 @@ def _record(client: Client, numbers: random.Random, world: World, name: str) -> 
     world.cases[name] = save_and_peek(client, numbers, name, two_turns(client, numbers, name))
 
 
-def _named(field: str) -> str:
+def of_setting(field: str) -> str:
+    """The conversation whose snapshot was made under another value of a setting."""
     return f"other-{field}"

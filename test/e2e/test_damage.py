@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from e2e.battered_world import OTHER_SETTINGS, WOUNDS, Wound, health, wound_file
+from e2e.battered_world import OTHER_SETTINGS, WOUNDS, Wound, health, of_setting, wound_file
 from e2e.helpers import assert_close, assert_quarantined
 from e2e.worlds import Case, World
 
@@ -119,7 +119,7 @@ def test_damage_is_counted(battered: World) -> None:
 
 @pytest.mark.parametrize("field", OTHER_SETTINGS)
 def test_state_made_under_another_setting_is_refused_by_name(battered: World, field: str) -> None:
-    case = battered.cases[f"other-{field}"]
+    case = battered.cases[of_setting(field)]
     before = health(battered)
     refused = battered.client.refused("/restore_snapshot", {"conversation_id": case.name}, 409)
     assert refused["error"] == "namespace_mismatch"
@@ -139,7 +139,7 @@ def test_state_made_under_another_setting_is_refused_by_name(battered: World, fi
 
 
 def test_a_namespace_whose_description_is_lost_is_refused_all_the_same(battered: World) -> None:
-    case = battered.cases["other-page_size"]
+    case = battered.cases[of_setting("page_size")]
     namespace = battered.client.snapshots(case.name)[-1]["namespace"]
     path = battered.store / "namespaces" / f"{namespace}.json"
     path.write_bytes(path.read_bytes()[:-5])

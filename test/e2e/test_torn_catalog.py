@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from e2e.battered_world import OTHER_SETTINGS, _named
+from e2e.battered_world import OTHER_SETTINGS, of_setting
 from e2e.helpers import assert_close
 from e2e.worlds import World
 from engram.store.layout import Layout
@@ -38,7 +38,7 @@ def test_catalog_damaged_under_a_running_server(
     path = catalog.with_name(catalog.name + suffix)
     if path.exists():
         damage(path)
-    case = battered.cases[_named(next(iter(OTHER_SETTINGS)))]
+    case = battered.cases[of_setting(next(iter(OTHER_SETTINGS)))]
     for tag in (None, case.name):
         reply = case.talk.peek(battered.client, case.message, tag)
         assert_close(reply, case.reference, 1e-3)

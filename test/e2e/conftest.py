@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from e2e.battered_world import battered_world
 from e2e.small_world import small_world
 from e2e.worlds import Stage, World, restarted_world
 
-WORLDS = ("restarted", "other", "small")
+WORLDS = ("restarted", "other", "small", "battered")
 TIMEOUT_S = 1200
 """For one test, the starts of its servers included; a busy machine takes minutes for those."""
 
@@ -45,7 +46,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
 
 @pytest.fixture
 def restarted(stage: Stage) -> World:
-    """The published launch command: recorded, killed, catalog lost, started again."""
+    """The published launch command: recorded, killed, catalog damaged, started again."""
     return stage.world("restarted", restarted_world)
 
 
@@ -53,3 +54,9 @@ def restarted(stage: Stage) -> World:
 def small(stage: Stage) -> World:
     """float32 and little room: recorded, killed, started again."""
     return stage.world("small", small_world)
+
+
+@pytest.fixture
+def battered(stage: Stage) -> World:
+    """float32 and much room: stormed at, its scheduler killed, its files damaged, started again."""
+    return stage.world("battered", battered_world)

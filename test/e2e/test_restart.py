@@ -131,6 +131,17 @@ def test_acknowledged_id_is_the_snapshots(restarted: World) -> None:
         assert metadata["snapshot_id"] == promised["snapshot_id"]
 
 
+def test_a_damaged_catalog_is_rebuilt_and_told(restarted: World) -> None:
+    found = restarted.facts["health"]
+    assert "not a database" in found["catalog"]["rebuilt_because"]
+    assert found["catalog"]["added"] >= len(restarted.cases)
+    assert found["catalog"]["damaged"] == []
+    assert found["store"]["quarantined"] == 1
+    assert (
+        "the catalog was rebuilt: file is not a database" in restarted.server.log_path.read_text()
+    )
+
+
 def test_second_server_on_the_directory_is_refused(stage: Stage, restarted: World) -> None:
     folder = fresh(stage.folder / "second")
     second = stage.server(folder, CONTRACT, store=restarted.store)

@@ -14,6 +14,7 @@ import pytest
 
 from e2e.helpers import Client, Reply, random_ids
 from e2e.talks import ChatTalk, CompletionTalk, GenerateTalk, StreamTalk, Talk
+from engram.store.layout import Layout
 from engram.testing.samples import seeded_random
 from engram.testing.server import ServerProcess
 from engram.testing.tamper import add_to_value, rewrite_segment
@@ -141,7 +142,7 @@ class Stage:
 
 
 def restarted_world(stage: Stage, folder: Path) -> World:
-    """Conversations over every route; the catalog is lost with the kill."""
+    """Conversations over every route; the catalog is damaged after the kill."""
     folder = fresh(folder)
     numbers = seeded_random()
     store = folder / "store" / "snapshots"
@@ -174,7 +175,9 @@ def restarted_world(stage: Stage, folder: Path) -> World:
     altered, unaltered = (world.cases[n].saved["snapshot_id"] for n in ("altered", "unaltered"))
     rewrite_segment(store, altered, add_to_value("ssm.0", 8.0))
     rewrite_segment(store, unaltered, add_to_value("ssm.0", 0.0))
+    Layout(store).catalog.write_bytes(b"no database " * 1000)
     world.server.start()
+    world.facts["health"] = client.http.get("/v1/memory/health").json()
     return world
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
+import torch
 
 from engram.errors import CaptureLostError, RamTierFullError, SnapshotCorruptError
 from engram.snapshot.manifest import SegmentRef

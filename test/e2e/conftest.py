@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from e2e.pressured_world import pressured_world
 from e2e.small_world import small_world
 from e2e.worlds import Stage, World, restarted_world
 
-WORLDS = ("restarted", "other", "small")
+WORLDS = ("restarted", "other", "small", "pressured", "alone")
 TIMEOUT_S = 1200
 """For one test, the starts of its servers included; a busy machine takes minutes for those."""
 
@@ -51,3 +52,9 @@ def restarted(stage: Stage) -> World:
 def small(stage: Stage) -> World:
     """float32 and little room: recorded, killed, started again."""
     return stage.world("small", small_world)
+
+
+@pytest.fixture
+def pressured(stage: Stage) -> World:
+    """float32 and too little of everything: small chunks, a small pool, few requests."""
+    return stage.world("pressured", pressured_world)

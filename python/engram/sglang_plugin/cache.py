@@ -68,9 +68,12 @@ class EngramLinkerWrapper(UnifiedCacheLinkerWrapper):
     def match(self, key: Any, req: Any, result: Any) -> Any:
         # Upstream never clears the marker of a hit that has since vanished.
         self.hit_markers.pop(req.rid, None)
-        if self.cache.stale:
-            return result
-        return super().match(key, req, result)
+        if not self.cache.stale:
+            result = super().match(key, req, result)
+        if req.rid not in self.hit_markers:
+            # Nothing was promised: what the request waited for is in VRAM, or of no use.
+            self.cache_linker.tiers.release(req.rid)
+        return result
 
     def release_request(self, rid: str) -> None:
         super().release_request(rid)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from e2e.pressured_world import pressured_world
+from e2e.pressured_world import alone_world, pressured_world
 from e2e.small_world import small_world
 from e2e.worlds import Stage, World, restarted_world
 
@@ -58,3 +58,9 @@ def small(stage: Stage) -> World:
 def pressured(stage: Stage) -> World:
     """float32 and too little of everything: small chunks, a small pool, few requests."""
     return stage.world("pressured", pressured_world)
+
+
+@pytest.fixture
+def alone(stage: Stage) -> World:
+    """What the server under pressure stored, on one that runs one request at a time."""
+    return stage.world("alone", alone_world)

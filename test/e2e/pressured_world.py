@@ -13,7 +13,8 @@ import psutil
 
 from e2e.helpers import Client, Reply
 from e2e.talks import GenerateTalk
-from e2e.worlds import CONTRACT, FLOAT32, Stage, World, fresh, start
+from e2e.worlds import CONTRACT, FLOAT32, Stage, World, fresh, save_and_peek, start
+from engram.testing.samples import seeded_random
 
 POOL = 1200
 """Tokens of KV in VRAM."""
@@ -32,10 +33,30 @@ PRESSURED = (
 )
 
 
+KEPT = [f"kept-{n}" for n in range(4)]
+"""Conversations that another server goes on with."""
+
+
 def pressured_world(stage: Stage, folder: Path) -> World:
     folder = fresh(folder)
+    numbers = seeded_random()
     store = folder / "store" / "snapshots"
-    return start(stage.server(folder, PRESSURED, store=store, env=FLOAT32), store)
+    world = start(stage.server(folder, PRESSURED, store=store, env=FLOAT32), store)
+    for name in KEPT:
+        talk = talked(world.client, numbers, name)
+        world.cases[name] = save_and_peek(world.client, numbers, name, talk)
+    return world
+
+
+def alone_world(stage: Stage, folder: Path) -> World:
+    """The store of the server under pressure, on one that runs one request at a time."""
+    past = stage.past("pressured", pressured_world)
+    stage.clear()
+    args = (*PRESSURED, "--max-running-requests", "1")
+    server = stage.server(fresh(folder), args, store=past.store, env=FLOAT32)
+    world = start(server, past.store)
+    world.cases = past.cases
+    return world
 
 
 def talked(client: Client, numbers: random.Random, name: str, *lengths: int) -> GenerateTalk:

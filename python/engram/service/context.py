@@ -52,6 +52,7 @@ class ServiceContext:
         self.guard = SharedLock()
         self._engine: EngineInfo | None = None
         self._forgotten = 0
+        self._written_down = ""
         self._starting = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -88,15 +89,25 @@ class ServiceContext:
     async def _describe(self) -> EngineInfo:
         engine = await self.ranks.describe()
         namespace = engine.namespace.id
-        await asyncio.to_thread(self.store.put_namespace, engine.namespace)
         if self.boundaries.namespace != namespace or not self.boundaries.complete:
             self.boundaries = boundaries = BoundaryIndex(namespace)
-            for row in await asyncio.to_thread(self.catalog.all_snapshots):
-                if row.namespace == namespace:
-                    keys = await asyncio.to_thread(self.boundary_keys, row)
-                    boundaries.fill(row.snapshot_id, keys)
+            rows = await asyncio.to_thread(self.catalog.of_namespace, namespace)
+            for row in rows:
+                keys = await asyncio.to_thread(self.boundary_keys, row)
+                boundaries.fill(row.snapshot_id, keys)
             boundaries.filled()
+            if rows:
+                await self.write_down(engine)
         return engine
+
+    async def write_down(self, engine: EngineInfo) -> None:
+        """Describe the engine's namespace in the store, before a snapshot names it.
+
+        Not as soon as it is known: weights may change every few seconds without a single save.
+        """
+        if self._written_down != engine.namespace.id:
+            await asyncio.to_thread(self.store.put_namespace, engine.namespace)
+            self._written_down = engine.namespace.id
 
     def stored(self, manifest: Manifest) -> None:
         """A snapshot is durable: requests may start from it, if its namespace is the engine's."""

@@ -185,6 +185,7 @@ class TurnSaver:
         self, engine: EngineInfo, request: FinishedRequest
     ) -> tuple[EngineInfo, Stored, bool]:
         """What is durable now, of which engine, and whether it had to be computed again."""
+        await self._context.write_down(engine)
         ranks, namespace = self._context.ranks, engine.namespace.id
         expected = self._context.expected_boundary(request, engine)
         try:

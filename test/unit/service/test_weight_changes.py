@@ -176,3 +176,22 @@ def test_a_snapshot_that_goes_while_the_index_is_filled_is_not_in_it() -> None:
     assert len(index) == 0
     index.add("s", ["a"])
     assert len(index) == 1, "the name was used again"
+
+
+@on_a_loop
+async def test_a_namespace_is_described_when_a_snapshot_names_it(server: Server) -> None:
+    """Weights that change every few seconds, without a save, leave no files."""
+    described = server.store.root / "namespaces"
+    for number in range(3):
+        server.engine.change_weights(f"runtime-{number}")
+        server.service.context.forget_engine()
+        await server.service.context.engine()
+    assert not list(described.glob("*"))
+    await saved(server, "c")
+    [path] = described.glob("*")
+    assert path.stem == server.engine.namespace.id
+    path.unlink()
+    again = server.restart(fields={"model": "runtime-2"})
+    await again.service.context.engine()
+    assert path.exists(), "the snapshot is there, so it is described"
+    again.stop()

@@ -1,4 +1,4 @@
-"""`--max-running-requests 1`: whoever waits is promised what it waits for, and all of it is exact."""
+"""`--max-running-requests 1`: who waits is promised what it waits for, and all of it is exact."""
 
 from __future__ import annotations
 

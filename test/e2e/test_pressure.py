@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -111,6 +111,14 @@ def test_three_replies_cannot_be_one_turn(pressured: World, path: str) -> None:
 # ---- aborts ----
 
 
+@dataclass(frozen=True)
+class Ended:
+    """How a request ended."""
+
+    tokens: tuple[int, ...]
+    finish: str
+
+
 class Underway:
     """A request that runs in a thread of its own, with a rid that the test knows."""
 
@@ -119,9 +127,14 @@ class Underway:
         self.log = world.server.log_path
         self.begin = self.log.stat().st_size
         self._pool = ThreadPoolExecutor(1)
-        self._reply: Future[Reply] = self._pool.submit(
-            lambda: Client(world.server.url).generate(prompt, new, name, rid=rid)
-        )
+        body = {
+            "input_ids": prompt,
+            "sampling_params": {"temperature": 0, "max_new_tokens": new, "ignore_eos": True},
+            "rid": rid,
+            "conversation_id": name,
+        }
+        client = Client(world.server.url)
+        self._reply: Future[httpx.Response] = self._pool.submit(client.post, "/generate", body)
 
     def steps(self, kind: str) -> int:
         """Batches of this kind since it was sent, as SGLang logs them."""
@@ -132,9 +145,12 @@ class Underway:
     def abort(self) -> None:
         self.world.client.post("/abort_request", {"rid": self.rid})
 
-    def reply(self) -> Reply:
+    def reply(self) -> Ended:
         with self._pool:
-            return self._reply.result(TIMEOUT_S)
+            response = self._reply.result(TIMEOUT_S)
+        assert response.status_code == 200, response.text
+        body = response.json()
+        return Ended(tuple(body["output_ids"]), body["meta_info"]["finish_reason"]["type"])
 
 
 def test_abort_in_the_middle_of_a_prefill(pressured: World) -> None:
@@ -356,17 +372,23 @@ def mixed_requests(world: World, count: int, name: str) -> None:
                 client.delete(conversation_id=own, turn_number=turn)
             elif kind == 5:
                 rid = f"{own}-{step}"
-                with contextlib.suppress(httpx.TimeoutException):
-                    aborting = threading.Timer(0.05, client.post, ("/abort_request", {"rid": rid}))
-                    aborting.start()
-                    client.generate(random_ids(rng, 150), 60, rid=rid)
-                    aborting.join()
+                aborting = threading.Timer(0.05, client.post, ("/abort_request", {"rid": rid}))
+                aborting.start()
+                aborted(client, random_ids(rng, 150), rid)
+                aborting.join()
             else:
                 client.generate(random_ids(rng, 40), 3)
         client.http.close()
 
     with ThreadPoolExecutor(4) as clients:
         list(clients.map(client_of, seeds))
+
+
+def aborted(client: Client, prompt: list[int], rid: str) -> None:
+    """A request that may be aborted, or may be over by then."""
+    params = {"temperature": 0, "max_new_tokens": 60, "ignore_eos": True}
+    body = {"input_ids": prompt, "sampling_params": params, "rid": rid}
+    assert client.post("/generate", body).status_code == 200
 
 
 def open_files(world: World) -> int:

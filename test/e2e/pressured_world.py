@@ -67,9 +67,11 @@ def talked(client: Client, numbers: random.Random, name: str, *lengths: int) -> 
     return talk
 
 
-def cold(client: Client, tokens: list[int], new_tokens: int) -> Reply:
+def cold(
+    client: Client, tokens: list[int], new_tokens: int, params: dict[str, Any] | None = None
+) -> Reply:
     """The same tokens computed from the first one on: under another key they share nothing."""
-    reply = client.generate(tokens, new_tokens, extra_key=uuid.uuid4().hex)
+    reply = client.generate(tokens, new_tokens, params=params, extra_key=uuid.uuid4().hex)
     assert reply.cached == 0
     return reply
 

@@ -194,8 +194,10 @@ def test_a_request_that_was_retracted_for_an_update_is_saved(stage: Stage, at_ho
 
 
 def serialized(tensors: dict[str, torch.Tensor]) -> str:
+    """As a trainer on the same machine sends them: the server maps this process's memory."""
     from sglang.srt.utils import MultiprocessingSerializer
 
+    torch.multiprocessing.set_sharing_strategy("file_system")
     payload = MultiprocessingSerializer.serialize(list(tensors.items()))
     return base64.b64encode(payload).decode()
 

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from e2e.battered_world import battered_world
+from e2e.pressured_world import alone_world, pressured_world
 from e2e.small_world import small_world
 from e2e.worlds import Stage, World, restarted_world
 
-WORLDS = ("restarted", "other", "small", "battered")
+WORLDS = ("restarted", "other", "small", "battered", "pressured", "alone")
 TIMEOUT_S = 1200
 """For one test, the starts of its servers included; a busy machine takes minutes for those."""
 
@@ -60,3 +61,15 @@ def small(stage: Stage) -> World:
 def battered(stage: Stage) -> World:
     """float32 and much room: stormed at, its scheduler killed, its files damaged, started again."""
     return stage.world("battered", battered_world)
+
+
+@pytest.fixture
+def pressured(stage: Stage) -> World:
+    """float32 and too little of everything: small chunks, a small pool, few requests."""
+    return stage.world("pressured", pressured_world)
+
+
+@pytest.fixture
+def alone(stage: Stage) -> World:
+    """What the server under pressure stored, on one that runs one request at a time."""
+    return stage.world("alone", alone_world)

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Final, TypeVar
 
 from engram.catalog.catalog import Catalog
 from engram.catalog.rows import SnapshotRow
 from engram.conversation.tracker import ConversationTracker
 from engram.conversation.turns import FinishedRequest, Tag
 from engram.core.settings import Settings
-from engram.errors import NotFoundError
+from engram.errors import NamespaceChangedError, NotFoundError
 from engram.service.boundaries import BoundaryIndex
 from engram.service.guard import SharedLock
 from engram.service.ports import EngineInfo, Generator, Ranks
 from engram.service.results import ServiceStats
+from engram.snapshot.manifest import Manifest
 from engram.store.base import Store
 
 T = TypeVar("T")
+
+ATTEMPTS: Final = 3
+"""How often something is asked of the ranks while their weights keep changing."""
 
 
 class ServiceContext:
@@ -41,31 +45,79 @@ class ServiceContext:
         self.ranks = ranks
         self.generator = generator
         self.stats = ServiceStats()
-        self.boundaries = BoundaryIndex()
+        self.boundaries = BoundaryIndex("")
         self.tracker = ConversationTracker(self._newest_saved)
         # Saves share it, a deletion has it alone: between segments that are durable and the
         # manifest that names them, a deletion would take them for orphans.
         self.guard = SharedLock()
         self._engine: EngineInfo | None = None
+        self._forgotten = 0
+        self._written_down = ""
         self._starting = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def engine(self) -> EngineInfo:
-        """Who the engine is; asked once, and its namespace written down."""
-        if self._engine is None:
-            async with self._starting:
-                if self._engine is None:
-                    self._engine = await self._describe()
-        return self._engine
+        """Who the engine is; asked once, and again when it may have become another one."""
+        if self._engine is not None:
+            return self._engine
+        async with self._starting:
+            while self._engine is None:
+                forgotten = self._forgotten
+                engine = await self._describe()
+                if forgotten == self._forgotten:
+                    self._engine = engine
+            return self._engine
+
+    def forget_engine(self) -> None:
+        """The engine's weights have changed, or may have: ask again before it matters."""
+        self._engine = None
+        self._forgotten += 1
+
+    async def with_engine(self, work: Callable[[EngineInfo], Awaitable[T]]) -> T:
+        """The result of `work`, which is begun again if the engine's weights changed meanwhile."""
+        for attempt in range(ATTEMPTS):
+            engine = await self.engine()
+            try:
+                return await work(engine)
+            except NamespaceChangedError:
+                if self._engine is engine:
+                    self.forget_engine()
+                if attempt == ATTEMPTS - 1:
+                    raise
+        raise AssertionError("unreachable")
 
     async def _describe(self) -> EngineInfo:
         engine = await self.ranks.describe()
-        await asyncio.to_thread(self.store.put_namespace, engine.namespace)
-        for row in await asyncio.to_thread(self.catalog.all_snapshots):
-            if row.namespace == engine.namespace.id:
+        namespace = engine.namespace.id
+        if self.boundaries.namespace != namespace or not self.boundaries.complete:
+            self.boundaries = boundaries = BoundaryIndex(namespace)
+            rows = await asyncio.to_thread(self.catalog.of_namespace, namespace)
+            for row in rows:
                 keys = await asyncio.to_thread(self.boundary_keys, row)
-                self.boundaries.add(keys)
+                boundaries.fill(row.snapshot_id, keys)
+            boundaries.filled()
+            if rows:
+                await self.write_down(engine)
         return engine
+
+    async def write_down(self, engine: EngineInfo) -> None:
+        """Describe the engine's namespace in the store, before a snapshot names it.
+
+        Not as soon as it is known: weights may change every few seconds without a single save.
+        """
+        if self._written_down != engine.namespace.id:
+            await asyncio.to_thread(self.store.put_namespace, engine.namespace)
+            self._written_down = engine.namespace.id
+
+    def stored(self, manifest: Manifest) -> None:
+        """A snapshot is durable: requests may start from it, if its namespace is the engine's."""
+        if manifest.namespace == self.boundaries.namespace:
+            self.boundaries.add(manifest.snapshot_id, [ref.key for ref in manifest.segments[0]])
+
+    def deleted(self, row: SnapshotRow, keys: list[str]) -> None:
+        """A snapshot is gone."""
+        if row.namespace == self.boundaries.namespace:
+            self.boundaries.remove(row.snapshot_id, keys)
 
     def boundary_keys(self, row: SnapshotRow) -> list[str]:
         """The page keys at which the segments of a snapshot end (blocks: SQLite)."""

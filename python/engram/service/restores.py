@@ -22,7 +22,7 @@ from engram.errors import (
     UnsupportedError,
 )
 from engram.service.context import ServiceContext
-from engram.service.ports import EngineInfo
+from engram.service.ports import Brought, EngineInfo
 from engram.service.results import RestoreResult
 from engram.snapshot.manifest import Manifest
 from engram.snapshot.segment import Shard
@@ -54,17 +54,8 @@ class Restorer:
         begun = time.monotonic()
         context = self._context
         try:
-            engine = await context.engine()
-            manifest, tokens = await self._reading(self._read, row, engine)
-            if continuation is not None:
-                self._check_unseeded(row, tokens, engine)
-            brought = await context.ranks.promote(
-                manifest.segments,
-                owner=f"snapshot:{row.tenant}/{row.snapshot_id}",
-                seconds=context.settings.conversation_active_timeout,
-                exact=True,
-                timeout=RESTORE_TIMEOUT_S,
-                tokens=tokens[: row.token_count],
+            tokens, brought = await context.with_engine(
+                lambda engine: self._bring(engine, row, unseeded=continuation is not None)
             )
         except EngramError:
             context.stats.restore_failures += 1
@@ -90,6 +81,23 @@ class Restorer:
             elapsed_ms=elapsed_ms,
             generation=generation,
         )
+
+    async def _bring(
+        self, engine: EngineInfo, row: SnapshotRow, *, unseeded: bool
+    ) -> tuple[TokenArray, Brought]:
+        manifest, tokens = await self._reading(self._read, row, engine)
+        if unseeded:
+            self._check_unseeded(row, tokens, engine)
+        brought = await self._context.ranks.promote(
+            engine.namespace.id,
+            manifest.segments,
+            owner=f"snapshot:{row.tenant}/{row.snapshot_id}",
+            seconds=self._context.settings.conversation_active_timeout,
+            exact=True,
+            timeout=RESTORE_TIMEOUT_S,
+            tokens=tokens[: row.token_count],
+        )
+        return tokens, brought
 
     def _check_unseeded(self, row: SnapshotRow, tokens: TokenArray, engine: EngineInfo) -> None:
         """Refuse to generate under other page keys than those of the snapshot.

@@ -109,9 +109,14 @@ class TurnSaver:
 
     async def _locate(self, request: FinishedRequest) -> int:
         """Where a snapshot of the request will end, its state computed again if need be."""
-        expected = self._context.expected_boundary(request, await self._context.engine())
+        context = self._context
+
+        async def ask(engine: EngineInfo) -> int:
+            expected = context.expected_boundary(request, engine)
+            return (await context.ranks.locate(engine.namespace.id, request, expected)).boundary
+
         try:
-            return (await self._context.ranks.locate(request, expected)).boundary
+            return await context.with_engine(ask)
         except CaptureLostError as lost:
             boundary = lost.details.get("boundary")
             if not isinstance(boundary, int) or boundary < 1:
@@ -162,13 +167,15 @@ class TurnSaver:
         recomputed = False
         async with context.guard.shared():
             if found.turn is not None:
-                engine = await context.engine()
-                stored, recomputed = await self._persist(found.turn.request, engine)
+                request = found.turn.request
+                engine, stored, recomputed = await context.with_engine(
+                    lambda engine: self._persist(engine, request)
+                )
                 manifest = await self._manifest(found, engine, snapshot_id, durability, stored)
             else:
                 manifest = await asyncio.to_thread(self._branch, found, snapshot_id, durability)
             await asyncio.to_thread(self._commit, manifest)
-            context.boundaries.add(ref.key for ref in manifest.segments[0])
+            context.stored(manifest)
         context.stats.saves += 1
         context.stats.recomputed_saves += recomputed
         context.tracker.reached(found.tag, found.number)
@@ -189,17 +196,21 @@ class TurnSaver:
             store.delete_manifest(manifest.snapshot_id, manifest.tenant)
             raise
 
-    async def _persist(self, request: FinishedRequest, engine: EngineInfo) -> tuple[Stored, bool]:
-        ranks = self._context.ranks
+    async def _persist(
+        self, engine: EngineInfo, request: FinishedRequest
+    ) -> tuple[EngineInfo, Stored, bool]:
+        """What is durable now, of which engine, and whether it had to be computed again."""
+        await self._context.write_down(engine)
+        ranks, namespace = self._context.ranks, engine.namespace.id
         expected = self._context.expected_boundary(request, engine)
         try:
-            return await ranks.persist(request, expected), False
+            return engine, await ranks.persist(namespace, request, expected), False
         except CaptureLostError as lost:
             boundary = lost.details.get("boundary")
             if not isinstance(boundary, int) or boundary < 1:
                 raise
         again = await self._recompute(request, boundary)
-        return await ranks.persist(again, boundary), True
+        return engine, await ranks.persist(namespace, again, boundary), True
 
     async def _recompute(self, request: FinishedRequest, boundary: int) -> FinishedRequest:
         """Compute the state at `boundary` again from the recorded tokens.

@@ -21,6 +21,7 @@ LINKER: Final = SRT + "mem_cache.unified_cache.unified_cache_linker."
 HTTP: Final = SRT + "entrypoints.http_server."
 TOKENIZER: Final = SRT + "managers.tokenizer_manager.TokenizerManager."
 SCHEDULER: Final = SRT + "managers.scheduler.Scheduler."
+WEIGHTS: Final = SRT + "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
 
 EXPECTED: Final[dict[str, str]] = {
     SRT + "server_args.ServerArgs.add_cli_args": "parser",
@@ -72,6 +73,20 @@ EXPECTED: Final[dict[str, str]] = {
     TOKENIZER + "_send_batch_request": "self, tokenized_objs",
     TOKENIZER + "sigterm_watchdog": "self",
     TOKENIZER + "_handle_batch_output": "self, recv_obj",
+    TOKENIZER + "update_weights_from_disk": "self, obj, request=",
+    TOKENIZER + "update_weights_from_tensor": "self, obj, request=",
+    TOKENIZER + "update_weights_from_distributed": "self, obj, request=",
+    TOKENIZER + "update_weights_from_ipc": "self, obj, request=",
+    TOKENIZER + "begin_weight_update": "self, obj, request=",
+    TOKENIZER + "end_weight_update": "self, obj, request=",
+    TOKENIZER + "release_memory_occupation": "self, obj, request=",
+    WEIGHTS + "update_weights_from_disk": "self, recv_req",
+    WEIGHTS + "update_weights_from_tensor": "self, recv_req",
+    WEIGHTS + "update_weights_from_distributed": "self, recv_req",
+    WEIGHTS + "update_weights_from_ipc": "self, recv_req",
+    WEIGHTS + "begin_weight_update": "self, recv_req",
+    WEIGHTS + "end_weight_update": "self, recv_req",
+    WEIGHTS + "release_memory_occupation": "self, recv_req",
     SRT + "managers.io_struct.hook_custom_types": "*new_types",
     SRT + "managers.io_struct.sock_send": "socket, obj, flags=",
     SRT + "utils.auth.auth_level": "level",

@@ -50,14 +50,14 @@ class SglangRanks:
             first["model_name"],
         )
 
-    async def locate(self, request: FinishedRequest, boundary: int) -> Located:
+    async def locate(self, namespace: str, request: FinishedRequest, boundary: int) -> Located:
         """Where a snapshot of the request would end."""
-        answer = (await self._persist(request, boundary, locate=True))[0]
+        answer = (await self._persist(namespace, request, boundary, locate=True))[0]
         return Located(answer["boundary"], answer["key"])
 
-    async def persist(self, request: FinishedRequest, boundary: int) -> Stored:
+    async def persist(self, namespace: str, request: FinishedRequest, boundary: int) -> Stored:
         """Make the state at the request's end durable on every rank."""
-        answers = await self._persist(request, boundary, locate=False)
+        answers = await self._persist(namespace, request, boundary, locate=False)
         chains = tuple(
             tuple(SegmentRef.model_validate(ref) for ref in answer["refs"]) for answer in answers
         )
@@ -69,11 +69,12 @@ class SglangRanks:
         )
 
     async def _persist(
-        self, request: FinishedRequest, boundary: int, *, locate: bool
+        self, namespace: str, request: FinishedRequest, boundary: int, *, locate: bool
     ) -> list[Result]:
         return await self._client.ask(
             PersistRequest,
             timeout=PERSIST_TIMEOUT_S,
+            namespace=namespace,
             request_rid=request.rid,
             tokens=request.tokens.tolist(),
             boundary=boundary,
@@ -84,6 +85,7 @@ class SglangRanks:
 
     async def promote(
         self,
+        namespace: str,
         chains: Chains,
         *,
         owner: str,
@@ -98,6 +100,7 @@ class SglangRanks:
         answers = await self._client.ask(
             PromoteRequest,
             timeout=timeout,
+            namespace=namespace,
             refs=[[ref.model_dump(mode="json") for ref in chain] for chain in chains],
             owner=owner,
             seconds=seconds,
@@ -115,19 +118,24 @@ class SglangRanks:
             answers[0]["state_slot"] if in_vram else None,
         )
 
-    async def tier(self, key: str, tokens: TokenArray) -> str:
+    async def tier(self, namespace: str, key: str, tokens: TokenArray) -> str:
         """The fastest tier in which every rank holds the sequence."""
         answers = await self._client.ask(
-            ProbeRequest, timeout=ANSWER_TIMEOUT_S, key=key, tokens=tokens.tolist()
+            ProbeRequest,
+            timeout=ANSWER_TIMEOUT_S,
+            namespace=namespace,
+            key=key,
+            tokens=tokens.tolist(),
         )
         slowest: str = max((a["tier"] for a in answers), key=("vram", "ram", "disk").index)
         return slowest
 
-    async def drop(self, segment_ids: Sequence[Sequence[str]]) -> None:
+    async def drop(self, namespace: str, segment_ids: Sequence[Sequence[str]]) -> None:
         """Delete segment files that no manifest names."""
         await self._client.ask(
             DropRequest,
             timeout=PERSIST_TIMEOUT_S,
+            namespace=namespace,
             segment_ids=[list(ids) for ids in segment_ids],
         )
 

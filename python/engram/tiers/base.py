@@ -127,6 +127,7 @@ class TierStats:
     captured: int = 0
     capture_refused: int = 0
     capture_failed: int = 0
+    capture_stale: int = 0
     evicted: int = 0
     persisted_segments: int = 0
     persisted_bytes: int = 0

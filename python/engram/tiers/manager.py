@@ -170,6 +170,13 @@ class TierManager:
             if lease is not None:
                 self.ram.release(lease.held)
 
+    @property
+    def leases(self) -> int:
+        """How many owners have something leased."""
+        with self.ram.lock:
+            self._expire()
+            return len(self._leases)
+
     def _expire(self) -> None:
         now = self.clock()
         for owner in [o for o, lease in self._leases.items() if lease.expires <= now]:
@@ -371,6 +378,13 @@ class TierManager:
     def quiesce(self) -> None:
         """Return when no capture reads device memory any more."""
         self._copy.submit(lambda: None).result()
+
+    def forget(self) -> None:
+        """Let go of all that no running work holds; what was asked for is still finished."""
+        with self.ram.lock:
+            for owner in list(self._leases):
+                self.release(owner)
+            self.ram.clear()
 
     def close(self) -> None:
         """Finish what was asked for and stop the threads."""

@@ -33,15 +33,17 @@ class RamTier:
     """Bounded host memory for segments.  Every method may be called from any thread.
 
     `capacity` is in bytes; `pinned` asks for page-locked memory, which device copies need to
-    overlap with computation.
+    overlap with computation; `stats` are the counters to go on with.
     """
 
-    def __init__(self, capacity: int, *, pinned: bool = False) -> None:
+    def __init__(
+        self, capacity: int, *, pinned: bool = False, stats: TierStats | None = None
+    ) -> None:
         self.capacity = capacity
         self.pinned = pinned
         self.used = 0
         self.epoch = 0
-        self.stats = TierStats()
+        self.stats = stats or TierStats()
         self.lock = RLock()
         self._index: dict[str, Boundary] = {}
         self._recency: OrderedDict[Boundary, None] = OrderedDict()
@@ -49,6 +51,12 @@ class RamTier:
 
     def __len__(self) -> int:
         return len(self._index)
+
+    @property
+    def held(self) -> int:
+        """Bytes that cannot give way now: leased, being written, loaded or filled."""
+        with self.lock:
+            return sum(node.nbytes for node in self._recency if node.holders)
 
     def get(self, key: str) -> Boundary | None:
         """The boundary stored under `key`, whether or not its bytes are in RAM."""
@@ -184,6 +192,15 @@ class RamTier:
             boundary.segment_id = None
             if not boundary.in_ram:
                 self._unlist(boundary)
+
+    def clear(self) -> None:
+        """Forget every boundary, and the bytes of those that nobody holds."""
+        with self.lock:
+            for boundary in list(self._recency):
+                if not boundary.holders:
+                    self._drop_payload(boundary)
+            self._index.clear()
+            self._cold.clear()
 
     def _take_room(self, boundary: Boundary) -> None:
         # Counted before room is made, so that a parent does not go to make room for its child.

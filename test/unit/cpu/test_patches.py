@@ -41,6 +41,7 @@ print(json.dumps({
         "extra_buffer": current_platform.support_mamba_cache_extra_buffer(),
         "triton": current_platform.capabilities.supports_triton,
         "same_tensor": tensor.pin_memory() is tensor,
+        "device_module": torch.get_device_module().__name__,
     },
 }))
 """
@@ -77,6 +78,7 @@ def test_install_replaces_what_a_cpu_lacks() -> None:
         backend + "track_mamba_states_all_layers",
         "sglang.srt.model_executor.model_runner.adjust_config_with_unaligned_cpu_tp",
         "torch.Tensor.pin_memory",
+        "torch.get_device_module",
     ]
     assert found["second"] == found["first"]
     assert found["in_place"]
@@ -88,14 +90,15 @@ def test_install_replaces_what_a_cpu_lacks() -> None:
         "extra_buffer": True,
         "triton": False,
         "same_tensor": True,
+        "device_module": "torch.cpu",
     }
 
 
 def test_install_leaves_other_platforms_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLANG_USE_CPU_ENGINE", "1")
-    pin_memory = torch.Tensor.pin_memory
+    before = (torch.Tensor.pin_memory, torch.get_device_module)
     assert cpu.install() == []
-    assert torch.Tensor.pin_memory is pin_memory
+    assert (torch.Tensor.pin_memory, torch.get_device_module) == before
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,8 @@ def install() -> list[str]:
         return []
     targets = [apply_patch(patch) for patch in PATCHES]
     torch.Tensor.pin_memory = _pin_memory  # type: ignore[method-assign,assignment]
-    return [*targets, "torch.Tensor.pin_memory"]
+    torch.get_device_module = _get_device_module  # type: ignore[assignment]
+    return [*targets, "torch.Tensor.pin_memory", "torch.get_device_module"]
 
 
 def apply_patch(patch: Patch) -> str:
@@ -150,6 +151,18 @@ def _unsupported(target: str) -> RuntimeError:
         f"SGLang has no {target}, which Engram replaces to serve on a CPU. "
         f"Hint: install the version Engram supports, sglang=={SUPPORTED_SGLANG}."
     )
+
+
+_torch_get_device_module = torch.get_device_module
+
+
+def _get_device_module(device: Any = None) -> Any:
+    """Where no device is named, that of the CPU.
+
+    A torch built for CUDA names `torch.cuda` here although there is none; SGLang synchronises it at
+    the end of `/release_memory_occupation`, in the scheduler, which ends with an error.
+    """
+    return _torch_get_device_module("cpu" if device is None else device)
 
 
 def _pin_memory(self: torch.Tensor, device: Any = None) -> torch.Tensor:

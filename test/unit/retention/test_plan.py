@@ -152,12 +152,13 @@ CASES = [
         50,
     ),
     Case(
-        "an end that was left behind goes before the newest turn",
+        "an end that was left behind goes before the newest turn, though that frees more",
         went_back,
-        RetentionPolicy(disk_quota=20),
+        RetentionPolicy(disk_quota=40),
         [("A/main/2", Reason.QUOTA)],
         {"A/main/1": "within the policy", "A/main/3": "within the policy"},
-        20,
+        40,
+        sizes={"c": 30},
     ),
     Case(
         "the idle conversation gives way from its end, down to its last",
@@ -310,15 +311,25 @@ def test_the_text_of_the_quota_has_every_term() -> None:
     assert removal.freed_bytes == 70
 
 
+def test_a_run_between_two_ends_counts_with_all_its_tokens_and_bytes() -> None:
+    store = Store()
+    store.add("A", 1, "a", pinned=True)
+    for turn, chain in enumerate(("ab", "abc", "abcd"), start=2):
+        store.add("A", turn, chain)
+    found = plan(store.snapshots, RetentionPolicy(keep_last=1, disk_quota=10), NOW)
+    assert removed(found) == ["A/main/2", "A/main/3", "A/main/4"]
+    assert found.removals[-1].text.endswith("300 tokens to compute again, 30 bytes")
+
+
 def test_when_the_newest_turn_goes_the_one_before_is_the_newest() -> None:
     """B's turn 2 was left behind by turn 3; when 3 has gone, it is as good as any newest turn."""
-    store = Store({"c": 500, "y": 200})
+    store = Store({"b": 50, "c": 500, "y": 200})
     store.add("B", 1, "a")
     store.add("B", 2, "ab")
     store.add("B", 3, "ac", idle=0.0)
     store.add("Y", 1, "x")
     store.add("Y", 2, "xy")
-    # c frees most, then y. Left behind, b would have gone before y.
+    # c frees most. Left behind, b would have gone before y; as the newest it is worth more.
     found = plan(store.snapshots, RetentionPolicy(disk_quota=100), NOW)
     assert removed(found) == ["B/main/3", "Y/main/2"]
 

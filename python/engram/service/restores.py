@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from engram.core.tokens import TokenArray, to_tokens, tokens_digest
 from engram.errors import (
     EngramError,
     ManifestCorruptError,
+    NamespaceMismatchError,
     NotFoundError,
     SnapshotCorruptError,
     UnsupportedError,
@@ -27,6 +28,8 @@ from engram.snapshot.manifest import Manifest
 from engram.snapshot.segment import Shard
 
 RESTORE_TIMEOUT_S: Final = 600.0
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,7 @@ class Restorer:
     async def _bring(
         self, engine: EngineInfo, row: SnapshotRow, *, unseeded: bool
     ) -> tuple[TokenArray, Brought]:
-        manifest, tokens = await asyncio.to_thread(self._read, row, engine)
+        manifest, tokens = await self._reading(self._read, row, engine)
         if unseeded:
             self._check_unseeded(row, tokens, engine)
         brought = await self._context.ranks.promote(
@@ -115,7 +118,15 @@ class Restorer:
 
     async def tokens(self, row: SnapshotRow) -> TokenArray:
         """All recorded tokens of a snapshot, u32 [token_count + pending]."""
-        return await asyncio.to_thread(self._tokens_of, row)
+        return await self._reading(self._tokens_of, row)
+
+    async def _reading(self, work: Callable[..., T], *args: Any) -> T:
+        """Read files on a thread; damage that is found there is counted."""
+        try:
+            return await asyncio.to_thread(work, *args)
+        except SnapshotCorruptError:
+            self._context.stats.corrupt += 1
+            raise
 
     def _tokens_of(self, row: SnapshotRow) -> TokenArray:
         return self._tokens(self._manifest(row))
@@ -125,18 +136,30 @@ class Restorer:
         try:
             return self._context.store.get_manifest(row.snapshot_id, row.tenant)
         except NotFoundError as error:
+            file = error.details.get("file")
             raise ManifestCorruptError(
-                f"the manifest of snapshot {row.snapshot_id!r} is missing: {error.message}",
-                hint="delete the snapshot, or restore another turn",
-                details={"snapshot_id": row.snapshot_id},
+                f"the manifest of snapshot {row.snapshot_id!r} is missing: {file}",
+                hint="restore another turn, put the file back from a backup, or delete the "
+                "snapshot",
+                details={"snapshot_id": row.snapshot_id, "file": file},
             ) from None
 
     def _read(self, row: SnapshotRow, engine: EngineInfo) -> tuple[Manifest, TokenArray]:
-        store = self._context.store
         if row.namespace != engine.namespace.id:
-            engine.namespace.require(store.get_namespace(row.namespace))
+            self._require_namespace(row, engine)
         manifest = self._manifest(row)
         return manifest, self._tokens(manifest)
+
+    def _require_namespace(self, row: SnapshotRow, engine: EngineInfo) -> None:
+        """Raise `NamespaceMismatchError` for a snapshot of another namespace, by field if it can
+        be told."""
+        try:
+            found = self._context.store.get_namespace(row.namespace)
+        except NotFoundError as lost:
+            error = NamespaceMismatchError.of("namespace", engine.namespace.id, row.namespace)
+            error.message += f"; which field differs cannot be told: {lost.message}"
+            raise error from None
+        engine.namespace.require(found)
 
     def _tokens(self, manifest: Manifest) -> TokenArray:
         """The tokens stored with the segments, checked against the manifest."""

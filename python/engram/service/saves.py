@@ -5,12 +5,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from typing import Final
 
 from engram.catalog.rows import SnapshotRow
 from engram.conversation.turns import FinishedRequest, Tag, Turn
 from engram.core.ids import new_snapshot_id
 from engram.core.tokens import tokens_digest
-from engram.errors import AlreadyExistsError, CaptureLostError, InternalError, NotFoundError
+from engram.errors import (
+    AlreadyExistsError,
+    CaptureLostError,
+    InternalError,
+    ManifestCorruptError,
+    NotFoundError,
+    SnapshotCorruptError,
+)
 from engram.service.context import ServiceContext
 from engram.service.finder import Found
 from engram.service.ports import EngineInfo, Stored
@@ -22,8 +30,14 @@ from engram.snapshot.manifest import (
     change_manifest,
     make_manifest,
 )
+from engram.snapshot.segment import Shard
 
 logger = logging.getLogger(__name__)
+
+SAVE_AGAIN: Final = (
+    "this turn was saved, and its snapshot has been damaged since: delete it, then save the turn "
+    "again, or save a later one"
+)
 
 _Place = tuple[tuple[str, str, str], int]
 """A branch and the number of a turn on it."""
@@ -148,6 +162,7 @@ class TurnSaver:
         await self.check_free(found, snapshot_id)
         row = await context.row(found.tag, found.number)
         if row is not None:
+            await asyncio.to_thread(self._check_whole, row)
             return _result(row, begun, existing=True)
         recomputed = False
         async with context.guard.shared():
@@ -260,7 +275,7 @@ class TurnSaver:
     def _branch(self, found: Found, snapshot_id: str | None, durability: Durability) -> Manifest:
         """The start of a branch: another manifest over the same segments, no state copied."""
         row = _row(found)
-        origin = self._context.store.get_manifest(row.snapshot_id, row.tenant)
+        origin = self._check_whole(row)
         return change_manifest(
             origin,
             snapshot_id=snapshot_id or new_snapshot_id(),
@@ -273,6 +288,33 @@ class TurnSaver:
             expires_at=None,
             user_metadata={},
         )
+
+    def _check_whole(self, row: SnapshotRow) -> Manifest:
+        """The manifest of a snapshot that is about to be acknowledged once more.
+
+        Raises `SnapshotCorruptError` if it or a file it names is gone, cut or known as damaged.
+        """
+        store = self._context.store
+        try:
+            manifest = store.get_manifest(row.snapshot_id, row.tenant)
+            for rank, chain in enumerate(manifest.segments):
+                shard = Shard(manifest.namespace, rank, manifest.world_size)
+                for ref in chain:
+                    if not store.has_segment(shard, ref.segment_id, ref.bytes):
+                        # Says what is wrong with it, and moves a damaged file aside.
+                        store.verify_segment(shard, ref.segment_id)
+        except NotFoundError as lost:
+            self._context.stats.corrupt += 1
+            raise ManifestCorruptError(
+                f"the manifest of snapshot {row.snapshot_id!r} is missing",
+                hint=SAVE_AGAIN,
+                details=lost.details,
+            ) from None
+        except SnapshotCorruptError as error:
+            self._context.stats.corrupt += 1
+            error.hint = SAVE_AGAIN
+            raise
+        return manifest
 
     def _parent(self, turn: Turn, tag: Tag, keys: set[str]) -> str | None:
         """The newest earlier snapshot that this one stands on, on its branch or where it began."""

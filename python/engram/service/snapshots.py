@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from engram.catalog.catalog import Catalog
@@ -200,10 +201,13 @@ class SnapshotService:
         await asyncio.to_thread(context.catalog.forget_segments, orphans)
 
     async def stats(self) -> dict[str, Any]:
-        """Counters of the service and of every rank."""
-        service = self.context.stats
+        """Counters of the service and of every rank, and what is or was wrong with the store."""
+        service, catalog = self.context.stats, self.context.catalog
+        store = await asyncio.to_thread(self.context.store.health)
         return {
             "service": {name: getattr(service, name) for name in service.__slots__},
             "ranks": await self.context.ranks.stats(),
             "stored_boundaries": len(self.context.boundaries),
+            "store": asdict(store),
+            "catalog": asdict(catalog.report),
         }

@@ -31,6 +31,8 @@ EXPECTED: Final[dict[str, str]] = {
     "run_detokenizer_process_func=, execute_warmup_func=, launch_callback=",
     HTTP + "_setup_and_run_http_server": "server_args, tokenizer_manager, template_manager, "
     "port_args, scheduler_infos, subprocess_watchdog, execute_warmup_func=, launch_callback=",
+    SRT + "configs.update_config.adjust_config_with_unaligned_cpu_tp": "model_config, "
+    "load_config, tp_size",
     SRT + "mem_cache.registry.create_unified_radix_cache": "ctx, *, cache_class=",
     SRT + "mem_cache.cpp_utils.native_hash.get_native_hash": "token_ids, prior_digest, page_size=",
     SRT + "mem_cache.cpp_utils.native_hash._native_hash_input": "token_ids",

@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+import msgspec
+
 from engram.conversation.turns import FinishedRequest, Tag
 from engram.core.namespace import Namespace
 from engram.core.tokens import TokenArray
@@ -224,9 +226,19 @@ class SglangGenerator:
                 f"sampling_params: SGLang knows no {', '.join(unknown)}",
                 details={"field": f"sampling_params.{unknown[0]}"},
             )
+        for name, value in sampling_params.items():
+            # What no int32 tensor holds ends the scheduler; a seed is a 64-bit number.
+            if isinstance(value, int) and name != "sampling_seed" and not -(2**31) <= value < 2**31:
+                raise InvalidRequestError(
+                    f"sampling_params: {name} has more than 32 bits",
+                    details={"field": f"sampling_params.{name}"},
+                )
         try:
-            self._manager.sampling_params_class(**sampling_params).verify(vocab_size)
-        except (TypeError, ValueError) as error:
+            params = self._manager.sampling_params_class(**sampling_params)
+            params.verify(vocab_size)
+            # The way to the scheduler, whose loop a value of a wrong type would end.
+            msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=type(params))
+        except (TypeError, ValueError, OverflowError, msgspec.MsgspecError) as error:
             raise InvalidRequestError(
                 f"sampling_params: {error}", details={"field": "sampling_params"}
             ) from error

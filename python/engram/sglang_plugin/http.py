@@ -108,6 +108,8 @@ def _report(store: DiskStore, catalog: Catalog) -> None:
         counts.conversations,
         counts.segment_bytes / 1e6,
     )
+    if store.marker_rebuilt:
+        logger.warning("Engram: the marker of the snapshot store was damaged or lost; rebuilt")
     if healed.rebuilt_because and counts.snapshots:
         logger.warning("Engram: the catalog was rebuilt: %s", healed.rebuilt_because)
     for damage in healed.damaged:

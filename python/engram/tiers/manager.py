@@ -49,6 +49,17 @@ class _Lease:
     expires: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Below:
+    """What a segment of a chain stands on: in RAM, and by the name it was read under.
+
+    The boundary's own `segment_id` goes when another thread finds its file damaged.
+    """
+
+    boundary: Boundary
+    segment_id: str
+
+
 @dataclass(slots=True)
 class TierManager:
     """Owner of one rank's RAM tier and of its way to the store."""
@@ -184,21 +195,30 @@ class TierManager:
         refs: list[SegmentRef] = []
         written = 0
         for boundary in chain:
+            # Readers may find a file of the chain damaged at any time and take its boundary's
+            # segment id away: what this save relies on is in `refs` and read once.
+            parent = refs[-1].segment_id if refs else None
+            header = self._plan(
+                boundary.key, boundary.start, boundary.end, parent, boundary.has_state
+            )
             segment_id = boundary.segment_id
-            if segment_id and not self.store.has_segment(self.shard, segment_id):
-                # Quarantined by whoever read it last, or deleted: a manifest must not name it.
+            if segment_id and not self.store.has_segment(
+                self.shard, segment_id, header.file_length
+            ):
+                # Quarantined, cut or deleted: no manifest may name it.
                 self.ram.lose_file(boundary)
-            if not boundary.durable:
+                segment_id = None
+            if segment_id is None:
                 try:
-                    written += self._write_segment(boundary)
+                    segment_id = self._write_segment(boundary, header)
                 except CaptureLostError as lost:
                     lost.details["boundary"] = chain[-1].end
                     raise
-            assert boundary.segment_id is not None
-            refs.append(self._ref(boundary))
+                written += header.file_length
+            refs.append(_ref(header, segment_id))
         return Persisted(tuple(refs), sum(ref.bytes for ref in refs), written)
 
-    def _write_segment(self, boundary: Boundary) -> int:
+    def _write_segment(self, boundary: Boundary, header: SegmentHeader) -> str:
         try:
             boundary.filled.result(FILL_TIMEOUT_S)
         except Exception as error:
@@ -209,12 +229,11 @@ class TierManager:
         if payload is None:
             # Evicted between being found and being held.
             raise CaptureLostError(f"the state at token {boundary.end} has left memory")
-        header = self._header(boundary)
         segment_id = self.store.put_segment(header, bytes_of(payload))
         self.ram.mark_durable(boundary, segment_id)
         self.ram.stats.persisted_segments += 1
         self.ram.stats.persisted_bytes += header.file_length
-        return header.file_length
+        return segment_id
 
     # ---- promote ----
 
@@ -244,14 +263,13 @@ class TierManager:
     def _promote(
         self, refs: Sequence[SegmentRef], owner: str, seconds: float, exact: bool
     ) -> Promoted:
-        parent: Boundary | None = None
         held: list[Boundary] = []
         read = 0
         try:
-            for ref in refs:
-                boundary, nbytes = self._bring(ref, parent, exact)
+            for number, ref in enumerate(refs):
+                below = _Below(held[-1], refs[number - 1].segment_id) if held else None
+                boundary, nbytes = self._bring(ref, below, exact)
                 held.append(boundary)
-                parent = boundary
                 read += nbytes
             self.lease(owner, held, seconds=seconds)
         finally:
@@ -259,20 +277,23 @@ class TierManager:
         source = Tier.DISK if read else Tier.RAM
         return Promoted(source, sum(ref.bytes for ref in refs), read)
 
-    def _bring(self, ref: SegmentRef, parent: Boundary | None, exact: bool) -> tuple[Boundary, int]:
-        """The boundary of `ref` on top of `parent`, in RAM and held once, and the bytes read."""
+    def _bring(self, ref: SegmentRef, below: _Below | None, exact: bool) -> tuple[Boundary, int]:
+        """The boundary of `ref` on top of `below`, in RAM and held once, and the bytes read.
+
+        Other bits of the same tokens will not do here: a chain of which one part is stored under
+        another parent could not be restored once it was saved.
+        """
         with self.ram.lock:
             known = self.ram.get(ref.key)
-            usable = (
+            reuse = None
+            if (
                 known is not None
-                and known.parent is parent
-                and (known.segment_id == ref.segment_id or not exact)
-            )
-            if usable and known is not None and known.in_ram:
+                and known.in_ram
+                and known.segment_id == ref.segment_id
+                and known.parent is (below.boundary if below else None)
+            ):
                 self.ram.hold((known,))
                 reuse = known
-            else:
-                reuse = None
         if reuse is not None:
             try:
                 reuse.filled.result(FILL_TIMEOUT_S)
@@ -280,14 +301,15 @@ class TierManager:
                 self.ram.release((reuse,))
                 raise
             return reuse, 0
-        return self._fetch(ref, parent, exact)
+        return self._fetch(ref, below, exact)
 
-    def _fetch(self, ref: SegmentRef, parent: Boundary | None, exact: bool) -> tuple[Boundary, int]:
+    def _fetch(self, ref: SegmentRef, below: _Below | None, exact: bool) -> tuple[Boundary, int]:
+        parent = below.boundary if below else None
         boundary: Boundary | None = None
 
         def into(header: SegmentHeader) -> memoryview:
             nonlocal boundary
-            self._check(header, ref, parent)
+            self._check(header, ref, below.segment_id if below else None)
             with self.ram.lock:
                 self._expire()
                 boundary = self.ram.reserve(
@@ -317,15 +339,9 @@ class TierManager:
         self.ram.stats.promoted_bytes += ref.bytes
         return boundary, ref.bytes
 
-    def _check(self, header: SegmentHeader, ref: SegmentRef, parent: Boundary | None) -> None:
+    def _check(self, header: SegmentHeader, ref: SegmentRef, parent: str | None) -> None:
         """The file must be the segment that the manifest speaks of, on top of its parent."""
-        expected = self._plan(
-            ref.key,
-            ref.start,
-            ref.end,
-            parent.segment_id if parent is not None else None,
-            ref.has_state,
-        )
+        expected = self._plan(ref.key, ref.start, ref.end, parent, ref.has_state)
         if header == expected:
             return
         found = header.model_dump()
@@ -380,21 +396,6 @@ class TierManager:
         not be known before it is written."""
         return self._plan(key, start, end, key if start else None, has_state).buffers
 
-    def _header(self, boundary: Boundary) -> SegmentHeader:
-        parent = boundary.parent.segment_id if boundary.parent is not None else None
-        return self._plan(boundary.key, boundary.start, boundary.end, parent, boundary.has_state)
-
-    def _ref(self, boundary: Boundary) -> SegmentRef:
-        assert boundary.segment_id is not None
-        return SegmentRef(
-            segment_id=boundary.segment_id,
-            key=boundary.key,
-            start=boundary.start,
-            end=boundary.end,
-            has_state=boundary.has_state,
-            bytes=self._header(boundary).file_length,
-        )
-
     def _plan(
         self, key: str, start: int, end: int, parent: str | None, has_state: bool
     ) -> SegmentHeader:
@@ -407,3 +408,14 @@ class TierManager:
             has_state=has_state,
             buffers=self.layout(end - start, has_state),
         )
+
+
+def _ref(header: SegmentHeader, segment_id: str) -> SegmentRef:
+    return SegmentRef(
+        segment_id=segment_id,
+        key=header.key,
+        start=header.start,
+        end=header.end,
+        has_state=header.has_state,
+        bytes=header.file_length,
+    )

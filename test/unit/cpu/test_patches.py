@@ -31,7 +31,7 @@ print(json.dumps({
     "second": second,
     "in_place": all(
         getattr(sys.modules[patch.module], patch.name) is patch.replacement
-        for patch in patches.MAMBA2_PATCHES
+        for patch in patches.PATCHES
     ),
     "platform": {
         "class": type(current_platform).__name__,
@@ -76,6 +76,7 @@ def test_install_replaces_what_a_cpu_lacks() -> None:
         mixer + "selective_state_update",
         backend + "track_mamba_states_if_needed",
         backend + "track_mamba_states_all_layers",
+        "sglang.srt.model_executor.model_runner.adjust_config_with_unaligned_cpu_tp",
         "torch.Tensor.pin_memory",
         "torch.get_device_module",
     ]

@@ -349,13 +349,19 @@ def test_a_prefix_that_is_in_vram_anyway_is_held_for_nobody(rank: Rank, rng: Ran
     rank.nothing_is_held()
 
 
+@pytest.mark.parametrize("durable", [False, True])
 def test_a_hit_that_has_vanished_is_recomputed(
-    rank: Rank, rng: Random, monkeypatch: pytest.MonkeyPatch
+    rank: Rank, rng: Random, monkeypatch: pytest.MonkeyPatch, durable: bool
 ) -> None:
+    """What is on disk stays known when it leaves RAM, and cannot be loaded all the same."""
     tokens = random_tokens(rng, 50)
     rank.serve(tokens[:40])
     rank.clear_vram()
     load = rank.linker.load
+    if durable:
+        saved = rank.tiers.ram.get(page_keys(tokens, 1)[39])
+        assert saved is not None
+        rank.tiers.persist(saved).result(WAIT_S)
 
     def late(rid: str, transfers: list[Any]) -> bool:
         rank.tiers.release(rid)

@@ -273,6 +273,12 @@ async def test_what_sglang_refuses_is_the_clients_fault() -> None:
     [
         ([1, 1000], {}, "continuation_ids"),
         ([1], {"max_new_tokens": 1, "heat": 0.5}, "sampling_params.heat"),
+        ([1], {"top_k": 2**40}, "sampling_params.top_k"),
+        ([1], {"top_k": 1.5}, "sampling_params"),
+        ([1], {"temperature": "hot"}, "sampling_params"),
+        ([1], {"ignore_eos": "yes"}, "sampling_params"),
+        ([1], {"stop": [["a"]]}, "sampling_params"),
+        ([1], {"temperature": 10**400}, "sampling_params.temperature"),
     ],
 )
 def test_what_would_harm_sglang_is_refused_before_it_is_asked(

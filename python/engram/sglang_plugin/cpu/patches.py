@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 
-from engram.sglang_plugin.cpu import causal_conv, mamba2, selective_state, tracking
+from engram.sglang_plugin.cpu import (
+    attention_free,
+    causal_conv,
+    mamba2,
+    selective_state,
+    tracking,
+)
 from engram.sglang_plugin.cpu.platform import is_active
 from engram.version import SUPPORTED_SGLANG
 
@@ -87,6 +93,18 @@ MAMBA2_PATCHES = (
     ),
 )
 
+# `ModelRunner.load_model` calls it on a CPU, and divides by a number of heads that may not be.
+ATTENTION_FREE_PATCHES = (
+    Patch(
+        "sglang.srt.model_executor.model_runner",
+        "adjust_config_with_unaligned_cpu_tp",
+        "sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp",
+        attention_free.adjust_config_with_unaligned_cpu_tp,
+    ),
+)
+
+PATCHES = (*MAMBA2_PATCHES, *ATTENTION_FREE_PATCHES)
+
 
 def install() -> list[str]:
     """Replace SGLang's accelerator-only functions in this process, where the CPU platform serves.
@@ -102,7 +120,7 @@ def install() -> list[str]:
     """
     if not is_active():
         return []
-    targets = [apply_patch(patch) for patch in MAMBA2_PATCHES]
+    targets = [apply_patch(patch) for patch in PATCHES]
     torch.Tensor.pin_memory = _pin_memory  # type: ignore[method-assign,assignment]
     torch.get_device_module = _get_device_module  # type: ignore[assignment]
     return [*targets, "torch.Tensor.pin_memory", "torch.get_device_module"]

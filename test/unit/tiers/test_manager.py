@@ -253,16 +253,17 @@ def test_a_capture_without_room_is_refused(
     manager = new_manager(size * 3 // 2)
     first = capture(manager, device, rng, run, count=1)[0]
     called: list[str] = []
-    with manager.ram.holding([first]):
-        queued = manager.capture(
-            run.keys[-1],
-            4,
-            run.tokens[4:],
-            first,
-            device.reader(range(4), 0),
-            has_state=True,
-            on_done=lambda: called.append("done"),
-        )
+    held = manager.ram.hold([first])
+    queued = manager.capture(
+        run.keys[-1],
+        4,
+        run.tokens[4:],
+        first,
+        device.reader(range(4), 0),
+        has_state=True,
+        on_done=lambda: called.append("done"),
+    )
+    manager.ram.release(held)
     manager.quiesce()
     assert not queued
     assert called == []

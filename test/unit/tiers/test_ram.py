@@ -94,10 +94,13 @@ def test_making_room_for_a_child_leaves_its_parent() -> None:
 def test_what_is_held_never_goes() -> None:
     ram = RamTier(20)
     a, b = ready(ram, "a", 10), ready(ram, "b", 10)
-    with ram.holding([a, b]), pytest.raises(RamTierFullError) as caught:
+    held = ram.hold([a, b])
+    with pytest.raises(RamTierFullError) as caught:
         filling(ram, "c", 10)
     assert "--max-warm-memory-gb" in caught.value.hint
-    assert (a.in_ram, b.in_ram, ram.used) == (True, True, 20)
+    assert (a.in_ram, b.in_ram, ram.used, ram.held_bytes) == (True, True, 20, 20)
+    ram.release(held)
+    assert ram.held_bytes == 0
     ready(ram, "c", 10)
     assert not a.in_ram
 
@@ -115,7 +118,8 @@ def test_what_is_being_filled_never_goes() -> None:
 def test_nothing_goes_for_what_cannot_be_had_anyway() -> None:
     ram = RamTier(30)
     held, loose = ready(ram, "held", 10), ready(ram, "loose", 10)
-    with ram.holding([held]), pytest.raises(RamTierFullError):
+    ram.hold([held])
+    with pytest.raises(RamTierFullError):
         filling(ram, "new", 25)
     assert loose.in_ram
 
@@ -126,6 +130,34 @@ def test_a_parent_used_before_its_child_goes_right_after_it() -> None:
     child = ready(ram, "child", 10, parent)
     ready(ram, "new", 20)
     assert (parent.in_ram, child.in_ram) == (False, False)
+
+
+def test_what_nobody_asked_to_keep_goes_first() -> None:
+    ram = RamTier(60)
+    parent = ready(ram, "parent", 10)
+    wanted = ready(ram, "wanted", 10, parent)
+    turn = ready(ram, "turn", 10, wanted)
+    others = [ready(ram, f"other {n}", 10) for n in range(3)]
+    ram.want(wanted)
+    assert (parent.wanted, wanted.wanted, turn.wanted) == (True, True, False)
+    for number in range(20):
+        others.append(ready(ram, f"flood {number}", 10))
+    assert (parent.in_ram, wanted.in_ram, turn.in_ram) == (True, True, False)
+    assert ram.loadable(wanted, 0)
+    ready(ram, "large", 50)
+    assert (parent.in_ram, wanted.in_ram) == (True, False), "wanted is not held: it goes last"
+    assert not any(other.in_ram for other in others)
+
+
+def test_a_wanted_chain_keeps_its_order_of_use() -> None:
+    ram = RamTier(40)
+    a = ready(ram, "a", 10)
+    b = ready(ram, "b", 10, a)
+    c = ready(ram, "c", 10)
+    for boundary in (c, b):
+        ram.want(boundary)
+    ready(ram, "new", 20)
+    assert (a.in_ram, b.in_ram, c.in_ram) == (True, True, False)
 
 
 def test_larger_than_all_of_it_is_refused_before_anything_goes() -> None:
@@ -203,7 +235,7 @@ def test_replacing_keeps_the_old_one_whole_for_its_holder() -> None:
 def test_what_is_durable_stays_in_the_index() -> None:
     ram = RamTier(10)
     boundary = ready(ram, "a", 10)
-    ram.mark_durable(boundary, "11" * 32)
+    ram.mark_durable(boundary, "11" * 32, 10)
     ready(ram, "b", 10)
     assert (boundary.in_ram, boundary.payload) == (False, None)
     assert ram.get(boundary.key) is boundary
@@ -216,7 +248,7 @@ def test_what_is_durable_stays_in_the_index() -> None:
 def test_forgetting_a_file_leaves_the_bytes_in_ram() -> None:
     ram = RamTier(10)
     boundary = ready(ram, "a", 10)
-    ram.mark_durable(boundary, "11" * 32)
+    ram.mark_durable(boundary, "11" * 32, 10)
     ram.forget_files(frozenset(("11" * 32,)))
     assert ram.get(boundary.key) is boundary
     assert (boundary.durable, boundary.segment_id, boundary.resident) == (False, None, True)
@@ -228,7 +260,7 @@ def test_cold_entries_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     for number in range(6):
         boundary = ready(ram, str(number), 10)
-        ram.mark_durable(boundary, key(f"file {number}"))
+        ram.mark_durable(boundary, key(f"file {number}"), 10)
         made.append(boundary)
     assert [ram.get(b.key) is b for b in made] == [False, False, True, True, True, True]
 

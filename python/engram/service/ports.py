@@ -98,6 +98,10 @@ class Ranks(Protocol):
         """Bring chains into RAM, verified, leased to `owner` for `seconds`."""
         ...
 
+    def abandon(self, owner: str) -> None:
+        """Nobody waits for the promotions of `owner` any longer: those not begun never begin."""
+        ...
+
     async def tier(self, key: str, tokens: TokenArray) -> str:
         """The fastest tier that holds the whole sequence that ends at page key `key`."""
         ...

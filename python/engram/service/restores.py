@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -52,7 +51,7 @@ class Restorer:
         context = self._context
         try:
             engine = await context.engine()
-            manifest, tokens = await asyncio.to_thread(self._read, row, engine)
+            manifest, tokens = await context.in_store(self._read, row, engine)
             if continuation is not None:
                 self._check_unseeded(row, tokens, engine)
             brought = await context.ranks.promote(
@@ -107,7 +106,7 @@ class Restorer:
 
     async def tokens(self, row: SnapshotRow) -> TokenArray:
         """All recorded tokens of a snapshot, u32 [token_count + pending]."""
-        return await asyncio.to_thread(self._tokens_of, row)
+        return await self._context.in_store(self._tokens_of, row)
 
     def _tokens_of(self, row: SnapshotRow) -> TokenArray:
         return self._tokens(self._manifest(row))

@@ -42,6 +42,7 @@ class SnapshotService:
         self._finder = TurnFinder(self.context)
         self._restorer = Restorer(self.context)
         self.gate = RequestGate(self.context, self._automatic)
+        self.context.on_turn = self._automatic.finished
 
     async def close(self) -> None:
         """Save what is due, wait for what is under way."""
@@ -98,7 +99,7 @@ class SnapshotService:
         assert conversation_id is not None
         tag = Tag(conversation_id, branch_name or DEFAULT_BRANCH, tenant)
         try:
-            return await asyncio.to_thread(
+            return await self.context.in_catalog(
                 self.context.catalog.find,
                 tenant,
                 conversation_id,
@@ -111,7 +112,7 @@ class SnapshotService:
             raise
 
     async def _find_by_rid(self, tenant: str, rid: str, conversation_id: str | None) -> SnapshotRow:
-        row = await asyncio.to_thread(self.context.catalog.find_rid, rid, tenant)
+        row = await self.context.in_catalog(self.context.catalog.find_rid, rid, tenant)
         if row is None:
             raise NotFoundError(
                 f"no snapshot of a request {rid!r}", hint="save it first", details={"rid": rid}
@@ -130,7 +131,7 @@ class SnapshotService:
         rows: list[SnapshotRow] = []
         after = None
         while True:
-            page = await asyncio.to_thread(
+            page = await self.context.in_catalog(
                 self.context.catalog.list_snapshots,
                 tenant,
                 conversation_id,
@@ -170,11 +171,11 @@ class SnapshotService:
         # Before anything changes: the first to ask also fills the index of boundaries.
         engine = await context.engine()
         async with context.guard.alone():
-            keys = await asyncio.to_thread(context.boundary_keys, row)
-            await asyncio.to_thread(self._remove, row)
+            keys = await context.in_catalog(context.boundary_keys, row)
+            await context.in_store(self._remove, row)
             if row.namespace == engine.namespace.id:
                 context.boundaries.remove(keys)
-            orphans = await asyncio.to_thread(context.catalog.unreferenced_segments)
+            orphans = await context.in_catalog(context.catalog.unreferenced_segments)
             await self._drop(orphans)
 
     def _remove(self, row: SnapshotRow) -> None:
@@ -192,18 +193,24 @@ class SnapshotService:
             if orphan.shard.namespace == engine.namespace.id:
                 by_rank[orphan.shard.rank].append(orphan.segment_id)
             else:
-                await asyncio.to_thread(
+                await context.in_store(
                     context.store.delete_segment, orphan.shard, orphan.segment_id
                 )
         if any(by_rank):
             await context.ranks.drop(by_rank)
-        await asyncio.to_thread(context.catalog.forget_segments, orphans)
+        await context.in_catalog(context.catalog.forget_segments, orphans)
 
     async def stats(self) -> dict[str, Any]:
-        """Counters of the service and of every rank."""
+        """Counters of the service and of every rank, and what waits now."""
         service = self.context.stats
         return {
             "service": {name: getattr(service, name) for name in service.__slots__},
+            "queues": {
+                "requests_held": self.gate.holding,
+                "saves_running": self.context.saves.running,
+                "saves_waiting": self.context.saves.waiting,
+                "automatic_saves_waiting": self._automatic.waiting,
+            },
             "ranks": await self.context.ranks.stats(),
             "stored_boundaries": len(self.context.boundaries),
         }

@@ -231,14 +231,16 @@ class RankControl:
         return _then(self._tiers.drop(mine), lambda count: {"dropped": count})
 
     def _release(self, request: ReleaseRequest) -> None:
-        self._tiers.release(request.owner)
+        self._tiers.abandon(request.owner)
 
     def _stats(self, request: StatsRequest) -> Result:
         ram = self._tiers.ram
         return {
             "ram_bytes": ram.used,
             "ram_capacity": ram.capacity,
+            "ram_held_bytes": ram.held_bytes,
             "boundaries": len(ram),
+            **self._tiers.depths(),
             **asdict(ram.stats),
         }
 
@@ -251,6 +253,9 @@ def _then(future: Future[Any], convert: Callable[[Any], Result]) -> Future[Resul
     converted: Future[Result] = Future()
 
     def finish(done: Future[Any]) -> None:
+        if done.cancelled():
+            converted.set_exception(DeadlineError("given up by whoever asked for it"))
+            return
         error = done.exception()
         if error is not None:
             converted.set_exception(error)

@@ -71,7 +71,7 @@ class DropRequest(EngramRequest, kw_only=True):
 
 
 class ReleaseRequest(EngramRequest, kw_only=True):
-    """End a lease early; there is no reply."""
+    """Its owner wants no chain any longer, leased or still to be promoted; there is no reply."""
 
     owner: str
 

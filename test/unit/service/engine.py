@@ -74,6 +74,7 @@ class FakeEngine:
         self.states: set[str] = set()
         self.durable: dict[str, list[list[SegmentRef]]] = {}
         self.promoted: list[dict[str, Any]] = []
+        self.abandoned: list[str] = []
         self.generated: list[dict[str, Any]] = []
         self.persist_gate = Gate()
         self.promote_gate = Gate()
@@ -186,6 +187,9 @@ class FakeEngine:
             for rank, chain in enumerate(chains)
             for ref in chain
         )
+
+    def abandon(self, owner: str) -> None:
+        self.abandoned.append(owner)
 
     async def tier(self, key: str, tokens: TokenArray) -> str:
         keys = self.page_keys(tokens, self.info.page_size, None, None)

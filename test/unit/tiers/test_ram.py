@@ -140,8 +140,7 @@ def test_what_nobody_asked_to_keep_goes_first() -> None:
     others = [ready(ram, f"other {n}", 10) for n in range(3)]
     ram.want(wanted)
     assert (parent.wanted, wanted.wanted, turn.wanted) == (True, True, False)
-    for number in range(20):
-        others.append(ready(ram, f"flood {number}", 10))
+    others += [ready(ram, f"flood {number}", 10) for number in range(20)]
     assert (parent.in_ram, wanted.in_ram, turn.in_ram) == (True, True, False)
     assert ram.loadable(wanted, 0)
     ready(ram, "large", 50)

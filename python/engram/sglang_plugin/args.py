@@ -195,6 +195,8 @@ def _prepare_cpu(args: argparse.Namespace) -> None:
     if args.mamba_radix_cache_strategy == "no_buffer" and not args.disable_overlap_schedule:
         args.disable_overlap_schedule = True
         chosen["overlap scheduling"] = "off"
+    # A scheduler that polls takes a whole core, which is what computes here.
+    args.sleep_on_idle = True
     if args.mem_fraction_static is None and args.max_total_tokens is None:
         fraction = _memory_fraction(args.model_path)
         if fraction is not None:

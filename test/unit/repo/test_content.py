@@ -46,15 +46,20 @@ def found_in_repository(pattern: re.Pattern[str]) -> list[str]:
 
 
 def syntax_problem(source: str) -> str | None:
-    """Return what a compiler that takes warnings for errors says, also as the oldest Python."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
+    """Return what a compiler that takes warnings for errors says, also as the oldest Python.
+
+    The warnings are collected, not turned into errors: the interpreter remembers the filters of
+    its last warning, and under "error" the one that sentencepiece's module causes when Python ends
+    crashes the process.
+    """
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        try:
             ast.parse(source, feature_version=OLDEST_PYTHON)
             compile(source, "source", "exec", dont_inherit=True)
-    except SyntaxError as error:
-        return str(error)
-    return None
+        except SyntaxError as error:
+            return str(error)
+    return str(found[0].message) if found else None
 
 
 def test_the_listing_sees_the_repository() -> None:

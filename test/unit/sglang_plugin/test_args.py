@@ -301,6 +301,7 @@ def test_without_an_accelerator_the_settings_are_chosen_and_named(
     assert (args.device, args.attention_backend) == ("cpu", "torch_native")
     assert args.mamba_radix_cache_strategy == "no_buffer"
     assert args.disable_overlap_schedule is True
+    assert args.sleep_on_idle is True
     lines = [r.getMessage() for r in caplog.records if "no accelerator" in r.getMessage()]
     assert len(lines) == 1
     for fact in ("cpu", "torch_native", "no_buffer", "overlap"):
@@ -327,3 +328,4 @@ def test_with_an_accelerator_nothing_is_chosen(parser: argparse.ArgumentParser) 
     assert (args.device, args.attention_backend) == (None, None)
     assert args.mamba_radix_cache_strategy == "auto"
     assert args.disable_overlap_schedule is False
+    assert args.sleep_on_idle is False

@@ -115,7 +115,8 @@ class AutomaticSaver:
             while line := self._due.get(branch):
                 await self._ripen(line)
                 with self._context.saves.ask_behind() as ticket:
-                    await ticket.admitted()
+                    if line:
+                        await self._saver.admitted(ticket, line[-1].turn)
                     if not line:
                         break  # left out meanwhile
                     due = line.popleft()

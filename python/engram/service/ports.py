@@ -76,7 +76,10 @@ class Ranks(Protocol):
     async def describe(self) -> EngineInfo: ...
 
     async def locate(self, request: FinishedRequest, boundary: int) -> Located:
-        """Where a snapshot of the request would end; `CaptureLostError` if its state is gone."""
+        """Where a snapshot of the request would end; `CaptureLostError` if its state is gone.
+
+        The state counts as wanted from now on: what nobody asked to keep leaves RAM before it.
+        """
         ...
 
     async def persist(self, request: FinishedRequest, boundary: int) -> Stored:

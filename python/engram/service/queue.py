@@ -28,6 +28,11 @@ class Ticket:
         self._line = line
         self._turn = asyncio.Event()
 
+    @property
+    def ready(self) -> bool:
+        """Whether its turn has come."""
+        return self._turn.is_set()
+
     async def admitted(self) -> None:
         """Return when this save may write."""
         await self._turn.wait()
@@ -41,7 +46,7 @@ class Ticket:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._turn.is_set():
+        if self.ready:
             self._queue.running -= 1
             self._queue.advance()
         else:

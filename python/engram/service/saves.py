@@ -16,6 +16,7 @@ from engram.core.tokens import tokens_digest
 from engram.errors import (
     AlreadyExistsError,
     CaptureLostError,
+    EngramError,
     InternalError,
     NotFoundError,
     SaveQueueFullError,
@@ -72,13 +73,21 @@ class TurnSaver:
                 if found.turn is None:
                     return await self._alone(found, saving, durability, begun)
                 with self._ask() as ticket:
-                    await ticket.admitted()
+                    await self.admitted(ticket, found.turn)
                     return await self._alone(found, saving, durability, begun)
 
     async def save_now(self, found: Found, durability: Durability) -> SaveResult:
         """`save` for who has a place in the queue, and has been admitted."""
         with self._counted(), self._place(found, None) as saving:
             return await self._alone(found, saving, durability, time.monotonic())
+
+    async def admitted(self, ticket: Ticket, turn: Turn) -> None:
+        """Wait for the turn of a save; the state is not the first to leave RAM meanwhile."""
+        if not ticket.ready:
+            # What is gone by then is computed again.
+            with contextlib.suppress(EngramError):
+                await self._locate(turn.request)
+        await ticket.admitted()
 
     async def save_later(self, found: Found, snapshot_id: str | None) -> SaveResult:
         """Start a save and return what it will be; its failure is logged and counted.

@@ -135,6 +135,8 @@ class RankControl:
     def _persist(self, request: PersistRequest) -> Result | Future[Result]:
         boundary = self._locate(request)
         if request.locate:
+            # It is asked because it will be saved: until then it is not the first to leave RAM.
+            self._tiers.ram.want(boundary)
             return {"boundary": boundary.end, "key": boundary.key}
 
         def result(done: Persisted) -> Result:

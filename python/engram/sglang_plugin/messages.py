@@ -32,7 +32,7 @@ class PersistRequest(EngramRequest, kw_only=True):
 
     `request_rid` names the finished request whose tokens these are, when it is known; `tokens` are
     all recorded ones; `boundary` is where the state is expected if the rank does not remember.
-    With `locate` nothing is written: the reply tells the boundary alone.
+    With `locate` nothing is written yet: the reply tells the boundary alone.
     """
 
     request_rid: str | None

@@ -75,6 +75,7 @@ class FakeEngine:
         self.durable: dict[str, list[list[SegmentRef]]] = {}
         self.promoted: list[dict[str, Any]] = []
         self.abandoned: list[str] = []
+        self.located: list[str] = []
         self.generated: list[dict[str, Any]] = []
         self.persist_gate = Gate()
         self.promote_gate = Gate()
@@ -102,6 +103,7 @@ class FakeEngine:
         return self.info
 
     async def locate(self, request: FinishedRequest, boundary: int) -> Located:
+        self.located.append(request.rid)
         return Located(boundary, self._key(request, boundary))
 
     async def persist(self, request: FinishedRequest, boundary: int) -> Stored:

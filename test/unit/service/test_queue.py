@@ -40,7 +40,7 @@ async def turns_saved(server: Server, conversation_id: str) -> list[int]:
 
 
 def admitted(*tickets: Ticket) -> list[bool]:
-    return [ticket._turn.is_set() for ticket in tickets]
+    return [ticket.ready for ticket in tickets]
 
 
 @on_a_loop
@@ -124,6 +124,24 @@ async def test_an_asynchronous_save_of_a_turn_under_way_answers_at_once(start: S
     await server.service.context.drain()
     [row] = await server.service.list("", "c")
     assert row.snapshot_id == result.snapshot_id
+
+
+@on_a_loop
+async def test_what_waits_is_told_to_the_ranks_and_what_does_not_is_not(start: Start) -> None:
+    """So that its state does not leave RAM before what nobody asked to keep."""
+    server = start(snapshot_trigger_policy="every_turn")
+    server.engine.persist_gate.shut()
+    for rid in ("one", "two", "waits"):
+        await server.serve(server.random_tokens(5), Tag(rid), rid=rid)
+    await server.serve(server.random_tokens(5), rid="asked")
+    asked = asyncio.ensure_future(server.service.save(tenant="", rid="asked"))
+    while len(server.engine.located) < 2:
+        await asyncio.sleep(0.01)
+    assert sorted(server.engine.located) == ["asked", "waits"]
+    server.engine.persist_gate.open.set()
+    await asked
+    await server.service.close()
+    assert sorted(server.engine.located) == ["asked", "waits"]
 
 
 # ---- automatic saves ----

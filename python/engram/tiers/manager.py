@@ -450,6 +450,7 @@ class TierManager:
     def depths(self) -> dict[str, int]:
         """How much is under way: chains written and waiting to be, promotions, leases, bytes."""
         with self.ram.lock:
+            self._expire()
             return {
                 "writes_running": self._writing,
                 "writes_waiting": len(self._waiting),

@@ -248,24 +248,27 @@ class TierManager:
         refs: list[SegmentRef] = []
         written = 0
         for boundary in write.chain:
+            # A reader may forget the file at any moment: what was seen here is what counts.
             segment_id = boundary.segment_id
             if segment_id and not self.store.has_segment(self.shard, segment_id):
                 # Quarantined by whoever read it last, or deleted: a manifest must not name it.
                 self.ram.lose_file(boundary)
-            if not boundary.durable:
+                segment_id = None
+            if segment_id is None:
                 try:
-                    written += self._write_segment(boundary)
+                    segment_id = self._write_segment(boundary, refs[-1] if refs else None)
                 except CaptureLostError as lost:
                     lost.details["boundary"] = write.chain[-1].end
                     raise
-            refs.append(_ref(boundary))
+                written += boundary.file_bytes
+            refs.append(_ref(boundary, segment_id))
             if boundary in write.held:
                 with self.ram.lock:
                     self._let_go(write, boundary)
                     self._start_writes()
         return Persisted(tuple(refs), sum(ref.bytes for ref in refs), written)
 
-    def _write_segment(self, boundary: Boundary) -> int:
+    def _write_segment(self, boundary: Boundary, parent: SegmentRef | None) -> str:
         try:
             boundary.filled.result(FILL_TIMEOUT_S)
         except Exception as error:
@@ -276,12 +279,18 @@ class TierManager:
         if payload is None:
             # Evicted between being found and being held.
             raise CaptureLostError(f"the state at token {boundary.end} has left memory")
-        header = self._header(boundary)
+        header = self._plan(
+            boundary.key,
+            boundary.start,
+            boundary.end,
+            None if parent is None else parent.segment_id,
+            boundary.has_state,
+        )
         segment_id = self.store.put_segment(header, bytes_of(payload))
         self.ram.mark_durable(boundary, segment_id, header.file_length)
         self.ram.stats.persisted_segments += 1
         self.ram.stats.persisted_bytes += header.file_length
-        return header.file_length
+        return segment_id
 
     # ---- promote ----
 
@@ -308,18 +317,22 @@ class TierManager:
 
     def _read_done(self, owner: str, done: Future[Promoted]) -> None:
         with self.ram.lock:
-            futures = self._reading[owner]
-            futures.remove(done)
+            futures = self._reading.get(owner, [])
+            if done in futures:
+                futures.remove(done)
             if not futures:
-                del self._reading[owner]
+                self._reading.pop(owner, None)
 
     def abandon(self, owner: str) -> None:
-        """Nobody waits for the promotions of `owner` any longer: those not begun never begin."""
+        """Nobody waits for the promotions of `owner` any longer.
+
+        Those not begun never begin; what the others bring is not leased.
+        """
         with self.ram.lock:
-            futures = list(self._reading.get(owner, ()))
+            futures = self._reading.pop(owner, [])
+            self.release(owner)
         for future in futures:
             future.cancel()
-        self.release(owner)
 
     @staticmethod
     def _same(boundary: Boundary, refs: Sequence[SegmentRef], exact: bool) -> bool:
@@ -331,33 +344,41 @@ class TierManager:
         self, refs: Sequence[SegmentRef], owner: str, seconds: float, exact: bool
     ) -> Promoted:
         parent: Boundary | None = None
+        before: SegmentRef | None = None
         held: list[Boundary] = []
         read = 0
         try:
             for ref in refs:
-                boundary, nbytes = self._bring(ref, parent, exact)
+                boundary, nbytes = self._bring(ref, before, parent, exact)
                 held.append(boundary)
                 self.ram.want(boundary)
-                parent = boundary
+                parent, before = boundary, ref
                 read += nbytes
-            self.lease(owner, held, seconds=seconds)
+            with self.ram.lock:
+                if owner in self._reading:
+                    self.lease(owner, held, seconds=seconds)
         finally:
             self.ram.release(held)
         source = Tier.DISK if read else Tier.RAM
         return Promoted(source, sum(ref.bytes for ref in refs), read)
 
-    def _bring(self, ref: SegmentRef, parent: Boundary | None, exact: bool) -> tuple[Boundary, int]:
-        """The boundary of `ref` on top of `parent`, in RAM and held once, and the bytes read."""
+    def _bring(
+        self, ref: SegmentRef, before: SegmentRef | None, parent: Boundary | None, exact: bool
+    ) -> tuple[Boundary, int]:
+        """The boundary of `ref` on top of `parent`, in RAM and held once, and the bytes read.
+
+        `parent` holds the bytes of `before`.  What is reused is of this very file, exact or not: a
+        chain saved later must not name another parent than its segments do.
+        """
         with self.ram.lock:
-            known = self.ram.get(ref.key)
-            usable = (
-                known is not None
-                and known.parent is parent
-                and (known.segment_id == ref.segment_id or not exact)
-            )
-            if usable and known is not None and known.in_ram:
-                self.ram.hold((known,))
-                reuse = known
+            reuse = self.ram.get(ref.key)
+            if (
+                reuse is not None
+                and reuse.in_ram
+                and reuse.parent is parent
+                and reuse.segment_id == ref.segment_id
+            ):
+                self.ram.hold((reuse,))
             else:
                 reuse = None
         if reuse is not None:
@@ -367,14 +388,16 @@ class TierManager:
                 self.ram.release((reuse,))
                 raise
             return reuse, 0
-        return self._fetch(ref, parent, exact)
+        return self._fetch(ref, before, parent, exact)
 
-    def _fetch(self, ref: SegmentRef, parent: Boundary | None, exact: bool) -> tuple[Boundary, int]:
+    def _fetch(
+        self, ref: SegmentRef, before: SegmentRef | None, parent: Boundary | None, exact: bool
+    ) -> tuple[Boundary, int]:
         boundary: Boundary | None = None
 
         def into(header: SegmentHeader) -> memoryview:
             nonlocal boundary
-            self._check(header, ref, parent)
+            self._check(header, ref, before)
             with self.ram.lock:
                 self._expire()
                 boundary = self.ram.reserve(
@@ -404,13 +427,13 @@ class TierManager:
         self.ram.stats.promoted_bytes += ref.bytes
         return boundary, ref.bytes
 
-    def _check(self, header: SegmentHeader, ref: SegmentRef, parent: Boundary | None) -> None:
-        """The file must be the segment that the manifest speaks of, on top of its parent."""
+    def _check(self, header: SegmentHeader, ref: SegmentRef, before: SegmentRef | None) -> None:
+        """The file must be the segment that the manifest speaks of, on top of the one before."""
         expected = self._plan(
             ref.key,
             ref.start,
             ref.end,
-            parent.segment_id if parent is not None else None,
+            None if before is None else before.segment_id,
             ref.has_state,
         )
         if header == expected:
@@ -476,10 +499,6 @@ class TierManager:
         not be known before it is written."""
         return self._plan(key, start, end, key if start else None, has_state).buffers
 
-    def _header(self, boundary: Boundary) -> SegmentHeader:
-        parent = boundary.parent.segment_id if boundary.parent is not None else None
-        return self._plan(boundary.key, boundary.start, boundary.end, parent, boundary.has_state)
-
     def _plan(
         self, key: str, start: int, end: int, parent: str | None, has_state: bool
     ) -> SegmentHeader:
@@ -494,10 +513,9 @@ class TierManager:
         )
 
 
-def _ref(boundary: Boundary) -> SegmentRef:
-    assert boundary.segment_id is not None
+def _ref(boundary: Boundary, segment_id: str) -> SegmentRef:
     return SegmentRef(
-        segment_id=boundary.segment_id,
+        segment_id=segment_id,
         key=boundary.key,
         start=boundary.start,
         end=boundary.end,

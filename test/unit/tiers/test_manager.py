@@ -364,6 +364,27 @@ def test_other_bits_for_the_same_tokens_do_when_nothing_exact_is_asked(
     check_contents(manager, run)
 
 
+def test_a_stored_child_is_not_put_on_a_parent_of_other_bits(
+    new_manager: NewManager, device: FakeDevice, rng: Random
+) -> None:
+    """The parent's tokens were computed anew and never saved; the child is on disk alone."""
+    run = random_run(rng, (5, 4))
+    refs = saved(new_manager, device, rng, run)
+    stored, run.expected = run.expected, []
+    manager = new_manager()
+    capture(manager, device, rng, run, count=1)
+    manager.promote(refs, "a", seconds=10, exact=False).result(WAIT_S)
+    assert manager.lookup("b", run.keys, 1) == [5, 9]
+    child = manager.ram.get(run.keys[-1])
+    assert child is not None
+    for boundary, expected in zip(child.chain(), stored, strict=True):
+        assert same_bits(manager.views(boundary), expected)
+    again = manager.persist(child).result(WAIT_S)
+    assert list(again.refs) == refs, "what is saved from it is one chain"
+    fresh = new_manager()
+    assert fresh.promote(again.refs, "c", seconds=10, exact=True).result(WAIT_S).read > 0
+
+
 def test_a_damaged_segment_is_never_loadable(
     new_manager: NewManager, device: FakeDevice, rng: Random, store: DiskStore
 ) -> None:
@@ -580,7 +601,7 @@ def test_persist_promote_and_drop_at_once(
             future.result(WAIT_S)
     assert all(
         isinstance(e, (SnapshotCorruptError, CaptureLostError, RamTierFullError)) for e in outcomes
-    ), outcomes
+    ), [e for e in outcomes if not isinstance(e, (SnapshotCorruptError, CaptureLostError))]
     assert manager.ram.used <= room
     nothing_is_held(manager)
     for run in itertools.islice(runs, 2):
@@ -741,10 +762,11 @@ def test_promotions_that_nobody_waits_for_never_begin(
         manager.abandon(f"r{number}")
     manager.abandon("nobody")
     assert [future.cancelled() for future in futures] == [False, False, False, True, True]
-    assert manager.depths()["promotions"] == 3
+    assert manager.depths()["promotions"] == 2
     control.clear()
     for future in futures[:3]:
         future.result(WAIT_S)
+    assert manager.depths()["leases"] == 2, "what was begun is in RAM, but leased to nobody"
     assert manager.lookup("x", runs[3].keys, 1) == []
     assert manager.depths()["promotions"] == 0
 

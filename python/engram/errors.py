@@ -11,6 +11,8 @@
     |   `-- BodyTooLargeError        413  body_too_large
     |-- UnsupportedError             422  unsupported
     |-- NamespaceMismatchError       409  namespace_mismatch  names field, wanted, found
+    |-- NamespaceChangedError        409  namespace_changed   new weights came in between: ask again
+    |-- StaleTreeError               409  stale_tree          the tree has states of other weights
     |-- SnapshotCorruptError         409  snapshot_corrupt    names the file and what to do
     |   |-- SegmentCorruptError      409  snapshot_corrupt
     |   `-- ManifestCorruptError     409  snapshot_corrupt
@@ -44,12 +46,14 @@ __all__ = [
     "InvalidIdError",
     "InvalidRequestError",
     "ManifestCorruptError",
+    "NamespaceChangedError",
     "NamespaceMismatchError",
     "NotFoundError",
     "RamTierFullError",
     "SaveQueueFullError",
     "SegmentCorruptError",
     "SnapshotCorruptError",
+    "StaleTreeError",
     "StoreBusyError",
     "StoreError",
     "StoreFormatError",
@@ -150,6 +154,20 @@ class NamespaceMismatchError(EngramError):
             hint="restore it on a server started with the same model and settings",
             details={"field": field, "wanted": wanted, "found": found},
         )
+
+
+class NamespaceChangedError(EngramError):
+    """The server's weights changed while something was asked of the ones before."""
+
+    code = "namespace_changed"
+    http_status = 409
+
+
+class StaleTreeError(EngramError):
+    """SGLang's tree still holds states that other weights made, so nothing can be saved from it."""
+
+    code = "stale_tree"
+    http_status = 409
 
 
 class SnapshotCorruptError(EngramError):

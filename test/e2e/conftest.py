@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from e2e.battered_world import battered_world
+from e2e.pressured_world import alone_world, pressured_world
 from e2e.slow_world import SlowWorld, slow_world
 from e2e.small_world import small_world
 from e2e.worlds import Stage, World, restarted_world
 
-WORLDS = ("restarted", "other", "small", "slow")
+WORLDS = ("restarted", "other", "small", "battered", "pressured", "alone", "slow")
 TIMEOUT_S = 1200
 """For one test, the starts of its servers included; a busy machine takes minutes for those."""
 
@@ -30,9 +32,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         items[index] = item
 
 
-def _world_of(item: pytest.Item) -> int:
+def _world_of(item: pytest.Item) -> tuple[int, str]:
     names = getattr(item, "fixturenames", ())
-    return next((n for n, world in enumerate(WORLDS, 1) if world in names), 0)
+    if "variant" in names and isinstance(item, pytest.Function):
+        return len(WORLDS) + 1, item.callspec.params["variant"].name
+    return next((n for n, world in enumerate(WORLDS, 1) if world in names), 0), ""
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +48,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
 
 @pytest.fixture
 def restarted(stage: Stage) -> World:
-    """The published launch command: recorded, killed, catalog lost, started again."""
+    """The published launch command: recorded, killed, catalog damaged, started again."""
     return stage.world("restarted", restarted_world)
 
 
@@ -61,3 +65,21 @@ def slow(stage: Stage) -> Iterator[SlowWorld]:
     assert isinstance(world, SlowWorld)
     yield world
     world.faults.clear()
+
+
+@pytest.fixture
+def battered(stage: Stage) -> World:
+    """float32 and much room: stormed at, its scheduler killed, its files damaged, started again."""
+    return stage.world("battered", battered_world)
+
+
+@pytest.fixture
+def pressured(stage: Stage) -> World:
+    """float32 and too little of everything: small chunks, a small pool, few requests."""
+    return stage.world("pressured", pressured_world)
+
+
+@pytest.fixture
+def alone(stage: Stage) -> World:
+    """What the server under pressure stored, on one that runs one request at a time."""
+    return stage.world("alone", alone_world)

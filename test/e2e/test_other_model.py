@@ -1,4 +1,4 @@
-"""Another model on the same directory: nothing of it is served, and the error says why."""
+"""Other weights under the same path: nothing stored is served, and the error says why."""
 
 from __future__ import annotations
 
@@ -14,12 +14,19 @@ SEED = 2
 
 
 def other_world(stage: Stage, folder: Path) -> World:
-    """A server of another model on what the recorded world had stored when it was killed."""
+    """What the recorded world had stored, and a server of the same model directory, in which other
+    weights have been put meanwhile."""
     recorded = stage.past("restarted", restarted_world)
     folder = fresh(folder)
     store = folder / "store" / "snapshots"
     shutil.copytree(recorded.facts["copy"], store)
-    world = start(stage.server(folder, (*CONTRACT, *QUICK), seed=SEED, store=store), store)
+    weights = stage.model(1) / "model.safetensors"
+    original = weights.read_bytes()
+    weights.write_bytes((stage.model(SEED) / weights.name).read_bytes())
+    try:
+        world = start(stage.server(folder, (*CONTRACT, *QUICK), store=store), store)
+    finally:
+        weights.write_bytes(original)  # for the worlds to come
     world.cases = recorded.cases
     return world
 
@@ -34,7 +41,7 @@ def test_restore_names_the_weights_and_both_values(other: World) -> None:
     assert refused["error"] == "namespace_mismatch"
     assert "model.weights" in refused["message"]
     differences = {name: values for name, *values in refused["details"]["differences"]}
-    assert "model.weights" in differences
+    assert list(differences) == ["model.weights"]
     wanted, found = differences["model.weights"]
     assert wanted != found
     assert wanted in refused["message"]

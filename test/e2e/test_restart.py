@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from e2e.helpers import assert_quarantined, random_ids
-from e2e.worlds import CONTRACT, INTERLEAVED, TURNS, Case, Stage, World, fresh
+from e2e.worlds import CONTRACT, INTERLEAVED, TURNS, Stage, World, fresh, next_turn_is_exact
 from engram.snapshot.manifest import Manifest
 from engram.store.disk import DiskStore
 from engram.testing.samples import seeded_random
@@ -15,13 +15,6 @@ from engram.testing.tamper import flip_byte, read_manifest
 RESTORED = ["generate", "chat", "completion"]
 ONLY_TAGGED = ["generate-without-restore", "stream"]
 UNTAGGED = ["generate-untagged", "chat-untagged", "adopted", *INTERLEAVED, "unaltered"]
-
-
-def next_turn_is_exact(world: World, case: Case, conversation: str | None) -> None:
-    reply = case.talk.peek(world.client, case.message, conversation)
-    assert reply.cached == case.saved["token_count"]
-    assert reply.prompt_tokens == case.reference.prompt_tokens
-    assert reply.output == case.reference.output
 
 
 @pytest.mark.parametrize("name", RESTORED)
@@ -136,6 +129,17 @@ def test_acknowledged_id_is_the_snapshots(restarted: World) -> None:
         assert durable["durability"] == "sync"
         metadata = client.info(conversation_id="promised", turn_number=turn)
         assert metadata["snapshot_id"] == promised["snapshot_id"]
+
+
+def test_a_damaged_catalog_is_rebuilt_and_told(restarted: World) -> None:
+    found = restarted.facts["health"]
+    assert "not a database" in found["catalog"]["rebuilt_because"]
+    assert found["catalog"]["added"] >= len(restarted.cases)
+    assert found["catalog"]["damaged"] == []
+    assert found["store"]["quarantined"] == 1
+    assert (
+        "the catalog was rebuilt: file is not a database" in restarted.server.log_path.read_text()
+    )
 
 
 def test_second_server_on_the_directory_is_refused(stage: Stage, restarted: World) -> None:

@@ -14,10 +14,10 @@ import pytest
 
 from e2e.helpers import Client, Reply, random_ids
 from e2e.talks import ChatTalk, CompletionTalk, GenerateTalk, StreamTalk, Talk
-from engram.snapshot.segment import SegmentHeader
+from engram.store.layout import Layout
 from engram.testing.samples import seeded_random
 from engram.testing.server import ServerProcess
-from engram.testing.tamper import find_buffer, rewrite_segment
+from engram.testing.tamper import add_to_value, rewrite_segment
 from engram.testing.tiny_model import write_tiny_model
 
 TURNS = 3
@@ -89,7 +89,7 @@ class Stage:
         self._worlds: dict[str, World] = {}
         self._recorded: dict[str, World] = {}
         self._failed: dict[str, BaseException] = {}
-        self._models: dict[int, Path] = {}
+        self._models: dict[str, Path] = {}
 
     def world(self, name: str, make: Callable[[Stage, Path], World]) -> World:
         if name in self._failed:
@@ -114,11 +114,12 @@ class Stage:
             world.client.http.close()
         self._worlds.clear()
 
-    def model(self, seed: int) -> Path:
-        if seed not in self._models:
-            out = self.folder / f"model-{seed}"
-            self._models[seed] = write_tiny_model(out, seed=seed, dtype="bfloat16")
-        return self._models[seed]
+    def model(self, seed: int, family: str = "granite-hybrid", dtype: str = "bfloat16") -> Path:
+        name = f"model-{family}-{dtype}-{seed}"
+        if name not in self._models:
+            out = self.folder / name
+            self._models[name] = write_tiny_model(out, family, seed=seed, dtype=dtype)
+        return self._models[name]
 
     def server(
         self,
@@ -126,13 +127,14 @@ class Stage:
         args: Sequence[str],
         *,
         seed: int = 1,
+        model: Path | None = None,
         store: Path | None = None,
         env: Mapping[str, str] | None = None,
     ) -> ServerProcess:
         """A server that is not started yet; its log is in `folder`."""
         where = [] if store is None else ["--snapshot-dir", str(store)]
         return ServerProcess(
-            self.model(seed), [*args, *where], env, folder / "server.log", timeout=600
+            model or self.model(seed), [*args, *where], env, folder / "server.log", timeout=600
         )
 
 
@@ -140,7 +142,7 @@ class Stage:
 
 
 def restarted_world(stage: Stage, folder: Path) -> World:
-    """Conversations over every route; the catalog is lost with the kill."""
+    """Conversations over every route; the catalog is damaged after the kill."""
     folder = fresh(folder)
     numbers = seeded_random()
     store = folder / "store" / "snapshots"
@@ -165,15 +167,17 @@ def restarted_world(stage: Stage, folder: Path) -> World:
             talk.say(client, talk.message(numbers, length), name)
         world.cases[name] = save_and_peek(client, numbers, name, talk)
     world.cases["adopted"] = _adopted(client, numbers)
-    world.cases |= _interleaved(client, numbers)
+    world.cases |= interleaved(client, numbers, INTERLEAVED)
     world.facts["never"] = client.generate(random_ids(numbers, 40)).rid
     world.server.kill()
 
     world.facts["copy"] = shutil.copytree(store, folder / "copy" / "snapshots")
     altered, unaltered = (world.cases[n].saved["snapshot_id"] for n in ("altered", "unaltered"))
-    rewrite_segment(store, altered, lambda header, payload: add_to_state(header, payload, 8.0))
-    rewrite_segment(store, unaltered, lambda header, payload: add_to_state(header, payload, 0.0))
+    rewrite_segment(store, altered, add_to_value("ssm.0", 8.0))
+    rewrite_segment(store, unaltered, add_to_value("ssm.0", 0.0))
+    Layout(store).catalog.write_bytes(b"no database " * 1000)
     world.server.start()
+    world.facts["health"] = client.http.get("/v1/memory/health").json()
     return world
 
 
@@ -195,12 +199,12 @@ def save_and_peek(
     return Case(name, talk, saved, message, reference)
 
 
-def add_to_state(header: SegmentHeader, payload: memoryview, change: float) -> None:
-    """Add to one value of the first layer's recurrent state, which is float32."""
-    spec = find_buffer(header, "ssm.0")
-    assert spec.dtype == "F32"
-    values = payload[spec.offset : spec.offset + spec.length].cast("f")
-    values[0] += change
+def next_turn_is_exact(world: World, case: Case, conversation: str | None) -> None:
+    """The reply of the server that never stopped, bit for bit, computed from the same boundary."""
+    reply = case.talk.peek(world.client, case.message, conversation)
+    assert reply.cached == case.saved["token_count"]
+    assert reply.prompt_tokens == case.reference.prompt_tokens
+    assert reply.output == case.reference.output
 
 
 def fresh(folder: Path) -> Path:
@@ -220,9 +224,9 @@ def _adopted(client: Client, numbers: random.Random) -> Case:
     return save_and_peek(client, numbers, "adopted", talk, save)
 
 
-def _interleaved(client: Client, numbers: random.Random) -> dict[str, Case]:
+def interleaved(client: Client, numbers: random.Random, names: Sequence[str]) -> dict[str, Case]:
     """Clients that talk at the same time, each in its own conversation."""
-    talks = {name: GenerateTalk() for name in INTERLEAVED}
+    talks = {name: GenerateTalk() for name in names}
     messages = {name: [random_ids(numbers, length) for length in LENGTHS] for name in talks}
 
     def all_turns(name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
@@ -60,30 +61,44 @@ class Catalog(SnapshotTable, SegmentTable):
         self._db.close()
 
     def _reconcile(self, source: ManifestSource) -> None:
-        """Rows without their file go; files without a row, or written again since, are read."""
+        """Rows without their file go; files without a row, or written again since, are read.
+
+        The row of a damaged manifest stays for as long as the file lies in quarantine: whoever
+        restores it is told so, its turn is not counted again, and its segments wait for a repair.
+        """
         indexed = self.manifest_entries()
         stored = {entry.name: entry for entry in source.list_manifests()}
-        for name, (entry, snapshot_id, tenant) in indexed.items():
-            if stored.get(name) == entry:
-                del stored[name]
-                continue
-            self.delete(snapshot_id, tenant)
-            if name in stored:
-                self.report.refreshed += 1
-            else:
+        quarantined = source.quarantined_names()
+        for name, (_, snapshot_id, tenant) in indexed.items():
+            if name not in stored and name not in quarantined:
+                self.delete(snapshot_id, tenant)
                 self.report.removed += 1
-        for entry in stored.values():
+        for name, entry in stored.items():
+            known, *names = indexed.get(name, (None,))
+            if known == entry:
+                continue
             manifest = source.load_manifest(entry)
             if isinstance(manifest, DamagedManifest):
                 self.report.damaged.append(manifest)
+                continue
+            if known is None:
+                self.report.added += 1
             else:
-                self._add(manifest, entry, source)
-            self.report.added += entry.name not in indexed
+                self.delete(*names)
+                self.report.refreshed += 1
+            self._add(manifest, entry, source, stored.keys())
 
-    def _add(self, manifest: Manifest, entry: ManifestEntry, source: ManifestSource) -> None:
+    def _add(
+        self,
+        manifest: Manifest,
+        entry: ManifestEntry,
+        source: ManifestSource,
+        stored: Collection[str],
+    ) -> None:
         """Insert a manifest found in the store. Of two for one turn, the older one stays.
 
-        Only one of them can have been acknowledged, and that is the one that was there first.
+        Only one of them can have been acknowledged, and that is the one that was there first. One
+        that is damaged gives way.
         """
         with contextlib.suppress(AlreadyExistsError):
             self.insert(manifest, entry)
@@ -91,12 +106,15 @@ class Catalog(SnapshotTable, SegmentTable):
         holder = self.find(
             manifest.tenant, manifest.conversation_id, manifest.branch_name, manifest.turn_number
         )
+        name = manifest_name(holder.snapshot_id, holder.tenant)
+        whole = name in stored
         loser = entry
-        if manifest.created_at < holder.created_at:
-            name = manifest_name(holder.snapshot_id, holder.tenant)
+        if not whole or manifest.created_at < holder.created_at:
             loser = self.manifest_entries()[name][0]
             self.delete(holder.snapshot_id, holder.tenant)
             self.insert(manifest, entry)
+        if not whole:
+            return
         reason = "another manifest has the same conversation, branch and turn"
         moved_to = source.quarantine_manifest(loser, reason)
         self.report.damaged.append(

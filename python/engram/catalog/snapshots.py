@@ -174,6 +174,14 @@ class SnapshotTable:
         rows = self._db.rows("SELECT * FROM snapshots ORDER BY created_at, tenant, snapshot_id")
         return [_snapshot(row) for row in rows]
 
+    def of_namespace(self, namespace: str) -> list[SnapshotRow]:
+        """The snapshots of all tenants that one namespace can restore, oldest first."""
+        rows = self._db.rows(
+            "SELECT * FROM snapshots WHERE namespace = ? ORDER BY created_at, tenant, snapshot_id",
+            (namespace,),
+        )
+        return [_snapshot(row) for row in rows]
+
     def conversations(
         self, tenant: str, *, limit: int = 100, after: str | None = None
     ) -> list[ConversationRow]:

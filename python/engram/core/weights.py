@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
@@ -21,6 +22,8 @@ WEIGHT_SUFFIXES: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 HEAD_BYTES: Final = 1 << 20
 BLOCK_BYTES: Final = 64 << 10
 BLOCKS: Final = 32
+MAX_HEADER_BYTES: Final = 100_000_000
+"""The limit of the safetensors format itself."""
 
 VOLATILE_CONFIG_FIELDS: Final = frozenset({"_name_or_path", "transformers_version"})
 """Fields of config.json that say how the file came about, not what the model computes."""
@@ -58,6 +61,53 @@ def weights_digest(model_dir: str | os.PathLike[str], mode: Literal["fast", "ful
         total.update(canonical_json([path.name, path.stat().st_size]))
         total.update(_full(path) if mode == "full" else _sampled(path))
     return total.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model directory as it was when somebody looked.
+
+    `names` is the BLAKE3 of the names of its tensors, None where they cannot be told cheaply (only
+    safetensors files begin with them).
+    """
+
+    digest: str
+    names: str | None
+
+    @classmethod
+    def read(cls, model_dir: str | os.PathLike[str], mode: Literal["fast", "full"]) -> Checkpoint:
+        """Look at a directory.  Raises `InvalidRequestError` where there are no weights."""
+        return cls(weights_digest(model_dir, mode), _names_digest(model_dir))
+
+    def replaces(self, other: Checkpoint) -> bool:
+        """True if loading this over `other` leaves nothing of `other` behind."""
+        return self.digest == other.digest or (self.names is not None and self.names == other.names)
+
+
+def files_identity(model_dir: str | os.PathLike[str]) -> tuple[object, ...]:
+    """What changes whenever a weight file of the directory is written or exchanged."""
+    found = []
+    for path in weight_files(model_dir):
+        stat = path.stat()
+        found.append((path.name, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+    return tuple(found)
+
+
+def _names_digest(model_dir: str | os.PathLike[str]) -> str | None:
+    names: list[str] = []
+    for path in weight_files(model_dir):
+        if path.suffix != ".safetensors":
+            return None
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            try:
+                header = json.loads(file.read(min(size, MAX_HEADER_BYTES)))
+            except ValueError:
+                return None
+        if not isinstance(header, dict):
+            return None
+        names += header.keys() - {"__metadata__"}
+    return blake3(canonical_json(sorted(names))).hexdigest()
 
 
 def _full(path: Path) -> bytes:

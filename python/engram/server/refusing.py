@@ -1,7 +1,7 @@
-"""ASGI middleware that refuses the routes of SGLang that snapshots cannot survive yet.
+"""ASGI middleware that refuses the routes of SGLang that snapshots cannot survive.
 
-Stored states are matched by a fingerprint of the weights that is taken at launch.  A route that
-changes the weights of a running server would make old states match new weights, silently.
+Stored states are matched by a fingerprint of the weights that made them.  The routes that update
+weights change the fingerprint; those here would change what the model computes, and leave it.
 """
 
 from __future__ import annotations
@@ -12,18 +12,17 @@ from engram.errors import UnsupportedError
 from engram.server.tagging import App, Receive, Scope, Send, route_of
 from engram.server.wire import error_response
 
-CHANGING_WEIGHTS: Final = frozenset(
-    {
-        "/update_weights_from_disk",
-        "/update_weights_from_tensor",
-        "/update_weights_from_distributed",
-        "/update_weights_from_ipc",
-        "/begin_weight_update",
-        "/weights_checker",  # one of its actions fills the weights with random numbers
-        "/load_lora_adapter",
-        "/load_lora_adapter_from_tensors",
-    }
+LORA: Final = (
+    "an adapter's name is part of the keys of stored states, its weights are not: states of an "
+    "older adapter of that name would be used with this one"
 )
+REFUSED_ROUTES: Final = {
+    "/weights_checker": "one of its actions fills the weights with random numbers, and nothing "
+    "tells when they are right again",
+    "/load_lora_adapter": LORA,
+    "/load_lora_adapter_from_tensors": LORA,
+}
+"""Route -> why it is refused."""
 
 
 class RefusingMiddleware:
@@ -33,12 +32,11 @@ class RefusingMiddleware:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and route_of(scope) in CHANGING_WEIGHTS:
+        route = route_of(scope) if scope["type"] == "http" else ""
+        if route in REFUSED_ROUTES:
             refusal = UnsupportedError(
-                f"{route_of(scope)} is refused while snapshots are kept: stored states would be "
-                "used with weights that did not make them",
-                hint="restart the server with the new weights, or without "
-                "--enable-snapshot-persistence",
+                f"{route} is refused while snapshots are kept: {REFUSED_ROUTES[route]}",
+                hint="start the server without --enable-snapshot-persistence to use it",
             )
             await error_response(refusal)(scope, receive, send)
             return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, model_validator
 
@@ -21,8 +21,11 @@ def _id(value: str) -> str:
 
 
 Id = Annotated[str, Strict(), AfterValidator(_id)]
-Rid = Annotated[str, Strict(), Field(min_length=1, max_length=255)]
+Rid = Annotated[str, Strict(), Field(min_length=1, max_length=255, pattern=r"^\P{C}+$")]
+"""The id of a request, which SGLang lets clients choose freely; control characters name nothing."""
 TurnNumber = Annotated[int, Strict(), Field(ge=1, lt=2**63)]
+MAX_CONTINUATION: Final = 2**22
+"""Tokens; more than any context is long."""
 
 
 class Place(BaseModel):
@@ -58,10 +61,12 @@ class RestoreBody(BaseModel):
     turn_number: TurnNumber | None = None
     branch_name: Id | None = None
     create_new_request: Annotated[bool, Strict()] = False
-    continuation_ids: Annotated[list[TokenId], Field(min_length=1)] | None = None
-    max_new_tokens: Annotated[int, Strict(), Field(ge=1)] | None = None
+    continuation_ids: (
+        Annotated[list[TokenId], Field(min_length=1, max_length=MAX_CONTINUATION)] | None
+    ) = None
+    max_new_tokens: Annotated[int, Strict(), Field(ge=1, lt=2**31)] | None = None
     sampling_params: dict[str, Any] | None = None
-    request_id: Rid | None = None
+    request_id: Id | None = None
 
     @model_validator(mode="after")
     def _continuation_is_whole(self) -> RestoreBody:

@@ -7,7 +7,8 @@ clients as well, so the header is read here.  The body is passed on as it came.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, MutableMapping
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextvars import ContextVar
 from typing import Any, Final
 
@@ -16,7 +17,7 @@ import msgspec
 from engram.conversation.turns import Tag
 from engram.core.ids import DEFAULT_TENANT, check_id
 from engram.errors import EngramError, UnsupportedError
-from engram.server.wire import error_response
+from engram.server.wire import bounded, error_response
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -31,6 +32,9 @@ HEADER: Final = b"x-override-conversation-id"
 FIELD: Final = b'"conversation_id"'
 TEXT_PARTS: Final = ("text", "input_text", "output_text", "refusal")
 """Types of the parts of a message that are text, in chat completions and in responses."""
+
+MAX_GENERATION_BODY_BYTES: Final = 64 << 20
+"""Of the routes that generate: room for a context of millions of tokens, or for inline images."""
 
 CURRENT_TAG: ContextVar[Tag | None] = ContextVar("CURRENT_TAG", default=None)
 """The tag of the request that is being served in this task."""
@@ -73,11 +77,12 @@ class TaggingMiddleware:
         if scope["type"] != "http" or route_of(scope) not in GENERATION_ROUTES:
             await self._app(scope, receive, send)
             return
-        body, replay = await _read(receive)
+        headers = dict(scope["headers"])
         try:
-            tag = tag_of(body, dict(scope["headers"]).get(HEADER))
+            body, replay = await _read(receive, headers.get(b"content-length"))
+            tag = tag_of(body, headers.get(HEADER))
         except EngramError as error:
-            await error_response(error)(scope, replay, send)
+            await error_response(error)(scope, receive, send)
             return
         token = CURRENT_TAG.set(tag)
         try:
@@ -109,6 +114,11 @@ def _decode(body: bytes) -> _Fields | None:
     try:
         return msgspec.json.decode(body, type=_Fields)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        pass
+    try:
+        # Python's reader, which SGLang uses, takes more for JSON: NaN, and half surrogate pairs.
+        return msgspec.convert(json.loads(body), type=_Fields)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
         return None
 
 
@@ -155,22 +165,23 @@ def _check_text_only(fields: _Fields) -> None:
         )
 
 
-async def _read(receive: Receive) -> tuple[bytes, Receive]:
+async def _read(receive: Receive, announced: bytes | None) -> tuple[bytes, Receive]:
     """The whole body, and a `receive` that delivers it again."""
-    parts: list[bytes] = []
-    last: Message | None = None
-    while True:
-        message = await receive()
-        if message["type"] != "http.request":
-            last = message
-            break
-        parts.append(message.get("body", b""))
-        if not message.get("more_body", False):
-            break
-    body = b"".join(parts)
-    first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-    if last is not None:
-        first = [last]
+    left: list[Message] = []
+
+    async def parts() -> AsyncIterator[bytes]:
+        while True:
+            message = await receive()
+            if message["type"] != "http.request":
+                left.append(message)
+                return
+            yield message.get("body", b"")
+            if not message.get("more_body", False):
+                return
+
+    length = None if announced is None else announced.decode("latin-1")
+    body = await bounded(parts(), length, MAX_GENERATION_BODY_BYTES)
+    first = left or [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:
         return first.pop() if first else await receive()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
-from collections.abc import Awaitable, Callable
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Final, TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 
+from engram.core.canonical import canonical_json
 from engram.errors import (
     BodyTooLargeError,
     EngramError,
@@ -28,23 +31,78 @@ Body = TypeVar("Body", bound=BaseModel)
 
 async def read_body(request: Request, schema: type[Body]) -> Body:
     """The request's JSON body as `schema`.  Raises `InvalidRequestError` naming the field."""
-    data = bytearray()
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > MAX_BODY_BYTES:
-            raise BodyTooLargeError(f"the body has more than {MAX_BODY_BYTES} bytes")
+    data = await bounded(request.stream(), request.headers.get("content-length"), MAX_BODY_BYTES)
     try:
-        return schema.model_validate_json(bytes(data))
+        return schema.model_validate(parse_json(data))
     except ValidationError as error:
         raise invalid(error) from None
+
+
+async def bounded(parts: AsyncIterator[bytes], announced: str | None, limit: int) -> bytes:
+    """A body of at most `limit` bytes; `BodyTooLargeError` as soon as it is known to be larger.
+
+    `announced` is the header content-length, None for a body in chunks.
+    """
+    too_large = BodyTooLargeError(f"the body has more than {limit} bytes", details={"limit": limit})
+    number = announced if announced is not None and announced.isdecimal() else "0"
+    # By its digits first: to convert thousands of them is refused by Python.
+    if len(number) > 18 or int(number) > limit:
+        raise too_large
+    found: list[bytes] = []
+    size = 0
+    async for part in parts:
+        size += len(part)
+        if size > limit:
+            raise too_large
+        found.append(part)
+    return b"".join(found)
+
+
+def parse_json(data: bytes) -> Any:
+    """Strict JSON: UTF-8, finite numbers, every key once, text that can be written again.
+
+    Raises `InvalidRequestError`.
+    """
+    try:
+        text = data.decode("utf-8")
+        value = json.loads(
+            text, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite
+        )
+        if "\\u" in text:
+            canonical_json(value)  # half a surrogate pair could not even be told in a reply
+    except RecursionError:
+        raise InvalidRequestError("the body is nested too deeply") from None
+    except ValueError as error:
+        raise InvalidRequestError(f"the body is not JSON: {_short(str(error))}") from None
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{_short(name, 80)!r} is there twice")
+        found[name] = value
+    return found
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{_short(number, 80)} is no finite number")
+    return value
 
 
 def invalid(error: ValidationError) -> InvalidRequestError:
     """The first problem of a validation, with the field it is in."""
     problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    field = ".".join(str(part) for part in problem["loc"])
+    field = _short(".".join(str(part) for part in problem["loc"]))
     message = f"{field}: {problem['msg']}" if field else str(problem["msg"])
     return InvalidRequestError(message, details={"field": field} if field else {})
+
+
+def _short(text: str, length: int = 200) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def error_response(error: EngramError) -> JSONResponse:

@@ -18,22 +18,44 @@ class BoundaryIndex:
     """Page keys of the boundaries on disk, for one namespace.
 
     Counts references, since snapshots share segments.  Walking back from a request's end, the
-    first key held is the longest stored prefix.
+    first key held is the longest stored prefix.  It is filled from the catalog while snapshots come
+    and go, so each is counted once, and none that went meanwhile is.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, namespace: str) -> None:
+        self.namespace = namespace
+        self.complete = False
         self._references: dict[str, int] = {}
+        self._snapshots: set[str] = set()
+        self._removed: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._references)
 
-    def add(self, keys: Iterable[str]) -> None:
-        """A snapshot names segments that end at these keys."""
+    def add(self, snapshot_id: str, keys: Iterable[str]) -> None:
+        """A snapshot that is durable names segments that end at these keys."""
+        self._removed.discard(snapshot_id)
+        self.fill(snapshot_id, keys)
+
+    def fill(self, snapshot_id: str, keys: Iterable[str]) -> None:
+        """The catalog had this snapshot; no effect if it is counted or has gone."""
+        if snapshot_id in self._snapshots or snapshot_id in self._removed:
+            return
+        self._snapshots.add(snapshot_id)
         for key in keys:
             self._references[key] = self._references.get(key, 0) + 1
 
-    def remove(self, keys: Iterable[str]) -> None:
+    def filled(self) -> None:
+        """The catalog has been read to its end."""
+        self.complete = True
+        self._removed.clear()
+
+    def remove(self, snapshot_id: str, keys: Iterable[str]) -> None:
         """That snapshot is gone."""
+        if snapshot_id not in self._snapshots:
+            self._removed.add(snapshot_id)
+            return
+        self._snapshots.remove(snapshot_id)
         for key in keys:
             left = self._references.get(key, 0) - 1
             if left > 0:

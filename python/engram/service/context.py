@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, ParamSpec, TypeVar
 
@@ -13,17 +13,20 @@ from engram.catalog.rows import SnapshotRow
 from engram.conversation.tracker import ConversationTracker
 from engram.conversation.turns import FinishedRequest, Tag, Turn
 from engram.core.settings import Settings
-from engram.errors import NotFoundError
+from engram.errors import NamespaceChangedError, NotFoundError
 from engram.service.boundaries import BoundaryIndex
 from engram.service.guard import SharedLock
 from engram.service.ports import EngineInfo, Generator, Ranks
 from engram.service.queue import SaveQueue
 from engram.service.results import ServiceStats
+from engram.snapshot.manifest import Manifest
 from engram.store.base import Store
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
+ATTEMPTS: Final = 3
+"""How often something is asked of the ranks while their weights keep changing."""
 STORE_THREADS: Final = 16
 CATALOG_THREADS: Final = 2
 
@@ -49,7 +52,7 @@ class ServiceContext:
         self.ranks = ranks
         self.generator = generator
         self.stats = ServiceStats()
-        self.boundaries = BoundaryIndex()
+        self.boundaries = BoundaryIndex("")
         self.tracker = ConversationTracker()
         self.on_turn: Callable[[Turn], None] = lambda turn: None
         """Called for turns that had to wait for their number."""
@@ -62,6 +65,8 @@ class ServiceContext:
         self._catalog_threads = ThreadPoolExecutor(CATALOG_THREADS, "engram-catalog")
         self._engine: EngineInfo | None = None
         self._describing: asyncio.Task[EngineInfo] | None = None
+        self._forgotten = 0
+        self._written_down = ""
         self._learning: dict[tuple[str, str, str], asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -76,11 +81,11 @@ class ServiceContext:
         return await asyncio.get_running_loop().run_in_executor(self._catalog_threads, call)
 
     async def engine(self) -> EngineInfo:
-        """Who the engine is; asked once, and its namespace written down."""
+        """Who the engine is; asked once, and again when it may have become another one."""
         if self._engine is not None:
             return self._engine
         if self._describing is None or self._describing.done():
-            self._describing = self.start(self._describe())
+            self._describing = self.start(self._find_out())
         # Whoever gives up waiting leaves the answer to the others.
         return await asyncio.shield(self._describing)
 
@@ -89,19 +94,64 @@ class ServiceContext:
         """Whether `engine` answers at once."""
         return self._engine is not None
 
+    async def _find_out(self) -> EngineInfo:
+        while self._engine is None:
+            forgotten = self._forgotten
+            engine = await self._describe()
+            if forgotten == self._forgotten:
+                self._engine = engine
+        return self._engine
+
+    def forget_engine(self) -> None:
+        """The engine's weights have changed, or may have: ask again before it matters."""
+        self._engine = None
+        self._forgotten += 1
+
+    async def with_engine(self, work: Callable[[EngineInfo], Awaitable[T]]) -> T:
+        """The result of `work`, which is begun again if the engine's weights changed meanwhile."""
+        for attempt in range(ATTEMPTS):
+            engine = await self.engine()
+            try:
+                return await work(engine)
+            except NamespaceChangedError:
+                if self._engine is engine:
+                    self.forget_engine()
+                if attempt == ATTEMPTS - 1:
+                    raise
+        raise AssertionError("unreachable")
+
     async def _describe(self) -> EngineInfo:
         engine = await self.ranks.describe()
-        await self.in_store(self.store.put_namespace, engine.namespace)
-        rows = await self.in_catalog(self.catalog.all_snapshots)
-        keys = [
-            await self.in_catalog(self.boundary_keys, row)
-            for row in rows
-            if row.namespace == engine.namespace.id
-        ]
-        for found in keys:
-            self.boundaries.add(found)
-        self._engine = engine
+        namespace = engine.namespace.id
+        if self.boundaries.namespace != namespace or not self.boundaries.complete:
+            self.boundaries = boundaries = BoundaryIndex(namespace)
+            rows = await self.in_catalog(self.catalog.of_namespace, namespace)
+            for row in rows:
+                keys = await self.in_catalog(self.boundary_keys, row)
+                boundaries.fill(row.snapshot_id, keys)
+            boundaries.filled()
+            if rows:
+                await self.write_down(engine)
         return engine
+
+    async def write_down(self, engine: EngineInfo) -> None:
+        """Describe the engine's namespace in the store, before a snapshot names it.
+
+        Not as soon as it is known: weights may change every few seconds without a single save.
+        """
+        if self._written_down != engine.namespace.id:
+            await self.in_store(self.store.put_namespace, engine.namespace)
+            self._written_down = engine.namespace.id
+
+    def stored(self, manifest: Manifest) -> None:
+        """A snapshot is durable: requests may start from it, if its namespace is the engine's."""
+        if manifest.namespace == self.boundaries.namespace:
+            self.boundaries.add(manifest.snapshot_id, [ref.key for ref in manifest.segments[0]])
+
+    def deleted(self, row: SnapshotRow, keys: list[str]) -> None:
+        """A snapshot is gone."""
+        if row.namespace == self.boundaries.namespace:
+            self.boundaries.remove(row.snapshot_id, keys)
 
     async def learn(self, tag: Tag) -> None:
         """See to it that the tracker knows how far the tag's branch is saved."""

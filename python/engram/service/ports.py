@@ -71,23 +71,28 @@ class Generation:
 
 
 class Ranks(Protocol):
-    """The scheduler ranks.  Every call fails with an `EngramError` if any rank fails."""
+    """The scheduler ranks.  Every call fails with an `EngramError` if any rank fails.
+
+    `namespace` is the id of the one that the caller believes the ranks have; if their weights have
+    changed since, the call fails with `NamespaceChangedError` and nothing was done.
+    """
 
     async def describe(self) -> EngineInfo: ...
 
-    async def locate(self, request: FinishedRequest, boundary: int) -> Located:
+    async def locate(self, namespace: str, request: FinishedRequest, boundary: int) -> Located:
         """Where a snapshot of the request would end; `CaptureLostError` if its state is gone.
 
         The state counts as wanted from now on: what nobody asked to keep leaves RAM before it.
         """
         ...
 
-    async def persist(self, request: FinishedRequest, boundary: int) -> Stored:
+    async def persist(self, namespace: str, request: FinishedRequest, boundary: int) -> Stored:
         """Make the state at the request's end durable; `boundary` is where it is expected."""
         ...
 
     async def promote(
         self,
+        namespace: str,
         chains: Chains,
         *,
         owner: str,
@@ -105,11 +110,11 @@ class Ranks(Protocol):
         """Nobody waits for the promotions of `owner` any longer: those not begun never begin."""
         ...
 
-    async def tier(self, key: str, tokens: TokenArray) -> str:
+    async def tier(self, namespace: str, key: str, tokens: TokenArray) -> str:
         """The fastest tier that holds the whole sequence that ends at page key `key`."""
         ...
 
-    async def drop(self, segment_ids: Sequence[Sequence[str]]) -> None:
+    async def drop(self, namespace: str, segment_ids: Sequence[Sequence[str]]) -> None:
         """Delete segment files, by rank, that no manifest names."""
         ...
 

@@ -116,21 +116,25 @@ class RequestGate:
         self._context.tracker.left(request)
 
     async def _promote_prefix(self, request: RunningRequest, timeout: float) -> None:
+        await self._context.with_engine(lambda engine: self._promote(engine, request, timeout))
+
+    async def _promote(self, engine: EngineInfo, request: RunningRequest, timeout: float) -> None:
         context = self._context
-        engine = await context.engine()
-        if not len(context.boundaries):
+        boundaries = context.boundaries
+        if boundaries.namespace != engine.namespace.id or not len(boundaries):
             return
         # At least one token is always computed: a boundary at the very end is of no use.
         keys = context.ranks.page_keys(
             request.prompt[:-1], engine.page_size, request.extra_key, request.cache_salt
         )
-        stored = context.boundaries.longest(keys, engine.page_size)
+        stored = boundaries.longest(keys, engine.page_size)
         if stored is None:
             return
         context.stats.held_requests += 1
         chains = await context.in_catalog(self._chains, engine, stored.key)
         try:
             await context.ranks.promote(
+                engine.namespace.id,
                 chains,
                 owner=request.rid,
                 seconds=HOLD_LEASE_S,
@@ -138,7 +142,7 @@ class RequestGate:
                 timeout=timeout,
             )
         except SnapshotCorruptError:
-            context.boundaries.forget(stored.key)
+            boundaries.forget(stored.key)
             raise
 
     def _chains(self, engine: EngineInfo, key: str) -> list[list[SegmentRef]]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 
@@ -15,17 +15,20 @@ from engram.core.tokens import TokenArray, to_tokens, tokens_digest
 from engram.errors import (
     EngramError,
     ManifestCorruptError,
+    NamespaceMismatchError,
     NotFoundError,
     SnapshotCorruptError,
     UnsupportedError,
 )
 from engram.service.context import ServiceContext
-from engram.service.ports import EngineInfo
+from engram.service.ports import Brought, EngineInfo
 from engram.service.results import RestoreResult
 from engram.snapshot.manifest import Manifest
 from engram.snapshot.segment import Shard
 
 RESTORE_TIMEOUT_S: Final = 600.0
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +53,8 @@ class Restorer:
         begun = time.monotonic()
         context = self._context
         try:
-            engine = await context.engine()
-            manifest, tokens = await context.in_store(self._read, row, engine)
-            if continuation is not None:
-                self._check_unseeded(row, tokens, engine)
-            brought = await context.ranks.promote(
-                manifest.segments,
-                owner=f"snapshot:{row.tenant}/{row.snapshot_id}",
-                seconds=context.settings.conversation_active_timeout,
-                exact=True,
-                timeout=RESTORE_TIMEOUT_S,
-                tokens=tokens[: row.token_count],
+            tokens, brought = await context.with_engine(
+                lambda engine: self._bring(engine, row, unseeded=continuation is not None)
             )
         except EngramError:
             context.stats.restore_failures += 1
@@ -87,6 +81,23 @@ class Restorer:
             generation=generation,
         )
 
+    async def _bring(
+        self, engine: EngineInfo, row: SnapshotRow, *, unseeded: bool
+    ) -> tuple[TokenArray, Brought]:
+        manifest, tokens = await self._reading(self._read, row, engine)
+        if unseeded:
+            self._check_unseeded(row, tokens, engine)
+        brought = await self._context.ranks.promote(
+            engine.namespace.id,
+            manifest.segments,
+            owner=f"snapshot:{row.tenant}/{row.snapshot_id}",
+            seconds=self._context.settings.conversation_active_timeout,
+            exact=True,
+            timeout=RESTORE_TIMEOUT_S,
+            tokens=tokens[: row.token_count],
+        )
+        return tokens, brought
+
     def _check_unseeded(self, row: SnapshotRow, tokens: TokenArray, engine: EngineInfo) -> None:
         """Refuse to generate under other page keys than those of the snapshot.
 
@@ -106,7 +117,15 @@ class Restorer:
 
     async def tokens(self, row: SnapshotRow) -> TokenArray:
         """All recorded tokens of a snapshot, u32 [token_count + pending]."""
-        return await self._context.in_store(self._tokens_of, row)
+        return await self._reading(self._tokens_of, row)
+
+    async def _reading(self, work: Callable[..., T], *args: Any) -> T:
+        """Read files on a thread; damage that is found there is counted."""
+        try:
+            return await self._context.in_store(work, *args)
+        except SnapshotCorruptError:
+            self._context.stats.corrupt += 1
+            raise
 
     def _tokens_of(self, row: SnapshotRow) -> TokenArray:
         return self._tokens(self._manifest(row))
@@ -116,18 +135,30 @@ class Restorer:
         try:
             return self._context.store.get_manifest(row.snapshot_id, row.tenant)
         except NotFoundError as error:
+            file = error.details.get("file")
             raise ManifestCorruptError(
-                f"the manifest of snapshot {row.snapshot_id!r} is missing: {error.message}",
-                hint="delete the snapshot, or restore another turn",
-                details={"snapshot_id": row.snapshot_id},
+                f"the manifest of snapshot {row.snapshot_id!r} is missing: {file}",
+                hint="restore another turn, put the file back from a backup, or delete the "
+                "snapshot",
+                details={"snapshot_id": row.snapshot_id, "file": file},
             ) from None
 
     def _read(self, row: SnapshotRow, engine: EngineInfo) -> tuple[Manifest, TokenArray]:
-        store = self._context.store
         if row.namespace != engine.namespace.id:
-            engine.namespace.require(store.get_namespace(row.namespace))
+            self._require_namespace(row, engine)
         manifest = self._manifest(row)
         return manifest, self._tokens(manifest)
+
+    def _require_namespace(self, row: SnapshotRow, engine: EngineInfo) -> None:
+        """Raise `NamespaceMismatchError` for a snapshot of another namespace, by field if it can
+        be told."""
+        try:
+            found = self._context.store.get_namespace(row.namespace)
+        except NotFoundError as lost:
+            error = NamespaceMismatchError.of("namespace", engine.namespace.id, row.namespace)
+            error.message += f"; which field differs cannot be told: {lost.message}"
+            raise error from None
+        engine.namespace.require(found)
 
     def _tokens(self, manifest: Manifest) -> TokenArray:
         """The tokens stored with the segments, checked against the manifest."""

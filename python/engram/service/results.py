@@ -58,6 +58,7 @@ class ServiceStats:
     save_failures: int = 0
     restores: int = 0
     restore_failures: int = 0
+    corrupt: int = 0
     recomputed_saves: int = 0
     refused_saves: int = 0
     left_out_saves: int = 0

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Final
 
 from engram.catalog.rows import SnapshotRow
 from engram.conversation.turns import FinishedRequest, Tag, Turn
@@ -18,8 +19,10 @@ from engram.errors import (
     CaptureLostError,
     EngramError,
     InternalError,
+    ManifestCorruptError,
     NotFoundError,
     SaveQueueFullError,
+    SnapshotCorruptError,
 )
 from engram.service.context import ServiceContext
 from engram.service.finder import Found
@@ -33,8 +36,14 @@ from engram.snapshot.manifest import (
     change_manifest,
     make_manifest,
 )
+from engram.snapshot.segment import Shard
 
 logger = logging.getLogger(__name__)
+
+SAVE_AGAIN: Final = (
+    "this turn was saved, and its snapshot has been damaged since: delete it, then save the turn "
+    "again, or save a later one"
+)
 
 _Place = tuple[tuple[str, str, str], int]
 """A branch and the number of a turn on it."""
@@ -68,6 +77,7 @@ class TurnSaver:
             await self.check_free(found, snapshot_id)
             row = await self._context.row(found.tag, found.number)
             if row is not None:
+                await self._context.in_store(self._check_whole, row)
                 return _result(row, begun, existing=True)
             with self._place(found, snapshot_id) as saving:
                 if found.turn is None:
@@ -165,9 +175,14 @@ class TurnSaver:
 
     async def _locate(self, request: FinishedRequest) -> int:
         """Where a snapshot of the request will end, its state computed again if need be."""
-        expected = self._context.expected_boundary(request, await self._context.engine())
+        context = self._context
+
+        async def ask(engine: EngineInfo) -> int:
+            expected = context.expected_boundary(request, engine)
+            return (await context.ranks.locate(engine.namespace.id, request, expected)).boundary
+
         try:
-            return (await self._context.ranks.locate(request, expected)).boundary
+            return await context.with_engine(ask)
         except CaptureLostError as lost:
             boundary = lost.details.get("boundary")
             if not isinstance(boundary, int) or boundary < 1:
@@ -208,19 +223,22 @@ class TurnSaver:
         await self.check_free(found, snapshot_id)
         row = await context.row(found.tag, found.number)
         if row is not None:
+            await context.in_store(self._check_whole, row)
             return _result(row, begun, existing=True)
         # So that `reached` below meets a branch that is known.
         await context.learn(found.tag)
         recomputed = False
         async with context.guard.shared():
             if found.turn is not None:
-                engine = await context.engine()
-                stored, recomputed = await self._persist(found.turn.request, engine)
+                request = found.turn.request
+                engine, stored, recomputed = await context.with_engine(
+                    lambda engine: self._persist(engine, request)
+                )
                 manifest = await self._manifest(found, engine, snapshot_id, durability, stored)
             else:
                 manifest = await context.in_store(self._branch, found, snapshot_id, durability)
             await context.in_store(self._commit, manifest)
-            context.boundaries.add(ref.key for ref in manifest.segments[0])
+            context.stored(manifest)
         context.stats.saves += 1
         context.stats.recomputed_saves += recomputed
         context.tracker.reached(found.tag, found.number)
@@ -241,17 +259,21 @@ class TurnSaver:
             store.delete_manifest(manifest.snapshot_id, manifest.tenant)
             raise
 
-    async def _persist(self, request: FinishedRequest, engine: EngineInfo) -> tuple[Stored, bool]:
-        ranks = self._context.ranks
+    async def _persist(
+        self, engine: EngineInfo, request: FinishedRequest
+    ) -> tuple[EngineInfo, Stored, bool]:
+        """What is durable now, of which engine, and whether it had to be computed again."""
+        await self._context.write_down(engine)
+        ranks, namespace = self._context.ranks, engine.namespace.id
         expected = self._context.expected_boundary(request, engine)
         try:
-            return await ranks.persist(request, expected), False
+            return engine, await ranks.persist(namespace, request, expected), False
         except CaptureLostError as lost:
             boundary = lost.details.get("boundary")
             if not isinstance(boundary, int) or boundary < 1:
                 raise
         again = await self._recompute(request, boundary)
-        return await ranks.persist(again, boundary), True
+        return engine, await ranks.persist(namespace, again, boundary), True
 
     async def _recompute(self, request: FinishedRequest, boundary: int) -> FinishedRequest:
         """Compute the state at `boundary` again from the recorded tokens.
@@ -318,7 +340,7 @@ class TurnSaver:
     def _branch(self, found: Found, snapshot_id: str, durability: Durability) -> Manifest:
         """The start of a branch: another manifest over the same segments, no state copied."""
         row = _row(found)
-        origin = self._context.store.get_manifest(row.snapshot_id, row.tenant)
+        origin = self._check_whole(row)
         return change_manifest(
             origin,
             snapshot_id=snapshot_id,
@@ -331,6 +353,33 @@ class TurnSaver:
             expires_at=None,
             user_metadata={},
         )
+
+    def _check_whole(self, row: SnapshotRow) -> Manifest:
+        """The manifest of a snapshot that is about to be acknowledged once more.
+
+        Raises `SnapshotCorruptError` if it or a file it names is gone, cut or known as damaged.
+        """
+        store = self._context.store
+        try:
+            manifest = store.get_manifest(row.snapshot_id, row.tenant)
+            for rank, chain in enumerate(manifest.segments):
+                shard = Shard(manifest.namespace, rank, manifest.world_size)
+                for ref in chain:
+                    if not store.has_segment(shard, ref.segment_id, ref.bytes):
+                        # Says what is wrong with it, and moves a damaged file aside.
+                        store.verify_segment(shard, ref.segment_id)
+        except NotFoundError as lost:
+            self._context.stats.corrupt += 1
+            raise ManifestCorruptError(
+                f"the manifest of snapshot {row.snapshot_id!r} is missing",
+                hint=SAVE_AGAIN,
+                details=lost.details,
+            ) from None
+        except SnapshotCorruptError as error:
+            self._context.stats.corrupt += 1
+            error.hint = SAVE_AGAIN
+            raise
+        return manifest
 
     def _parent(self, turn: Turn, tag: Tag, keys: set[str]) -> str | None:
         """The newest earlier snapshot that this one stands on, on its branch or where it began."""

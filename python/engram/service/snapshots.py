@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from engram.catalog.catalog import Catalog
@@ -16,7 +17,7 @@ from engram.errors import NotFoundError
 from engram.service.automatic import AutomaticSaver
 from engram.service.context import ServiceContext
 from engram.service.finder import TurnFinder, need_place
-from engram.service.ports import Generator, Ranks
+from engram.service.ports import EngineInfo, Generator, Ranks
 from engram.service.requests import RequestGate
 from engram.service.restores import Continuation, Restorer
 from engram.service.results import RestoreResult, SaveResult
@@ -155,11 +156,15 @@ class SnapshotService:
 
     async def tier(self, row: SnapshotRow) -> str:
         """The fastest tier that holds the snapshot now, as the ranks see it."""
-        engine = await self.context.engine()
-        if row.namespace != engine.namespace.id:
-            return "disk"
-        tokens = await self.tokens(row)
-        return await self.context.ranks.tier(row.boundary_key, tokens[: row.token_count])
+        tokens = (await self.tokens(row))[: row.token_count]
+
+        async def ask(engine: EngineInfo) -> str:
+            if row.namespace != engine.namespace.id:
+                return "disk"
+            ranks = self.context.ranks
+            return await ranks.tier(engine.namespace.id, row.boundary_key, tokens)
+
+        return await self.context.with_engine(ask)
 
     async def delete(self, row: SnapshotRow) -> None:
         """Remove a snapshot, and the segments that no other snapshot names."""
@@ -168,15 +173,12 @@ class SnapshotService:
 
     async def _delete(self, row: SnapshotRow) -> None:
         context = self.context
-        # Before anything changes: the first to ask also fills the index of boundaries.
-        engine = await context.engine()
         async with context.guard.alone():
             keys = await context.in_catalog(context.boundary_keys, row)
             await context.in_store(self._remove, row)
-            if row.namespace == engine.namespace.id:
-                context.boundaries.remove(keys)
+            context.deleted(row, keys)
             orphans = await context.in_catalog(context.catalog.unreferenced_segments)
-            await self._drop(orphans)
+            await context.with_engine(lambda engine: self._drop(engine, orphans))
 
     def _remove(self, row: SnapshotRow) -> None:
         # The manifest first: a row without its file is healed at the next start, and what was
@@ -184,10 +186,9 @@ class SnapshotService:
         self.context.store.delete_manifest(row.snapshot_id, row.tenant)
         self.context.catalog.delete(row.snapshot_id, row.tenant)
 
-    async def _drop(self, orphans: Sequence[UnreferencedSegment]) -> None:
+    async def _drop(self, engine: EngineInfo, orphans: Sequence[UnreferencedSegment]) -> None:
         """Files of this engine's namespace go through the ranks, which may hold them in RAM."""
         context = self.context
-        engine = await context.engine()
         by_rank: list[list[str]] = [[] for _ in range(engine.world_size)]
         for orphan in orphans:
             if orphan.shard.namespace == engine.namespace.id:
@@ -197,12 +198,13 @@ class SnapshotService:
                     context.store.delete_segment, orphan.shard, orphan.segment_id
                 )
         if any(by_rank):
-            await context.ranks.drop(by_rank)
+            await context.ranks.drop(engine.namespace.id, by_rank)
         await context.in_catalog(context.catalog.forget_segments, orphans)
 
     async def stats(self) -> dict[str, Any]:
-        """Counters of the service and of every rank, and what waits now."""
-        service = self.context.stats
+        """Counters of the service and of every rank, what waits now, and the store's health."""
+        service, catalog = self.context.stats, self.context.catalog
+        store = await self.context.in_store(self.context.store.health)
         return {
             "service": {name: getattr(service, name) for name in service.__slots__},
             "queues": {
@@ -213,4 +215,6 @@ class SnapshotService:
             },
             "ranks": await self.context.ranks.stats(),
             "stored_boundaries": len(self.context.boundaries),
+            "store": asdict(store),
+            "catalog": asdict(catalog.report),
         }

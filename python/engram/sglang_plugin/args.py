@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import uuid
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NoReturn, get_args, get_origin
 
@@ -239,7 +240,6 @@ REFUSED: Final = (
     ),
     ("enable_lora", None, "LoRA adapters", "drop --enable-lora"),
     ("lora_paths", None, "LoRA adapters", "drop --lora-paths"),
-    ("enable_memory_saver", False, "releasing memory", "drop --enable-memory-saver"),
     ("enable_linear_replayssm", False, "ReplaySSM", "drop --enable-linear-replayssm"),
     (
         "enable_session_radix_cache",
@@ -283,7 +283,11 @@ def _switch_on(args: argparse.Namespace, settings: Settings) -> None:
     args.unified_cache_external_linker_config = {
         "linker": LINKER,
         "linker_module_path": LINKER_MODULE,
-        "linker_extra_config": {"settings": settings.model_dump(mode="json")},
+        "linker_extra_config": {
+            "settings": settings.model_dump(mode="json"),
+            # The same in every process of this server, and in no other server.
+            "launch_id": uuid.uuid4().hex,
+        },
     }
 
 

@@ -10,6 +10,12 @@ of a real model is tens of MiB.
 
 While a copy is running its path is locked in the tree, so the device memory it reads cannot be
 given to another request; `check_hicache_events`, which every scheduler step calls, unlocks it.
+
+States are those of the weights that made them.  A request is marked with the weights it computes
+with when the tree is asked for its prefix, for from there on it computes.  If others have come
+before it ends, its state is a mixture: it is not captured, and the tree it was inserted into is
+*stale*, as is one that the weights changed under.  From a stale tree nothing is captured, and
+nothing is loaded on top of it, until SGLang empties it (`/flush_cache`).
 """
 
 from __future__ import annotations
@@ -30,6 +36,7 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from engram.sglang_plugin.contain import Containment, contained
 from engram.sglang_plugin.linker import EngramLinker
 from engram.sglang_plugin.streams import SideStream
+from engram.tiers.manager import TierManager
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +68,12 @@ class EngramLinkerWrapper(UnifiedCacheLinkerWrapper):
     def match(self, key: Any, req: Any, result: Any) -> Any:
         # Upstream never clears the marker of a hit that has since vanished.
         self.hit_markers.pop(req.rid, None)
-        return super().match(key, req, result)
+        if not self.cache.stale:
+            result = super().match(key, req, result)
+        if req.rid not in self.hit_markers:
+            # Nothing was promised: what the request waited for is in VRAM, or of no use.
+            self.cache_linker.tiers.release(req.rid)
+        return result
 
     def release_request(self, rid: str) -> None:
         super().release_request(rid)
@@ -78,7 +90,6 @@ class EngramRadixCache(UnifiedRadixCache):
         self.linker = EngramLinkerWrapper(self, cache_linker)
         self.containment: Containment = cache_linker.containment
         self.rank = cache_linker.rank
-        self.tiers = cache_linker.tiers
         self._pools = cache_linker.device_pools
         self._stream = SideStream(self._pools.device, cache_linker.forward_stream)
         self._has_state = ComponentType.MAMBA in self.components
@@ -87,11 +98,48 @@ class EngramRadixCache(UnifiedRadixCache):
         self._locks: dict[int, Any] = {}
         self._copied: deque[int] = deque()
         self._next_lock = 0
+        self._empty = True
+        self._stale = False
+
+    @property
+    def tiers(self) -> TierManager:
+        """The tiers of the weights that the model computes with now."""
+        return self.rank.tiers
+
+    @property
+    def stale(self) -> bool:
+        """Whether the tree may hold states that other weights made."""
+        return self._stale
+
+    @property
+    def locks(self) -> int:
+        """Paths that are locked because a copy of them is running."""
+        return len(self._locks)
+
+    def weights_changed(self, name: str) -> None:
+        """The model computes with other weights from here on; on the scheduler thread."""
+        if not self.rank.change_weights(name):
+            return
+        self._stale = not self._empty
+        logger.info(
+            "Engram: the weights are %s now, namespace %s%s",
+            name,
+            self.rank.namespace.id[:12],
+            "; nothing is saved until the cache is flushed" if self._stale else "",
+        )
 
     # ---- upstream's calls ----
 
+    def match_prefix(self, params: Any) -> Any:
+        """Mark the request that will compute what is not found: with which weights."""
+        if params.req is not None:
+            params.req.engram_epoch = None if self._stale else self.rank.epoch
+        return super().match_prefix(params)
+
     def checkpoint(self, req: Any, *, up_to: int, **kwargs: Any) -> None:
         """Remember whose finished tokens the inserts inside are."""
+        if getattr(req, "engram_epoch", None) != self.rank.epoch:
+            self._stale = True
         self._finishing = req if req.finished() else None
         try:
             super().checkpoint(req, up_to=up_to, **kwargs)
@@ -101,6 +149,7 @@ class EngramRadixCache(UnifiedRadixCache):
     def insert(self, params: Any) -> Any:
         """Insert, then reconcile a finished request's path with the boundary index."""
         result = super().insert(params)
+        self._empty = False
         # Of the inserts inside one checkpoint the first is the whole sequence.
         req, self._finishing = self._finishing, None
         if req is not None:
@@ -115,6 +164,7 @@ class EngramRadixCache(UnifiedRadixCache):
     def reset(self) -> None:
         """The tree is emptied: its locks die with it."""
         super().reset()
+        self._empty, self._stale = True, False
         if getattr(self, "_locks", None) is not None:
             self._locks.clear()
             self._copied.clear()
@@ -124,6 +174,9 @@ class EngramRadixCache(UnifiedRadixCache):
     @contained("capture")
     def _reconcile(self, req: Any, params: Any, result: Any) -> None:
         if self._has_state and params.mamba_value is None:
+            return
+        if self._stale:
+            self.tiers.ram.stats.capture_stale += 1
             return
         turn = self._capture(result.last_device_node, params.key.token_ids)
         if turn is not None:
@@ -198,6 +251,8 @@ class EngramRadixCache(UnifiedRadixCache):
 
     def resident(self, token_ids: Any, extra_key: str | None, cache_salt: str | None) -> Resident:
         """How much of a token sequence the tree could serve without any load."""
+        if self._stale:
+            return Resident(0, None)
         result = self._match(token_ids, extra_key, cache_salt)
         slot = None
         if result.device_prefix_len and self._has_state:
@@ -209,6 +264,8 @@ class EngramRadixCache(UnifiedRadixCache):
         self, token_ids: Any, extra_key: str | None, cache_salt: str | None
     ) -> FinishedTurn | None:
         """Capture a sequence that the tree holds to its last token; None if it does not."""
+        if self._stale:
+            return None
         result = self._match(token_ids, extra_key, cache_salt)
         if result.device_prefix_len != len(token_ids):
             return None

@@ -21,6 +21,7 @@ LINKER: Final = SRT + "mem_cache.unified_cache.unified_cache_linker."
 HTTP: Final = SRT + "entrypoints.http_server."
 TOKENIZER: Final = SRT + "managers.tokenizer_manager.TokenizerManager."
 SCHEDULER: Final = SRT + "managers.scheduler.Scheduler."
+WEIGHTS: Final = SRT + "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
 
 EXPECTED: Final[dict[str, str]] = {
     SRT + "server_args.ServerArgs.add_cli_args": "parser",
@@ -30,6 +31,8 @@ EXPECTED: Final[dict[str, str]] = {
     "run_detokenizer_process_func=, execute_warmup_func=, launch_callback=",
     HTTP + "_setup_and_run_http_server": "server_args, tokenizer_manager, template_manager, "
     "port_args, scheduler_infos, subprocess_watchdog, execute_warmup_func=, launch_callback=",
+    SRT + "configs.update_config.adjust_config_with_unaligned_cpu_tp": "model_config, "
+    "load_config, tp_size",
     SRT + "mem_cache.registry.create_unified_radix_cache": "ctx, *, cache_class=",
     SRT + "mem_cache.cpp_utils.native_hash.get_native_hash": "token_ids, prior_digest, page_size=",
     SRT + "mem_cache.cpp_utils.native_hash._native_hash_input": "token_ids",
@@ -70,6 +73,20 @@ EXPECTED: Final[dict[str, str]] = {
     TOKENIZER + "_send_batch_request": "self, tokenized_objs",
     TOKENIZER + "sigterm_watchdog": "self",
     TOKENIZER + "_handle_batch_output": "self, recv_obj",
+    TOKENIZER + "update_weights_from_disk": "self, obj, request=",
+    TOKENIZER + "update_weights_from_tensor": "self, obj, request=",
+    TOKENIZER + "update_weights_from_distributed": "self, obj, request=",
+    TOKENIZER + "update_weights_from_ipc": "self, obj, request=",
+    TOKENIZER + "begin_weight_update": "self, obj, request=",
+    TOKENIZER + "end_weight_update": "self, obj, request=",
+    TOKENIZER + "release_memory_occupation": "self, obj, request=",
+    WEIGHTS + "update_weights_from_disk": "self, recv_req",
+    WEIGHTS + "update_weights_from_tensor": "self, recv_req",
+    WEIGHTS + "update_weights_from_distributed": "self, recv_req",
+    WEIGHTS + "update_weights_from_ipc": "self, recv_req",
+    WEIGHTS + "begin_weight_update": "self, recv_req",
+    WEIGHTS + "end_weight_update": "self, recv_req",
+    WEIGHTS + "release_memory_occupation": "self, recv_req",
     SRT + "managers.io_struct.hook_custom_types": "*new_types",
     SRT + "managers.io_struct.sock_send": "socket, obj, flags=",
     SRT + "utils.auth.auth_level": "level",

@@ -25,7 +25,9 @@ from engram.errors import (
     DeadlineError,
     EngramError,
     InternalError,
+    NamespaceChangedError,
     RamTierFullError,
+    StaleTreeError,
     error_from_dict,
 )
 from engram.sglang_plugin.keys import page_keys
@@ -38,6 +40,7 @@ from engram.sglang_plugin.messages import (
     ProbeRequest,
     PromoteRequest,
     ReleaseRequest,
+    StateRequest,
     StatsRequest,
 )
 from engram.snapshot.manifest import SegmentRef
@@ -45,6 +48,7 @@ from engram.tiers.base import Boundary, Persisted, Promoted, Tier
 
 if TYPE_CHECKING:
     from engram.sglang_plugin.cache import EngramRadixCache
+    from engram.tiers.manager import TierManager
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +74,6 @@ class RankControl:
 
     def __init__(self, cache: EngramRadixCache, replies: ReplySocket) -> None:
         self._cache = cache
-        self._tiers = cache.tiers
         self._rank = cache.rank
         self._replies = replies
         self.handlers: dict[type[EngramRequest], Callable[[Any], None]] = {
@@ -91,6 +94,7 @@ class RankControl:
             # A paused engine skips the scheduler's poll point, but not its requests.
             self._cache.unlock_copied()
             try:
+                self._check_namespace(request)
                 answer = method(request)
             except Exception as error:
                 self._reply(request, error=error)
@@ -101,6 +105,16 @@ class RankControl:
                 self._reply(request, result=answer)
 
         return handle
+
+    @property
+    def _tiers(self) -> TierManager:
+        return self._rank.tiers
+
+    def _check_namespace(self, request: EngramRequest) -> None:
+        if isinstance(request, StateRequest) and request.namespace != self._rank.shard.namespace:
+            raise NamespaceChangedError(
+                "the server's weights have changed since this was asked for", hint="ask again"
+            )
 
     def _settle(self, request: EngramRequest, done: Future[Result]) -> None:
         error = done.exception()
@@ -166,6 +180,12 @@ class RankControl:
         held = ram.get(keys[-1])
         if held is not None and ram.whole(held):
             return held
+        if self._cache.stale:
+            raise StaleTreeError(
+                f"the state at token {end} cannot be saved: the weights have changed, and SGLang's "
+                "cache has not been flushed since",
+                hint="POST /flush_cache when no request is running, then save again",
+            )
         captured = self._cache.capture_resident(tokens, request.extra_key, request.cache_salt)
         if captured is None:
             raise CaptureLostError(
@@ -240,9 +260,12 @@ class RankControl:
         return {
             "ram_bytes": ram.used,
             "ram_capacity": ram.capacity,
-            "ram_held_bytes": ram.held_bytes,
-            "boundaries": len(ram),
+            "ram_held_bytes": ram.held,
             **self._tiers.depths(),
+            "tree_locks": self._cache.locks,
+            "boundaries": len(ram),
+            "weights_changes": self._rank.epoch,
+            "stale_tree": self._cache.stale,
             **asdict(ram.stats),
         }
 

@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+import msgspec
+
 from engram.conversation.turns import FinishedRequest, Tag
 from engram.core.namespace import Namespace
 from engram.core.tokens import TokenArray
@@ -49,14 +51,14 @@ class SglangRanks:
             first["model_name"],
         )
 
-    async def locate(self, request: FinishedRequest, boundary: int) -> Located:
+    async def locate(self, namespace: str, request: FinishedRequest, boundary: int) -> Located:
         """Where a snapshot of the request would end."""
-        answer = (await self._persist(request, boundary, locate=True))[0]
+        answer = (await self._persist(namespace, request, boundary, locate=True))[0]
         return Located(answer["boundary"], answer["key"])
 
-    async def persist(self, request: FinishedRequest, boundary: int) -> Stored:
+    async def persist(self, namespace: str, request: FinishedRequest, boundary: int) -> Stored:
         """Make the state at the request's end durable on every rank."""
-        answers = await self._persist(request, boundary, locate=False)
+        answers = await self._persist(namespace, request, boundary, locate=False)
         chains = tuple(
             tuple(SegmentRef.model_validate(ref) for ref in answer["refs"]) for answer in answers
         )
@@ -68,11 +70,12 @@ class SglangRanks:
         )
 
     async def _persist(
-        self, request: FinishedRequest, boundary: int, *, locate: bool
+        self, namespace: str, request: FinishedRequest, boundary: int, *, locate: bool
     ) -> list[Result]:
         return await self._client.ask(
             PersistRequest,
             timeout=PERSIST_TIMEOUT_S,
+            namespace=namespace,
             request_rid=request.rid,
             tokens=request.tokens.tolist(),
             boundary=boundary,
@@ -83,6 +86,7 @@ class SglangRanks:
 
     async def promote(
         self,
+        namespace: str,
         chains: Chains,
         *,
         owner: str,
@@ -97,6 +101,7 @@ class SglangRanks:
         answers = await self._client.ask(
             PromoteRequest,
             timeout=timeout,
+            namespace=namespace,
             refs=[[ref.model_dump(mode="json") for ref in chain] for chain in chains],
             owner=owner,
             seconds=seconds,
@@ -118,19 +123,24 @@ class SglangRanks:
         """Nobody waits for the promotions of `owner` any longer."""
         self._client.tell(ReleaseRequest, owner=owner)
 
-    async def tier(self, key: str, tokens: TokenArray) -> str:
+    async def tier(self, namespace: str, key: str, tokens: TokenArray) -> str:
         """The fastest tier in which every rank holds the sequence."""
         answers = await self._client.ask(
-            ProbeRequest, timeout=ANSWER_TIMEOUT_S, key=key, tokens=tokens.tolist()
+            ProbeRequest,
+            timeout=ANSWER_TIMEOUT_S,
+            namespace=namespace,
+            key=key,
+            tokens=tokens.tolist(),
         )
         slowest: str = max((a["tier"] for a in answers), key=("vram", "ram", "disk").index)
         return slowest
 
-    async def drop(self, segment_ids: Sequence[Sequence[str]]) -> None:
+    async def drop(self, namespace: str, segment_ids: Sequence[Sequence[str]]) -> None:
         """Delete segment files that no manifest names."""
         await self._client.ask(
             DropRequest,
             timeout=PERSIST_TIMEOUT_S,
+            namespace=namespace,
             segment_ids=[list(ids) for ids in segment_ids],
         )
 
@@ -221,9 +231,19 @@ class SglangGenerator:
                 f"sampling_params: SGLang knows no {', '.join(unknown)}",
                 details={"field": f"sampling_params.{unknown[0]}"},
             )
+        for name, value in sampling_params.items():
+            # What no int32 tensor holds ends the scheduler; a seed is a 64-bit number.
+            if isinstance(value, int) and name != "sampling_seed" and not -(2**31) <= value < 2**31:
+                raise InvalidRequestError(
+                    f"sampling_params: {name} has more than 32 bits",
+                    details={"field": f"sampling_params.{name}"},
+                )
         try:
-            self._manager.sampling_params_class(**sampling_params).verify(vocab_size)
-        except (TypeError, ValueError) as error:
+            params = self._manager.sampling_params_class(**sampling_params)
+            params.verify(vocab_size)
+            # The way to the scheduler, whose loop a value of a wrong type would end.
+            msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=type(params))
+        except (TypeError, ValueError, OverflowError, msgspec.MsgspecError) as error:
             raise InvalidRequestError(
                 f"sampling_params: {error}", details={"field": "sampling_params"}
             ) from error

@@ -7,6 +7,7 @@ not where their classes are defined.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -90,6 +91,7 @@ def before_setup_and_run_http_server(
         SglangGenerator(tokenizer_manager),
     )
     _watch_requests(tokenizer_manager, service)
+    _watch_weights(tokenizer_manager, service)
     for router in (compatible_router(service), memory_router(service)):
         app.include_router(_marked(router))
     app.add_middleware(TaggingMiddleware)
@@ -106,6 +108,8 @@ def _report(store: DiskStore, catalog: Catalog) -> None:
         counts.conversations,
         counts.segment_bytes / 1e6,
     )
+    if store.marker_rebuilt:
+        logger.warning("Engram: the marker of the snapshot store was damaged or lost; rebuilt")
     if healed.rebuilt_because and counts.snapshots:
         logger.warning("Engram: the catalog was rebuilt: %s", healed.rebuilt_because)
     for damage in healed.damaged:
@@ -197,6 +201,35 @@ def _watch_requests(manager: Any, service: SnapshotService) -> None:
     manager._send_batch_request = send_batch_request
     manager._handle_batch_output = handle_batch_output
     manager.generate_request = generate_request
+
+
+CHANGING_WEIGHTS: Final = (
+    "update_weights_from_disk",
+    "update_weights_from_tensor",
+    "update_weights_from_distributed",
+    "update_weights_from_ipc",
+    "begin_weight_update",
+    "end_weight_update",
+    "release_memory_occupation",
+)
+"""Methods of the tokenizer manager after which the ranks may have another namespace."""
+
+
+def _watch_weights(manager: Any, service: SnapshotService) -> None:
+    """Forget who the engine is before the client hears that its weights have changed."""
+
+    def forgetting(change: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(change)
+        async def wrapper(*args: Any, **kw: Any) -> Any:
+            try:
+                return await change(*args, **kw)
+            finally:
+                service.context.forget_engine()
+
+        return wrapper
+
+    for name in CHANGING_WEIGHTS:
+        setattr(manager, name, forgetting(getattr(manager, name)))
 
 
 async def _admit(service: SnapshotService, tokenized: Any) -> None:

@@ -30,6 +30,7 @@ from engram.sglang_plugin.pools import DevicePools, Kind, resolve_pools
 from engram.sglang_plugin.rank import RankContext, open_rank
 from engram.sglang_plugin.streams import SideStream
 from engram.tiers.base import Boundary
+from engram.tiers.manager import TierManager
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 class _Load:
     """One request's load: rows (after, boundary.end] of a held chain, into these device slots."""
 
+    tiers: TierManager
     held: tuple[Boundary, ...]
     after: int
     kv_slots: torch.Tensor
@@ -59,9 +61,9 @@ class EngramLinker(UnifiedCacheLinker):
         self.forward_stream = forward_stream
         self.device_pools: DevicePools = resolve_pools(params)
         self.page_size: int = params.page_size
-        self.rank: RankContext = open_rank(params, self.device_pools, extra_config)
-        self.tiers = self.rank.tiers
-        self.containment = Containment(self.tiers.ram.stats)
+        self.rank: RankContext = open_rank(server_args, params, self.device_pools, extra_config)
+        self.stats = self.rank.tiers.ram.stats
+        self.containment = Containment(self.stats)
         self.pools = {PoolName.KV: self.device_pools}
         if self.device_pools.has_state:
             self.pools[PoolName.MAMBA] = self.device_pools
@@ -74,6 +76,11 @@ class EngramLinker(UnifiedCacheLinker):
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="engram-load")
         self._queued: dict[str, _Load] = {}
         self._acknowledged = 0
+
+    @property
+    def tiers(self) -> TierManager:
+        """The tiers of the weights that the model computes with now."""
+        return self.rank.tiers
 
     # ---- lookup and load ----
 
@@ -102,7 +109,7 @@ class EngramLinker(UnifiedCacheLinker):
         state = None
         if self.device_pools.has_state:
             state = _transfer(transfers, PoolName.MAMBA).device_indices.long()
-        self._queued[rid] = _Load(held, after, kv.device_indices.long(), state)
+        self._queued[rid] = _Load(self.tiers, held, after, kv.device_indices.long(), state)
         return True
 
     def start_layer_wise_loading(self) -> int:
@@ -125,12 +132,12 @@ class EngramLinker(UnifiedCacheLinker):
         load = self._queued.pop(rid, None)
         if load is None:
             return False
-        self.tiers.ram.release(load.held)
+        load.tiers.ram.release(load.held)
         return True
 
     def _run(self, index: int, loads: Sequence[_Load], fence: Any) -> None:
         try:
-            sources = [[(node, self.tiers.views(node)) for node in load.held] for load in loads]
+            sources = [[(node, load.tiers.views(node)) for node in load.held] for load in loads]
             with self._stream.after(fence):
                 for layer in range(self.device_pools.num_layers):
                     for load, chain in zip(loads, sources, strict=True):
@@ -138,15 +145,15 @@ class EngramLinker(UnifiedCacheLinker):
                     self._stream.synchronize()
                     self.layer_done_counter.complete(index, layer)
         except Exception as error:
-            self.tiers.ram.stats.contained_errors += 1
+            self.stats.contained_errors += 1
             logger.exception("Engram: a layer-wise load failed; its requests are aborted")
             self.layer_done_counter.fail(index, error)
         else:
-            self.tiers.ram.stats.loads += len(loads)
-            self.tiers.ram.stats.loaded_tokens += sum(len(load.kv_slots) for load in loads)
+            self.stats.loads += len(loads)
+            self.stats.loaded_tokens += sum(len(load.kv_slots) for load in loads)
         finally:
             for load in loads:
-                self.tiers.ram.release(load.held)
+                load.tiers.ram.release(load.held)
 
     def _scatter(
         self, layer: int, load: _Load, chain: Sequence[tuple[Boundary, dict[str, torch.Tensor]]]
@@ -156,10 +163,10 @@ class EngramLinker(UnifiedCacheLinker):
                 assert load.state_slot is not None
                 _write(buffer.tensor, load.state_slot, chain[-1][1][buffer.name])
                 continue
-            for node, views in chain:
+            for node, source in chain:
                 first = max(node.start, load.after)
                 slots = load.kv_slots[first - load.after : node.end - load.after]
-                _write(buffer.tensor, slots, views[buffer.name][first - node.start :])
+                _write(buffer.tensor, slots, source[buffer.name][first - node.start :])
 
     # ---- offload: acknowledged, never used ----
 
@@ -183,10 +190,14 @@ class EngramLinker(UnifiedCacheLinker):
         """The tree was emptied: stop touching device memory, keep RAM and disk."""
         for rid in list(self._queued):
             self.cancel_queued_load(rid)
-        self._threads.submit(lambda: None).result()
-        self.tiers.quiesce()
+        self.quiesce()
         self._acknowledged = 0
         self.layer_done_counter.reset()
+
+    def quiesce(self) -> None:
+        """Return when nothing of ours touches device memory any more."""
+        self._threads.submit(lambda: None).result()
+        self.tiers.quiesce()
 
     def close(self) -> None:
         """Finish what was asked for and stop the threads."""

@@ -27,7 +27,17 @@ class DescribeRequest(EngramRequest, kw_only=True):
     """Ask a rank who it is: namespace, page size, model, store shard."""
 
 
-class PersistRequest(EngramRequest, kw_only=True):
+class StateRequest(EngramRequest, kw_only=True):
+    """Base of those that speak of stored state: `namespace` is the one they believe the rank has.
+
+    Weights may change while a request is on its way.  A rank with another namespace answers with
+    `NamespaceChangedError` instead of taking what is named for missing or damaged.
+    """
+
+    namespace: str
+
+
+class PersistRequest(StateRequest, kw_only=True):
     """Make the state at the end of a sequence durable.
 
     `request_rid` names the finished request whose tokens these are, when it is known; `tokens` are
@@ -43,7 +53,7 @@ class PersistRequest(EngramRequest, kw_only=True):
     cache_salt: str | None = None
 
 
-class PromoteRequest(EngramRequest, kw_only=True):
+class PromoteRequest(StateRequest, kw_only=True):
     """Bring a stored chain into RAM and lease it; `refs` has one chain a rank, as plain dicts."""
 
     refs: list[list[dict[str, Any]]]
@@ -55,7 +65,7 @@ class PromoteRequest(EngramRequest, kw_only=True):
     cache_salt: str | None = None
 
 
-class ProbeRequest(EngramRequest, kw_only=True):
+class ProbeRequest(StateRequest, kw_only=True):
     """Ask in which tier a stored sequence is; `key` is the page key at the end of `tokens`."""
 
     key: str
@@ -64,7 +74,7 @@ class ProbeRequest(EngramRequest, kw_only=True):
     cache_salt: str | None = None
 
 
-class DropRequest(EngramRequest, kw_only=True):
+class DropRequest(StateRequest, kw_only=True):
     """Delete segment files that no manifest names; `segment_ids` has one list a rank."""
 
     segment_ids: list[list[str]]

@@ -12,6 +12,7 @@ from typing import Any
 
 from engram.errors import EngramError
 from engram.sglang_plugin import compat, cpu
+from engram.sglang_plugin.compat import WEIGHTS
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +102,34 @@ def around_get_native_hash(original: Callable[..., Any], *args: Any, **kwargs: A
     return replace_native_hash(*args, **kwargs)
 
 
+def around_update_weights_from_disk(original: Callable[..., Any], *args: Any) -> Any:
+    """Name the new weights in the rank's namespace."""
+    from engram.sglang_plugin.weights import update_from_disk
+
+    return update_from_disk(original, *args)
+
+
+def around_weight_update(original: Callable[..., Any], *args: Any) -> Any:
+    """Give weights that no directory holds a name of their own."""
+    from engram.sglang_plugin.weights import update_at_runtime
+
+    return update_at_runtime(original, *args)
+
+
+def around_update_weights_from_ipc(original: Callable[..., Any], *args: Any) -> Any:
+    """The same, for the update that needs no session."""
+    from engram.sglang_plugin.weights import update_from_ipc
+
+    return update_from_ipc(original, *args)
+
+
+def around_release_memory_occupation(original: Callable[..., Any], *args: Any) -> Any:
+    """Finish the copies before their memory is unmapped."""
+    from engram.sglang_plugin.weights import release_memory
+
+    return release_memory(original, *args)
+
+
 HOOKS: dict[str, tuple[Callable[..., Any], str]] = {
     "sglang.srt.server_args.ServerArgs.add_cli_args": (after_add_cli_args, "after"),
     "sglang.srt.server_args.ServerArgs.from_cli_args": (around_from_cli_args, "around"),
@@ -121,5 +150,12 @@ HOOKS: dict[str, tuple[Callable[..., Any], str]] = {
         around_get_native_hash,
         "around",
     ),
+    WEIGHTS + "update_weights_from_disk": (around_update_weights_from_disk, "around"),
+    WEIGHTS + "update_weights_from_tensor": (around_weight_update, "around"),
+    WEIGHTS + "update_weights_from_distributed": (around_weight_update, "around"),
+    WEIGHTS + "update_weights_from_ipc": (around_update_weights_from_ipc, "around"),
+    WEIGHTS + "begin_weight_update": (around_weight_update, "around"),
+    WEIGHTS + "end_weight_update": (around_weight_update, "around"),
+    WEIGHTS + "release_memory_occupation": (around_release_memory_occupation, "around"),
 }
 """Upstream's name -> (our hook, how it is applied)."""

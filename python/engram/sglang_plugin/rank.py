@@ -1,17 +1,24 @@
-"""What one scheduler rank owns: its shard of the store, its RAM tier, and who it is."""
+"""What one scheduler rank owns: its shard of the store, its RAM tier, and who it is.
+
+Who it is changes when the weights do.  `RankContext.change_weights` is the only place where that
+happens: other tiers, over another shard, take over from one scheduler step to the next, and the
+ones before finish what was asked of them and are closed by a thread of their own.
+"""
 
 from __future__ import annotations
 
 import os
+import threading
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
 
 import torch
 
+from engram.core.canonical import blake3_hex, canonical_json
 from engram.core.namespace import Namespace
 from engram.core.settings import Settings
-from engram.core.weights import config_digest, weights_digest
+from engram.core.weights import Checkpoint, config_digest
 from engram.sglang_plugin.pools import DevicePools
 from engram.snapshot.segment import VERSION as SEGMENT_VERSION
 from engram.snapshot.segment import Shard
@@ -19,10 +26,38 @@ from engram.store.disk import DiskStore
 from engram.tiers.manager import TierManager
 from engram.tiers.ram import RamTier
 
+WEIGHTS: Final = "model.weights"
+"""The field of the namespace that says which weights the model computes with."""
+
+READ_FROM_FILES: Final = frozenset(
+    {
+        *("auto", "pt", "safetensors", "npcache", "mistral", "fastsafetensors", "gguf"),
+        *("bitsandbytes", "layered", "instanttensor", "runai_streamer"),
+    }
+)
+"""Values of `--load-format` with which a model has the weights that its directory holds."""
+
 
 @dataclass(frozen=True)
+class Launch:
+    """What a rank was started with.
+
+    `id` is the same on all ranks of a server and of no other server; `checkpoint` is None where the
+    weights are not those of a directory (`--load-format dummy`).
+    """
+
+    id: str
+    load_format: str
+    verify: Literal["fast", "full"]
+    checkpoint: Checkpoint | None
+
+
+@dataclass
 class RankContext:
-    """The identity and the tiers of one rank."""
+    """The identity and the tiers of one rank.
+
+    `epoch` counts the changes of weights, from 0.
+    """
 
     namespace: Namespace
     shard: Shard
@@ -31,6 +66,10 @@ class RankContext:
     num_layers: int
     model_type: str
     model_name: str
+    launch: Launch
+    epoch: int = 0
+    _runtime: int = 0
+    _retiring: list[threading.Thread] = field(default_factory=list)
 
     def describe(self) -> dict[str, Any]:
         """The answer to a `DescribeRequest`."""
@@ -44,28 +83,70 @@ class RankContext:
             "model_name": self.model_name,
         }
 
+    def runtime_weights(self) -> str:
+        """A name for weights that nothing else has: no state made with them ever matches again.
+
+        It is counted, not drawn, so that all ranks of a server, which see the same updates in the
+        same order, agree.
+        """
+        self._runtime += 1
+        return runtime_name(self.launch.id, self._runtime)
+
+    def change_weights(self, weights: str) -> bool:
+        """Go on under other weights, on the scheduler thread; False if they are those of before.
+
+        Waits for copies off the device, which take milliseconds, not for the disk.
+        """
+        namespace = Namespace({**self.namespace.fields, WEIGHTS: weights})
+        if namespace == self.namespace:
+            return False
+        before = self.tiers
+        before.quiesce()
+        shard = Shard(namespace.id, self.shard.rank, self.shard.world_size)
+        ram = RamTier(before.ram.capacity, pinned=before.ram.pinned, stats=before.ram.stats)
+        tiers = TierManager(ram, before.store, shard, before.layout)
+        self.namespace, self.shard, self.tiers = namespace, shard, tiers
+        self.epoch += 1
+        before.forget()
+        self._retiring = [thread for thread in self._retiring if thread.is_alive()]
+        self._retiring.append(threading.Thread(target=before.close, name="engram-retire"))
+        self._retiring[-1].start()
+        return True
+
     def close(self) -> None:
         """Finish what was asked of the tiers and stop their threads."""
         self.tiers.close()
+        for thread in self._retiring:
+            thread.join()
 
 
 MODEL_CONFIG: ContextVar[Any] = ContextVar("MODEL_CONFIG")
 """Upstream's ModelConfig while the cache is built: the linker's constructor is not given it."""
 
 
-def open_rank(params: Any, pools: DevicePools, extra_config: dict[str, Any]) -> RankContext:
+def open_rank(
+    server_args: Any, params: Any, pools: DevicePools, extra_config: dict[str, Any]
+) -> RankContext:
     """Build the context of this process's rank; called once, while the cache is constructed."""
     from sglang.srt.runtime_context import get_serving
 
     settings = Settings.model_validate(extra_config["settings"])
     rank, world_size = _shard_of(params)
     model = MODEL_CONFIG.get()
-    model_dir = _model_dir(model.model_path)
+    path = model_dir(model.model_path)
+    launch = Launch(
+        extra_config["launch_id"],
+        str(server_args.load_format),
+        settings.snapshot_verify_weights,
+        Checkpoint.read(path, settings.snapshot_verify_weights)
+        if server_args.load_format in READ_FROM_FILES
+        else None,
+    )
     namespace = Namespace(
         {
             "format": SEGMENT_VERSION,
-            "model.config": config_digest(model_dir),
-            "model.weights": weights_digest(model_dir, settings.snapshot_verify_weights),
+            "model.config": config_digest(path),
+            WEIGHTS: launch.checkpoint.digest if launch.checkpoint else runtime_name(launch.id, 0),
             "model.weights_mode": settings.snapshot_verify_weights,
             "model.dtype": str(model.dtype),
             "page_size": params.page_size,
@@ -88,7 +169,13 @@ def open_rank(params: Any, pools: DevicePools, extra_config: dict[str, Any]) -> 
         model.num_hidden_layers,
         model.hf_text_config.model_type,
         get_serving().served_model_name,
+        launch,
     )
+
+
+def runtime_name(launch_id: str, number: int) -> str:
+    """The name of the `number`-th weights of a server that no directory holds."""
+    return "runtime-" + blake3_hex(canonical_json([launch_id, number]))[:32]
 
 
 def _shard_of(params: Any) -> tuple[int, int]:
@@ -98,7 +185,7 @@ def _shard_of(params: Any) -> tuple[int, int]:
     return torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
 
 
-def _model_dir(model_path: str) -> str:
+def model_dir(model_path: str) -> str:
     """The local directory of a model: itself, or where the hub's cache has put it."""
     if os.path.isdir(model_path):
         return model_path

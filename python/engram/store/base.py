@@ -51,13 +51,18 @@ class SegmentStore(ABC):
     ) -> str:
         """Store a segment and return its id. Idempotent: one that is there is not written again.
 
+        One that is there is verified first, since whoever is told that it is stored relies on it;
+        what is damaged or cannot be read gives way to the new file.
         ``payload`` is hashed while it is written; if ``segment_id`` is given and is not its digest
         (memory reused too early), nothing is stored and `InternalError` is raised.
         """
 
     @abstractmethod
-    def has_segment(self, shard: Shard, segment_id: str) -> bool:
-        """Whether the segment is there. Says nothing about its bytes being intact."""
+    def has_segment(self, shard: Shard, segment_id: str, length: int | None = None) -> bool:
+        """Whether the segment is there, and if given, whether its file has ``length`` bytes.
+
+        Cheap: says nothing about its bytes being intact.
+        """
 
     @abstractmethod
     def read_segment(self, shard: Shard, segment_id: str, into: BufferProvider) -> SegmentHeader:
@@ -116,7 +121,8 @@ class ManifestStore(ABC):
 
     @abstractmethod
     def get_manifest(self, snapshot_id: str, tenant: str = "") -> Manifest:
-        """A verified manifest. `NotFoundError`, or `ManifestCorruptError` after quarantining."""
+        """A verified manifest. `NotFoundError`, or `ManifestCorruptError` for one that is damaged,
+        which is quarantined, or lies in quarantine already."""
 
     @abstractmethod
     def delete_manifest(self, snapshot_id: str, tenant: str = "") -> None:
@@ -139,5 +145,24 @@ class ManifestStore(ABC):
             yield self.load_manifest(entry)
 
 
+@dataclass(frozen=True)
+class StoreHealth:
+    """What is wrong, or was and has been healed; sizes in bytes.
+
+    ``quarantined`` files are held now; ``marker_rebuilt`` and ``removed_temps`` (temporary files
+    that a crash had left) are of the opening. ``free_bytes`` is None where it cannot be told.
+    """
+
+    quarantined: int
+    quarantined_bytes: int
+    marker_rebuilt: bool
+    removed_temps: int
+    free_bytes: int | None
+
+
 class Store(SegmentStore, NamespaceStore, ManifestStore):
     """All three: what a server keeps its snapshots in."""
+
+    @abstractmethod
+    def health(self) -> StoreHealth:
+        """What an operator wants to know of the store, without a walk over it."""

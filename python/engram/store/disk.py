@@ -10,7 +10,7 @@ from types import TracebackType
 
 from engram.errors import StoreError
 from engram.snapshot.segment import Shard
-from engram.store.base import Store
+from engram.store.base import Store, StoreHealth
 from engram.store.durable import (
     DirectoryMaker,
     free_bytes,
@@ -113,6 +113,20 @@ class DiskStore(DiskSegments, DiskNamespaces, DiskManifests, Store):
         """Move a file of this store aside; where it is now, or None if it could not be moved."""
         return self._quarantine.take(path, reason)
 
+    def health(self) -> StoreHealth:
+        quarantined, quarantined_bytes = self._quarantine.size()
+        return StoreHealth(
+            quarantined,
+            quarantined_bytes,
+            self.marker_rebuilt,
+            self.removed_temps,
+            self.free_bytes(),
+        )
+
+    def quarantined_names(self) -> frozenset[str]:
+        """The names that files had before they were found damaged and moved aside."""
+        return self._quarantine.names()
+
     def stats(self) -> StoreStats:
         """Count everything, by a walk over the whole store."""
         counts: dict[Shard, int] = {}
@@ -124,7 +138,7 @@ class DiskStore(DiskSegments, DiskNamespaces, DiskManifests, Store):
             segments=counts,
             segment_bytes=total,
             manifests=len(self.list_manifests()),
-            quarantined=self._quarantine.count(),
+            quarantined=self._quarantine.size()[0],
             free_bytes=self.free_bytes(),
         )
 

@@ -13,6 +13,7 @@ from engram.snapshot.segment import Shard
 from engram.store.disk import DiskStore
 from engram.store.filesystem import FileSystem
 from engram.store.layout import Layout
+from engram.store.lock import holder_in, lock_directory
 from engram.store.marker import check_marker
 
 
@@ -84,16 +85,23 @@ def lock_holder(root: Path) -> str | None:
     A shared lock is asked for and given back at once. A running server keeps its own; one that
     starts in those microseconds would be told that the store is in use.
     """
+    path = Layout(root).lock
     try:
-        fd = os.open(Layout(root).lock, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
-        return None
+        fd = None
     try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        if fd is not None:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        # Held also by a server whose lock file somebody has removed.
+        directory = lock_directory(root, fcntl.LOCK_SH) if root.is_dir() else None
+        if directory is not None:
+            os.close(directory)
     except BlockingIOError:
-        return os.pread(fd, 256, 0).decode(errors="replace").strip() or "unknown"
+        return "unknown" if fd is None else holder_in(fd)
     finally:
-        os.close(fd)
+        if fd is not None:
+            os.close(fd)
     return None
 
 

@@ -1,16 +1,31 @@
-"""Damaged files are moved aside with a note saying why, never deleted and never read again."""
+"""Damaged files are moved aside with a note saying why, and never read again.
+
+The newest are kept, as many as the bounds below allow, for whoever wants to repair one.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import secrets
 import time
 from pathlib import Path
+from typing import Final
 
 from engram.core.canonical import canonical_json
 from engram.errors import StoreError
 from engram.store.durable import DirectoryMaker, write_durable
 from engram.store.filesystem import FileSystem
 from engram.store.layout import Layout
+
+logger = logging.getLogger(__name__)
+
+MAX_FILES: Final = 1_000
+MAX_BYTES: Final = 4 << 30
+"""Bounds of what is kept. The newest file is, however large it is."""
+NOTE_SUFFIX: Final = ".reason.json"
+_STAMP_LENGTH: Final = 30
+"""`<20 digits of nanoseconds>-<8 hex>-` before the name a file had."""
 
 
 class Quarantine:
@@ -41,22 +56,58 @@ class Quarantine:
             self._directories.ensure(self._layout.quarantine)
             self._fs.rename(path, target)
         except (OSError, StoreError):
+            logger.warning("Engram: %s is damaged (%s) and cannot be moved aside", path, reason)
             return None
-        try:
+        logger.warning("Engram: %s is damaged (%s); it lies in %s", path, reason, target)
+        # It is moved: only the note, its durability or the room it takes can be missing.
+        with contextlib.suppress(OSError, StoreError):
             write_durable(
-                target.with_name(target.name + ".reason.json"),
+                target.with_name(target.name + NOTE_SUFFIX),
                 [note],
                 needed=len(note),
                 fs=self._fs,
             )
             self._fs.fsync_dir(path.parent)
-        except (OSError, StoreError):
-            return target  # moved; only the note or its durability is missing
+            self._trim()
         return target
 
-    def count(self) -> int:
-        """How many damaged files are held."""
+    def find(self, name: str) -> Path | None:
+        """Where the newest file lies that had this name; None if none is held."""
+        held = [path for path in self._files() if path.name[_STAMP_LENGTH:] == name]
+        return held[-1] if held else None
+
+    def names(self) -> frozenset[str]:
+        """The names that the files held had."""
+        return frozenset(path.name[_STAMP_LENGTH:] for path in self._files())
+
+    def size(self) -> tuple[int, int]:
+        """How many damaged files are held, and their bytes."""
+        sizes = [_size(path) for path in self._files()]
+        return len(sizes), sum(sizes)
+
+    def _files(self) -> list[Path]:
+        """The damaged files, oldest first."""
         if not self._layout.quarantine.is_dir():
-            return 0
-        names = (path.name for path in self._layout.quarantine.iterdir())
-        return sum(not name.endswith(".reason.json") and not name.startswith(".") for name in names)
+            return []
+        found = (path for path in self._layout.quarantine.iterdir() if path.name[0] != ".")
+        return sorted(path for path in found if not path.name.endswith(NOTE_SUFFIX))
+
+    def _trim(self) -> None:
+        """Remove the oldest files beyond the bounds, and their notes."""
+        count = total = 0
+        for path in reversed(self._files()):
+            count += 1
+            total += _size(path)
+            if count == 1 or (count <= MAX_FILES and total <= MAX_BYTES):
+                continue
+            logger.warning("Engram: the quarantine is full: %s is removed", path)
+            for gone in (path, path.with_name(path.name + NOTE_SUFFIX)):
+                with contextlib.suppress(FileNotFoundError):
+                    self._fs.unlink(gone)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0  # removed meanwhile by another process

@@ -115,19 +115,14 @@ class DiskManifests(ManifestStore):
             return self._read(path)
         except ManifestCorruptError as error:
             moved_to = self._quarantine.take(path, error.message)
-            raise ManifestCorruptError(
-                f"the manifest of snapshot {snapshot_id!r} ({path}) is damaged: {error.message}",
-                hint="it was quarantined; restore an earlier snapshot, or put the file back "
-                "from a backup",
-                details={
-                    "snapshot_id": snapshot_id,
-                    "file": str(path),
-                    "quarantined_to": None if moved_to is None else str(moved_to),
-                },
-            ) from None
+            raise _corrupt(snapshot_id, path, f"damaged: {error.message}", moved_to) from None
         except NotFoundError:
+            moved_to = self._quarantine.find(path.name)
+            if moved_to is not None:
+                raise _corrupt(snapshot_id, path, "damaged", moved_to) from None
             raise NotFoundError(
-                f"no snapshot {snapshot_id!r}", details={"snapshot_id": snapshot_id}
+                f"no snapshot {snapshot_id!r}",
+                details={"snapshot_id": snapshot_id, "file": str(path)},
             ) from None
 
     def delete_manifest(self, snapshot_id: str, tenant: str = "") -> None:
@@ -174,6 +169,21 @@ class DiskManifests(ManifestStore):
         if manifest_name(manifest.snapshot_id, manifest.tenant) != path.name:
             raise ManifestCorruptError("it is the manifest of another snapshot")
         return manifest
+
+
+def _corrupt(
+    snapshot_id: str, path: Path, what: str, moved_to: Path | None
+) -> ManifestCorruptError:
+    where = f"; it lies in {moved_to}" if moved_to else ""
+    return ManifestCorruptError(
+        f"the manifest of snapshot {snapshot_id!r} ({path}) is {what}{where}",
+        hint="restore an earlier snapshot, put the file back from a backup, or delete the snapshot",
+        details={
+            "snapshot_id": snapshot_id,
+            "file": str(path),
+            "quarantined_to": None if moved_to is None else str(moved_to),
+        },
+    )
 
 
 def read_small_file(path: Path, limit: int, fs: FileSystem) -> bytes | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from engram.core.tokens import TokenArray, tokens_from_bytes
 from engram.errors import (
     InternalError,
     SegmentCorruptError,
+    StoreError,
     StoreFormatError,
 )
 from engram.snapshot.digest import PIECE_BYTES, SegmentHasher, check_sealed, pieces, seal
@@ -62,7 +64,7 @@ class DiskSegments(SegmentStore):
             segment_id = seal(header, payload).hex()
         path = self._layout.segment(header.shard, segment_id)
         self._directories.ensure(path.parent)
-        if self._is_whole(path, header):
+        if self._is_intact(header, segment_id):
             # The name may not be durable yet: an earlier put may have failed at that very step.
             sync_directory(path.parent, self._fs)
         else:
@@ -74,8 +76,13 @@ class DiskSegments(SegmentStore):
             )
         return segment_id
 
-    def has_segment(self, shard: Shard, segment_id: str) -> bool:
-        return self._layout.segment(shard, segment_id).is_file()
+    def has_segment(self, shard: Shard, segment_id: str, length: int | None = None) -> bool:
+        path = self._layout.segment(shard, segment_id)
+        try:
+            status = path.stat()
+        except OSError:
+            return False
+        return stat.S_ISREG(status.st_mode) and length in (None, status.st_size)
 
     def read_segment(self, shard: Shard, segment_id: str, into: BufferProvider) -> SegmentHeader:
         with self._opened(shard, segment_id) as segment:
@@ -126,18 +133,17 @@ class DiskSegments(SegmentStore):
                             continue
                         yield StoredSegment(shard, segment_id, size)
 
-    def _is_whole(self, path: Path, header: SegmentHeader) -> bool:
-        """Whether the segment is stored with the right length; quarantines one that is not."""
-        try:
-            size = path.stat().st_size
-        except FileNotFoundError:
+    def _is_intact(self, header: SegmentHeader, segment_id: str) -> bool:
+        """Whether the very segment is stored. A damaged file is quarantined; what the device
+        cannot read is replaced like one that is not there."""
+        if not self.has_segment(header.shard, segment_id):
             return False
-        except OSError as error:
-            raise store_error("look at", path, error) from error
-        if size == header.file_length:
-            return True
-        self._quarantine.take(path, f"has {size} bytes instead of {header.file_length}")
-        return False
+        try:
+            return self.verify_segment(header.shard, segment_id) == header
+        except StoreFormatError:
+            raise
+        except (SegmentCorruptError, StoreError):
+            return False
 
     @contextmanager
     def _opened(self, shard: Shard, segment_id: str) -> Iterator[_OpenSegment]:
@@ -146,7 +152,8 @@ class DiskSegments(SegmentStore):
         try:
             fd = self._fs.open_read(path)
         except FileNotFoundError:
-            raise _corrupt(path, "is missing", None, segment_id) from None
+            moved_to = self._quarantine.find(path.name)
+            raise _corrupt(path, "is missing", moved_to, segment_id) from None
         except OSError as error:
             raise store_error("open", path, error) from error
         try:
@@ -237,7 +244,7 @@ def _file_parts(
 
 
 def _corrupt(path: Path, what: str, moved_to: Path | None, segment_id: str) -> SegmentCorruptError:
-    where = f"; it was moved to {moved_to}" if moved_to else ""
+    where = f"; it lies in {moved_to}" if moved_to else ""
     return SegmentCorruptError(
         f"segment {path} {what}{where}",
         hint="the conversation goes on by computing it again; restore an earlier snapshot, "

@@ -251,14 +251,28 @@ class SegmentStoreContract:
         with pytest.raises(SegmentCorruptError, match="named after"):
             read(store, segment)
 
-    def test_a_segment_cut_short_is_written_again_by_a_put(
+    @pytest.mark.parametrize("change", [cut(-1), cut(0), flip_bit(-40), flip_bit(0)])
+    def test_a_damaged_segment_is_written_again_by_a_put(
+        self, store: SegmentStore, damage: DamageSegment, rng: random.Random, change: Change
+    ) -> None:
+        """Who is told that it is stored would else rely on bytes that are not there."""
+        segment = sample_segment(rng)
+        put(store, segment)
+        damage(segment.header.shard, segment.segment_id, change)
+        put(store, segment)
+        assert read(store, segment)[1] == segment.payload
+
+    def test_presence_can_be_asked_with_a_length(
         self, store: SegmentStore, damage: DamageSegment, rng: random.Random
     ) -> None:
         segment = sample_segment(rng)
+        shard, name, length = segment.header.shard, segment.segment_id, segment.header.file_length
         put(store, segment)
-        damage(segment.header.shard, segment.segment_id, cut(-1))
-        put(store, segment)
-        assert read(store, segment)[1] == segment.payload
+        assert store.has_segment(shard, name, length)
+        assert not store.has_segment(shard, name, length - 1)
+        damage(shard, name, cut(-1))
+        assert store.has_segment(shard, name)
+        assert not store.has_segment(shard, name, length)
 
     def test_an_error_of_the_buffer_passes_through(
         self, store: SegmentStore, rng: random.Random
@@ -396,9 +410,13 @@ class ManifestStoreContract:
         with pytest.raises(ManifestCorruptError, match=manifest.snapshot_id) as caught:
             store.get_manifest(manifest.snapshot_id)
         assert caught.value.details["file"]
-        assert caught.value.details["quarantined_to"]
-        with pytest.raises(NotFoundError):
+        moved_to = caught.value.details["quarantined_to"]
+        assert moved_to
+        with pytest.raises(ManifestCorruptError, match=manifest.snapshot_id) as caught:
             store.get_manifest(manifest.snapshot_id)
+        assert caught.value.details["quarantined_to"] == moved_to, "still the same damage"
+        store.put_manifest(manifest)
+        assert store.get_manifest(manifest.snapshot_id) == manifest
 
     def test_a_manifest_under_another_name_is_damage(
         self, store: ManifestStore, damage_manifest: DamageManifest, manifest: Manifest

@@ -1,4 +1,4 @@
-"""The tiny Granite-4.0-H: attention and Mamba-2 layers, a dense shared MLP in each, no experts."""
+"""The tiny Granite-4.0-H: attention and Mamba-2 layers, and in each a dense MLP, or experts."""
 
 from __future__ import annotations
 
@@ -15,12 +15,30 @@ _TRANSFORMERS_KINDS = {"mamba": "linear_attention", "attention": "full_attention
 
 
 def build(layers: Sequence[str], vocab_size: int, max_length: int) -> GraniteMoeHybridForCausalLM:
-    """Return the model in float32; head counts divide by two, for two tensor-parallel ranks."""
+    """Return the dense model in float32; head counts divide by two, for two ranks."""
+    return _build(layers, vocab_size, max_length, experts=0, experts_per_token=0)
+
+
+def build_moe(
+    layers: Sequence[str], vocab_size: int, max_length: int
+) -> GraniteMoeHybridForCausalLM:
+    """Return the model with six experts, two a token, beside the shared MLP of each layer."""
+    return _build(layers, vocab_size, max_length, experts=6, experts_per_token=2)
+
+
+def _build(
+    layers: Sequence[str],
+    vocab_size: int,
+    max_length: int,
+    *,
+    experts: int,
+    experts_per_token: int,
+) -> GraniteMoeHybridForCausalLM:
     config = GraniteMoeHybridConfig(
         vocab_size=vocab_size,
         hidden_size=128,
         shared_intermediate_size=256,
-        intermediate_size=256,
+        intermediate_size=64 if experts else 256,
         num_hidden_layers=len(layers),
         layer_types=[_TRANSFORMERS_KINDS[kind] for kind in layers],
         num_attention_heads=4,
@@ -34,8 +52,8 @@ def build(layers: Sequence[str], vocab_size: int, max_length: int) -> GraniteMoe
         mamba_d_state=32,
         mamba_n_groups=1,
         mamba_chunk_size=32,
-        num_local_experts=0,
-        num_experts_per_tok=0,
+        num_local_experts=experts,
+        num_experts_per_tok=experts_per_token,
         max_position_embeddings=max_length,
         position_embedding_type="nope",
         tie_word_embeddings=False,

@@ -1,19 +1,25 @@
 """Damage to a stored snapshot, for tests of a store that no server has open.
 
 `rewrite_segment` plays the attacker or the faulty computation: bytes change and every digest is
-made right again, so that nothing but the model's own output can tell. `flip_byte` plays the disk:
-one byte changes and nothing else.
+made right again, so that nothing but the model's own output can tell. `flip_byte` and `DAMAGES`
+play the disk. `rename_namespace` plays a server of other settings, one setting at a time.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
+import torch
+
+from engram.core.namespace import FieldValue, Namespace
 from engram.snapshot.manifest import Manifest, SegmentRef, change_manifest
-from engram.snapshot.segment import BufferSpec, SegmentHeader, Shard
+from engram.snapshot.segment import TOKENS, BufferSpec, SegmentHeader, Shard
 from engram.store.disk import DiskStore
 from engram.store.layout import Layout
+from engram.tiers.payload import views
 
 Edit = Callable[[SegmentHeader, memoryview], None]
 """Changes a payload (writable bytes, laid out as its header says) in place."""
@@ -44,6 +50,77 @@ def rewrite_segment(root: Path, snapshot_id: str, edit: Edit) -> Manifest:
             store.delete_segment(shard, chain[-1].segment_id)
     remove_catalog(root)
     return manifest
+
+
+def add_to_value(buffer: str, change: float) -> Edit:
+    """An edit that adds to the first value of a named buffer, whatever its dtype."""
+
+    def edit(header: SegmentHeader, payload: memoryview) -> None:
+        find_buffer(header, buffer)
+        whole = torch.frombuffer(payload, dtype=torch.uint8)
+        views(whole, header.buffers)[buffer].view(-1)[0] += change
+
+    return edit
+
+
+def rename_namespace(root: Path, snapshot_id: str, **changes: FieldValue) -> Manifest:
+    """Make a snapshot one of a namespace in which some fields have other values.
+
+    Its files are what a server of that namespace would have written: segments, manifest and the
+    namespace's description, all consistent; the next server reads the manifest again. Only the
+    first rank's chain is moved, and no other snapshot may name its segments. Raises
+    `StoreBusyError` while a server has the store.
+    """
+    with DiskStore.open(root) as store:
+        manifest = store.get_manifest(snapshot_id)
+        old = store.get_namespace(manifest.namespace)
+        namespace = Namespace({**old.fields, **changes})
+        shard = Shard(namespace.id, 0, manifest.world_size)
+        chain: list[SegmentRef] = []
+        for ref in manifest.segments[0]:
+            header, payload = read_payload(store, shard_of(manifest), ref.segment_id)
+            renamed = SegmentHeader.plan(
+                shard=shard,
+                key=header.key,
+                start=header.start,
+                end=header.end,
+                parent=chain[-1].segment_id if chain else None,
+                has_state=header.has_state,
+                buffers=[(b.name, b.dtype, b.shape) for b in header.buffers if b.name != TOKENS],
+            )
+            segment_id = store.put_segment(renamed, memoryview(payload))
+            fields = {"segment_id": segment_id, "bytes": renamed.file_length}
+            chain.append(SegmentRef(**{**ref.model_dump(), **fields}))
+        changed = change_manifest(manifest, namespace=namespace.id, segments=(tuple(chain),))
+        store.put_namespace(namespace)
+        store.put_manifest(changed, replace=True)
+        for ref in manifest.segments[0]:
+            store.delete_segment(shard_of(manifest), ref.segment_id)
+    return changed
+
+
+def flip_bit(path: Path) -> None:
+    """Flip one bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def rot(path: Path) -> None:
+    """`flip_bit` as a disk does it: the file's time and everything else stay."""
+    before = path.stat()
+    flip_bit(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+DAMAGES: Final[dict[str, Callable[[Path], None]]] = {
+    "flipped": flip_bit,
+    "rotted": rot,
+    "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "emptied": lambda path: os.truncate(path, 0),
+    "deleted": lambda path: path.unlink(),
+}
+"""What can happen to a file, by name."""
 
 
 def flip_byte(

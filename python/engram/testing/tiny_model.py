@@ -12,14 +12,14 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from engram.testing import granite_hybrid
+from engram.testing import granite_hybrid, llama, mamba2_pure, qwen3
 from engram.testing.tiny_tokenizer import BYTES, SPECIALS, build_tokenizer
 
 MAX_LENGTH = 8192
@@ -31,17 +31,36 @@ class Family:
     """One kind of tiny model.
 
     `build(layers, vocab_size, max_length)` returns the untrained model in float32; `layers` is a
-    sequence of the family's layer kinds, of which `default_layers` is the usual one.
+    sequence of the family's layer kinds, of which `default_layers` is the usual one. `gains` makes
+    the weights of modules (by name) larger where the family has no multiplier of its own for it.
     """
 
     build: Callable[[Sequence[str], int, int], PreTrainedModel]
     layer_kinds: tuple[str, ...]
     default_layers: tuple[str, ...]
+    gains: Mapping[str, float] = field(default_factory=dict)
+
+
+# A wider head gives a reply's best token a lead over the next that rounding cannot take. Sharp
+# queries look at some tokens more than at others; else a reply is soon one token again and again.
+_WIDE_HEAD = {"lm_head": 4.0}
 
 
 FAMILIES = {
     "granite-hybrid": Family(
         granite_hybrid.build, granite_hybrid.LAYER_KINDS, granite_hybrid.DEFAULT_LAYERS
+    ),
+    "granite-moe": Family(
+        granite_hybrid.build_moe, granite_hybrid.LAYER_KINDS, granite_hybrid.DEFAULT_LAYERS
+    ),
+    "mamba2": Family(
+        mamba2_pure.build, mamba2_pure.LAYER_KINDS, mamba2_pure.DEFAULT_LAYERS, _WIDE_HEAD
+    ),
+    "llama": Family(
+        llama.build, llama.LAYER_KINDS, llama.DEFAULT_LAYERS, {**_WIDE_HEAD, "q_proj": 4.0}
+    ),
+    "qwen3": Family(
+        qwen3.build, qwen3.LAYER_KINDS, qwen3.DEFAULT_LAYERS, {**_WIDE_HEAD, "q_norm": 4.0}
     ),
 }
 
@@ -91,7 +110,7 @@ def write_tiny_model(
 
     tokenizer = build_tokenizer(max_length)
     model = spec.build(kinds, len(tokenizer), max_length)
-    fill_weights(model, seed)
+    fill_weights(model, seed, spec.gains)
     model.to(DTYPES[dtype]).save_pretrained(out)
     tokenizer.save_pretrained(out)
     GenerationConfig(
@@ -100,12 +119,14 @@ def write_tiny_model(
     return out
 
 
-def fill_weights(model: PreTrainedModel, seed: int) -> None:
+def fill_weights(
+    model: PreTrainedModel, seed: int, gains: Mapping[str, float] | None = None
+) -> None:
     """Draw every weight of the model from one generator, in the order of the parameters' names.
 
-    Matrices keep the variance of their input. State-space layers forget with half-lives between a
-    few tokens and a thousand (a fresh Mamba-2 has shorter ones), and write into their state enough
-    for a token to be seen a hundred tokens on.
+    Matrices keep the variance of their input, but for the gains that modules have by their names.
+    State-space layers forget with half-lives between a few tokens and a thousand (a fresh Mamba-2
+    has shorter ones), and write into their state enough for a token to be seen a hundred tokens on.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -113,7 +134,7 @@ def fill_weights(model: PreTrainedModel, seed: int) -> None:
         return torch.rand(shape, generator=generator) * (high - low) + low
 
     for name, parameter in sorted(model.named_parameters()):
-        leaf = name.rsplit(".", 1)[-1]
+        *_, module, leaf = name.split(".")
         if leaf == "A_log":
             value = uniform(parameter.shape, math.log(0.05), math.log(1.0))
         elif leaf == "dt_bias":
@@ -124,9 +145,9 @@ def fill_weights(model: PreTrainedModel, seed: int) -> None:
         elif parameter.dim() == 1:
             value = uniform(parameter.shape, -0.1, 0.1)
         else:
-            fan_in = parameter[0].numel()
+            fan_in = parameter.shape[-1]  # of experts too, which lie in one tensor
             value = torch.randn(parameter.shape, generator=generator) / math.sqrt(fan_in)
-        parameter.data.copy_(value)
+        parameter.data.copy_(value * (gains or {}).get(module, 1.0))
 
     # The model never says a role or a byte escape: their logits are 0, and another is above that.
     head = model.get_output_embeddings().weight.data

@@ -59,8 +59,8 @@ class Boundary:
     `parent` is the boundary at `start` (None for a segment that starts the sequence).  Chains are
     object references: a boundary replaced in the index stays whole for whoever holds it.
 
-    `segment_id` and `file_bytes` are those of its file, if it has one.  `wanted` says that somebody
-    asked to keep it, or one that stands on it: all below a wanted boundary is wanted.
+    `segment_id` is that of its file, if it has one.  `wanted` says that somebody asked to keep it,
+    or one that stands on it: all below a wanted boundary is wanted.
     """
 
     key: str
@@ -74,7 +74,6 @@ class Boundary:
     fill: Fill = Fill.FILLING
     filled: Future[None] = field(default_factory=Future)
     segment_id: str | None = None
-    file_bytes: int = 0
     wanted: bool = False
     holders: int = 0
     resident_children: int = 0
@@ -136,6 +135,7 @@ class TierStats:
     captured: int = 0
     capture_refused: int = 0
     capture_failed: int = 0
+    capture_stale: int = 0
     evicted: int = 0
     persisted_segments: int = 0
     persisted_bytes: int = 0

@@ -68,6 +68,17 @@ class _Lease:
     expires: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Below:
+    """What a segment of a chain stands on: in RAM, and by the name it was read under.
+
+    The boundary's own `segment_id` goes when another thread finds its file damaged.
+    """
+
+    boundary: Boundary
+    segment_id: str
+
+
 @dataclass(slots=True)
 class TierManager:
     """Owner of one rank's RAM tier and of its way to the store."""
@@ -182,6 +193,13 @@ class TierManager:
             if lease is not None:
                 self.ram.release(lease.held)
 
+    @property
+    def leases(self) -> int:
+        """How many owners have something leased."""
+        with self.ram.lock:
+            self._expire()
+            return len(self._leases)
+
     def _expire(self) -> None:
         now = self.clock()
         for owner in [o for o, lease in self._leases.items() if lease.expires <= now]:
@@ -248,27 +266,34 @@ class TierManager:
         refs: list[SegmentRef] = []
         written = 0
         for boundary in write.chain:
-            # A reader may forget the file at any moment: what was seen here is what counts.
+            # Readers may find a file of the chain damaged at any time and take its boundary's
+            # segment id away: what this save relies on is in `refs` and read once.
+            parent = refs[-1].segment_id if refs else None
+            header = self._plan(
+                boundary.key, boundary.start, boundary.end, parent, boundary.has_state
+            )
             segment_id = boundary.segment_id
-            if segment_id and not self.store.has_segment(self.shard, segment_id):
-                # Quarantined by whoever read it last, or deleted: a manifest must not name it.
+            if segment_id and not self.store.has_segment(
+                self.shard, segment_id, header.file_length
+            ):
+                # Quarantined, cut or deleted: no manifest may name it.
                 self.ram.lose_file(boundary)
                 segment_id = None
             if segment_id is None:
                 try:
-                    segment_id = self._write_segment(boundary, refs[-1] if refs else None)
+                    segment_id = self._write_segment(boundary, header)
                 except CaptureLostError as lost:
                     lost.details["boundary"] = write.chain[-1].end
                     raise
-                written += boundary.file_bytes
-            refs.append(_ref(boundary, segment_id))
+                written += header.file_length
+            refs.append(_ref(header, segment_id))
             if boundary in write.held:
                 with self.ram.lock:
                     self._let_go(write, boundary)
                     self._start_writes()
         return Persisted(tuple(refs), sum(ref.bytes for ref in refs), written)
 
-    def _write_segment(self, boundary: Boundary, parent: SegmentRef | None) -> str:
+    def _write_segment(self, boundary: Boundary, header: SegmentHeader) -> str:
         try:
             boundary.filled.result(FILL_TIMEOUT_S)
         except Exception as error:
@@ -279,15 +304,8 @@ class TierManager:
         if payload is None:
             # Evicted between being found and being held.
             raise CaptureLostError(f"the state at token {boundary.end} has left memory")
-        header = self._plan(
-            boundary.key,
-            boundary.start,
-            boundary.end,
-            None if parent is None else parent.segment_id,
-            boundary.has_state,
-        )
         segment_id = self.store.put_segment(header, bytes_of(payload))
-        self.ram.mark_durable(boundary, segment_id, header.file_length)
+        self.ram.mark_durable(boundary, segment_id)
         self.ram.stats.persisted_segments += 1
         self.ram.stats.persisted_bytes += header.file_length
         return segment_id
@@ -343,16 +361,14 @@ class TierManager:
     def _promote(
         self, refs: Sequence[SegmentRef], owner: str, seconds: float, exact: bool
     ) -> Promoted:
-        parent: Boundary | None = None
-        before: SegmentRef | None = None
         held: list[Boundary] = []
         read = 0
         try:
-            for ref in refs:
-                boundary, nbytes = self._bring(ref, before, parent, exact)
+            for number, ref in enumerate(refs):
+                below = _Below(held[-1], refs[number - 1].segment_id) if held else None
+                boundary, nbytes = self._bring(ref, below, exact)
                 held.append(boundary)
                 self.ram.want(boundary)
-                parent, before = boundary, ref
                 read += nbytes
             with self.ram.lock:
                 if owner in self._reading:
@@ -362,25 +378,23 @@ class TierManager:
         source = Tier.DISK if read else Tier.RAM
         return Promoted(source, sum(ref.bytes for ref in refs), read)
 
-    def _bring(
-        self, ref: SegmentRef, before: SegmentRef | None, parent: Boundary | None, exact: bool
-    ) -> tuple[Boundary, int]:
-        """The boundary of `ref` on top of `parent`, in RAM and held once, and the bytes read.
+    def _bring(self, ref: SegmentRef, below: _Below | None, exact: bool) -> tuple[Boundary, int]:
+        """The boundary of `ref` on top of `below`, in RAM and held once, and the bytes read.
 
-        `parent` holds the bytes of `before`.  What is reused is of this very file, exact or not: a
-        chain saved later must not name another parent than its segments do.
+        Other bits of the same tokens will not do here: a chain of which one part is stored under
+        another parent could not be restored once it was saved.
         """
         with self.ram.lock:
-            reuse = self.ram.get(ref.key)
+            known = self.ram.get(ref.key)
+            reuse = None
             if (
-                reuse is not None
-                and reuse.in_ram
-                and reuse.parent is parent
-                and reuse.segment_id == ref.segment_id
+                known is not None
+                and known.in_ram
+                and known.segment_id == ref.segment_id
+                and known.parent is (below.boundary if below else None)
             ):
-                self.ram.hold((reuse,))
-            else:
-                reuse = None
+                self.ram.hold((known,))
+                reuse = known
         if reuse is not None:
             try:
                 reuse.filled.result(FILL_TIMEOUT_S)
@@ -388,16 +402,15 @@ class TierManager:
                 self.ram.release((reuse,))
                 raise
             return reuse, 0
-        return self._fetch(ref, before, parent, exact)
+        return self._fetch(ref, below, exact)
 
-    def _fetch(
-        self, ref: SegmentRef, before: SegmentRef | None, parent: Boundary | None, exact: bool
-    ) -> tuple[Boundary, int]:
+    def _fetch(self, ref: SegmentRef, below: _Below | None, exact: bool) -> tuple[Boundary, int]:
+        parent = below.boundary if below else None
         boundary: Boundary | None = None
 
         def into(header: SegmentHeader) -> memoryview:
             nonlocal boundary
-            self._check(header, ref, before)
+            self._check(header, ref, below.segment_id if below else None)
             with self.ram.lock:
                 self._expire()
                 boundary = self.ram.reserve(
@@ -417,7 +430,7 @@ class TierManager:
             raise
         assert boundary is not None
         with self.ram.lock:
-            self.ram.mark_durable(boundary, ref.segment_id, ref.bytes)
+            self.ram.mark_durable(boundary, ref.segment_id)
             self.ram.hold((boundary,))
             known = self.ram.get(ref.key)
             stale = known is not None and not self.ram.loadable(known, 0)
@@ -427,15 +440,9 @@ class TierManager:
         self.ram.stats.promoted_bytes += ref.bytes
         return boundary, ref.bytes
 
-    def _check(self, header: SegmentHeader, ref: SegmentRef, before: SegmentRef | None) -> None:
-        """The file must be the segment that the manifest speaks of, on top of the one before."""
-        expected = self._plan(
-            ref.key,
-            ref.start,
-            ref.end,
-            None if before is None else before.segment_id,
-            ref.has_state,
-        )
+    def _check(self, header: SegmentHeader, ref: SegmentRef, parent: str | None) -> None:
+        """The file must be the segment that the manifest speaks of, on top of its parent."""
+        expected = self._plan(ref.key, ref.start, ref.end, parent, ref.has_state)
         if header == expected:
             return
         found = header.model_dump()
@@ -486,6 +493,13 @@ class TierManager:
         """Return when no capture reads device memory any more."""
         self._copy.submit(lambda: None).result()
 
+    def forget(self) -> None:
+        """Let go of all that no running work holds; what was asked for is still finished."""
+        with self.ram.lock:
+            for owner in list(self._leases):
+                self.release(owner)
+            self.ram.clear()
+
     def close(self) -> None:
         """Finish what was asked for and stop the threads."""
         # What waits is handed on only as what is before it ends.
@@ -513,12 +527,12 @@ class TierManager:
         )
 
 
-def _ref(boundary: Boundary, segment_id: str) -> SegmentRef:
+def _ref(header: SegmentHeader, segment_id: str) -> SegmentRef:
     return SegmentRef(
         segment_id=segment_id,
-        key=boundary.key,
-        start=boundary.start,
-        end=boundary.end,
-        has_state=boundary.has_state,
-        bytes=boundary.file_bytes,
+        key=header.key,
+        start=header.start,
+        end=header.end,
+        has_state=header.has_state,
+        bytes=header.file_length,
     )

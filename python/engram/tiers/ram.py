@@ -31,14 +31,16 @@ class RamTier:
     """Bounded host memory for segments.  Every method may be called from any thread.
 
     `capacity` is in bytes; `pinned` asks for page-locked memory, which device copies need to
-    overlap with computation.
+    overlap with computation; `stats` are the counters to go on with.
     """
 
-    def __init__(self, capacity: int, *, pinned: bool = False) -> None:
+    def __init__(
+        self, capacity: int, *, pinned: bool = False, stats: TierStats | None = None
+    ) -> None:
         self.capacity = capacity
         self.pinned = pinned
         self.used = 0
-        self.stats = TierStats()
+        self.stats = stats or TierStats()
         self.lock = RLock()
         self._index: dict[str, Boundary] = {}
         # What has room here, least recently used first.
@@ -48,6 +50,12 @@ class RamTier:
 
     def __len__(self) -> int:
         return len(self._index)
+
+    @property
+    def held(self) -> int:
+        """Bytes that cannot give way now: leased, being written, loaded or filled."""
+        with self.lock:
+            return sum(node.nbytes for node in chain(self._unwanted, self._wanted) if node.holders)
 
     def get(self, key: str) -> Boundary | None:
         """The boundary stored under `key`, whether or not its bytes are in RAM."""
@@ -165,11 +173,10 @@ class RamTier:
                     del self._unwanted[node]
                     self._wanted[node] = None
 
-    def mark_durable(self, boundary: Boundary, segment_id: str, file_bytes: int) -> None:
+    def mark_durable(self, boundary: Boundary, segment_id: str) -> None:
         """The segment file of this boundary is on disk under `segment_id`."""
         with self.lock:
             boundary.segment_id = segment_id
-            boundary.file_bytes = file_bytes
 
     def forget_files(self, segment_ids: frozenset[str]) -> None:
         """These segment files are gone: their boundaries live on only where bytes are in RAM."""
@@ -185,14 +192,17 @@ class RamTier:
             if not boundary.in_ram:
                 self._unlist(boundary)
 
-    @property
-    def held_bytes(self) -> int:
-        """Bytes that cannot give way now: leased, being written, loaded or filled."""
-        with self.lock:
-            return sum(b.nbytes for b in chain(self._unwanted, self._wanted) if b.holders)
-
     def _queue(self, boundary: Boundary) -> OrderedDict[Boundary, None]:
         return self._wanted if boundary.wanted else self._unwanted
+
+    def clear(self) -> None:
+        """Forget every boundary, and the bytes of those that nobody holds."""
+        with self.lock:
+            for boundary in [*self._unwanted, *self._wanted]:
+                if not boundary.holders:
+                    self._drop_payload(boundary)
+            self._index.clear()
+            self._cold.clear()
 
     def _take_room(self, boundary: Boundary) -> None:
         # Counted before room is made, so that a parent does not go to make room for its child.

@@ -148,6 +148,15 @@ class TestSnapshots:
         with pytest.raises(NotFoundError, match=problem):
             catalog.find(*place)
 
+    def test_snapshots_of_a_namespace_are_those_it_can_restore(
+        self, catalog: Catalog, rng: Random
+    ) -> None:
+        for manifest in turns(rng, 2):
+            insert(catalog, manifest)
+        found = [row.snapshot_id for row in catalog.of_namespace(SHARD.namespace)]
+        assert found == ["c-1", "c-2"]
+        assert catalog.of_namespace("00" * 32) == []
+
     def test_a_snapshot_id_is_given_once(self, catalog: Catalog, rng: Random) -> None:
         manifest = insert(catalog, turns(rng, 1)[0])
         again = change_manifest(manifest, conversation_id="elsewhere")

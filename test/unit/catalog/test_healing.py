@@ -12,10 +12,12 @@ from engram.catalog import schema
 from engram.catalog.catalog import Catalog
 from engram.catalog.database import CatalogDamagedError, Database
 from engram.errors import StoreError
+from engram.snapshot.listing import manifest_name
 from engram.snapshot.manifest import Manifest, change_manifest
 from engram.store.disk import DiskStore
 from engram.store.layout import Layout
 from engram.testing.samples import SHARD, sample_chain, sample_manifest, seeded_random
+from engram.testing.tamper import DAMAGES
 
 
 @pytest.fixture
@@ -61,6 +63,11 @@ def contents(catalog: Catalog) -> object:
 
 def opened(store: DiskStore) -> closing[Catalog]:
     return closing(Catalog.open(store.catalog_path, store))
+
+
+def damage_manifest(store: DiskStore, manifest: Manifest) -> None:
+    path = Layout(store.root).manifest(manifest_name(manifest.snapshot_id, manifest.tenant))
+    path.write_bytes(path.read_bytes().replace(b'"turn', b'"Turn'))
 
 
 def drop(path: Path) -> None:
@@ -174,6 +181,29 @@ class TestRebuilding:
         }
         assert {".sqlite", ".sqlite-wal", ".sqlite-shm"} <= quarantined
 
+    @pytest.mark.parametrize("damage", DAMAGES)
+    @pytest.mark.parametrize("suffix", ["", "-wal", "-shm"])
+    def test_any_damage_to_any_file_of_the_catalog(
+        self, store: DiskStore, suffix: str, damage: str
+    ) -> None:
+        """As a crash leaves them: what was committed last is in the log alone."""
+        path = store.catalog_path
+        files = [path.with_name(path.name + end) for end in ("", "-wal", "-shm")]
+        with opened(store) as catalog:
+            for row in catalog.all_snapshots():
+                manifest = change_manifest(store.get_manifest(row.snapshot_id), pinned=True)
+                catalog.replace(manifest, store.put_manifest(manifest, replace=True))
+            before = contents(catalog)
+            crashed = [file.read_bytes() for file in files]
+        for file, data in zip(files, crashed, strict=True):
+            file.write_bytes(data)
+        DAMAGES[damage](path.with_name(path.name + suffix))
+        for _ in range(2):
+            with opened(store) as catalog:
+                assert contents(catalog) == before
+                assert catalog.report.damaged == []
+        assert catalog.report.rebuilt_because is None, "healed for good"
+
     def test_a_link_moved_to_another_segment_is_found(self, store: DiskStore) -> None:
         """Damage that would let the collector take a segment in use: it breaks only an index."""
         with opened(store) as catalog:
@@ -258,25 +288,50 @@ class TestReconciling:
         with opened(store) as catalog:
             assert catalog.report.refreshed == 0
 
-    def test_a_damaged_manifest_is_reported_and_its_row_goes_when_it_is_read(
+    def test_a_damaged_manifest_is_reported_and_its_row_stays(
         self, store: DiskStore, manifests: list[Manifest]
     ) -> None:
-        (name,) = [
-            entry.name
-            for entry in store.list_manifests()
-            if store.load_manifest(entry) == manifests[2]
-        ]
-        path = Layout(store.root).manifest(name)
-        path.write_bytes(path.read_bytes().replace(b'"turn":3', b'"turn":4'))
+        """For as long as the file lies in quarantine; its segments wait for a repair."""
+        damage_manifest(store, manifests[2])
         with opened(store) as catalog:
+            before = catalog.counts()
             (damaged,) = catalog.report.damaged
-            assert damaged.name == name
+            assert damaged.name == manifest_name(manifests[2].snapshot_id, "")
             assert damaged.quarantined_to is not None
-            assert {row.snapshot_id for row in catalog.all_snapshots()} == {
-                manifest.snapshot_id for manifest in manifests
-            } - {manifests[2].snapshot_id}
+            assert catalog.report.removed == 0
+            assert catalog.get(manifests[2].snapshot_id).turn_number == 3
+            assert catalog.unreferenced_segments() == []
         with opened(store) as catalog:
             assert catalog.report.damaged == []
+            assert catalog.counts() == before
+        Path(damaged.quarantined_to).unlink()
+        with opened(store) as catalog:
+            assert catalog.report.removed == 1
+            assert manifests[2].snapshot_id not in {r.snapshot_id for r in catalog.all_snapshots()}
+
+    def test_a_repaired_manifest_is_taken_up_again(
+        self, store: DiskStore, manifests: list[Manifest]
+    ) -> None:
+        damage_manifest(store, manifests[2])
+        with opened(store):
+            pass
+        store.put_manifest(manifests[2])
+        with opened(store) as catalog:
+            assert (catalog.report.refreshed, catalog.report.damaged) == (1, [])
+            assert catalog.counts().snapshots == len(manifests)
+
+    def test_an_intact_manifest_takes_the_turn_of_a_damaged_one(
+        self, store: DiskStore, manifests: list[Manifest]
+    ) -> None:
+        damage_manifest(store, manifests[2])
+        with opened(store):
+            pass
+        store.put_manifest(change_manifest(manifests[2], snapshot_id="later", created_at=1e9))
+        with opened(store) as catalog:
+            found = catalog.find("", manifests[2].conversation_id, "main", 3)
+            assert found.snapshot_id == "later"
+            assert catalog.report.damaged == []
+        assert len(store.list_manifests()) == len(manifests)
 
     @pytest.mark.parametrize("newer_is_indexed", [True, False])
     def test_of_two_manifests_for_one_turn_the_older_stays(

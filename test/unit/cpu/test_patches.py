@@ -31,7 +31,7 @@ print(json.dumps({
     "second": second,
     "in_place": all(
         getattr(sys.modules[patch.module], patch.name) is patch.replacement
-        for patch in patches.MAMBA2_PATCHES
+        for patch in patches.PATCHES
     ),
     "platform": {
         "class": type(current_platform).__name__,
@@ -41,6 +41,7 @@ print(json.dumps({
         "extra_buffer": current_platform.support_mamba_cache_extra_buffer(),
         "triton": current_platform.capabilities.supports_triton,
         "same_tensor": tensor.pin_memory() is tensor,
+        "device_module": torch.get_device_module().__name__,
     },
 }))
 """
@@ -75,7 +76,9 @@ def test_install_replaces_what_a_cpu_lacks() -> None:
         mixer + "selective_state_update",
         backend + "track_mamba_states_if_needed",
         backend + "track_mamba_states_all_layers",
+        "sglang.srt.model_executor.model_runner.adjust_config_with_unaligned_cpu_tp",
         "torch.Tensor.pin_memory",
+        "torch.get_device_module",
     ]
     assert found["second"] == found["first"]
     assert found["in_place"]
@@ -87,14 +90,15 @@ def test_install_replaces_what_a_cpu_lacks() -> None:
         "extra_buffer": True,
         "triton": False,
         "same_tensor": True,
+        "device_module": "torch.cpu",
     }
 
 
 def test_install_leaves_other_platforms_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLANG_USE_CPU_ENGINE", "1")
-    pin_memory = torch.Tensor.pin_memory
+    before = (torch.Tensor.pin_memory, torch.get_device_module)
     assert cpu.install() == []
-    assert torch.Tensor.pin_memory is pin_memory
+    assert (torch.Tensor.pin_memory, torch.get_device_module) == before
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,6 @@ def test_every_refused_combination_is_documented() -> None:
         "pipeline parallelism": "pipeline, tensor or data parallelism",
         "tensor parallelism": "pipeline, tensor or data parallelism",
         "data parallelism": "pipeline, tensor or data parallelism",
-        "releasing memory": "`--enable-memory-saver`",
         "another radix cache": "another radix cache or external linker",
         "another external linker": "another radix cache or external linker",
     }

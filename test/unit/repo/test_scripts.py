@@ -137,6 +137,18 @@ def test_the_exit_status_of_a_test_run(tmp_path: Path, source: str, status: int,
     assert result.stdout.rstrip().endswith(last)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "others"),
+    [(["--matrix"], True), (["test/e2e/test_families.py"], False)],
+    ids=["matrix", "by-path"],
+)
+def test_only_the_matrix_runs_what_is_not_quick(arguments: list[str], others: bool) -> None:
+    result = run(ROOT / "scripts/test", *arguments, "--collect-only", "-q")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "test_replies_are_those_of_transformers[llama-float32]" in result.stdout
+    assert ("test_restored_turn_is_exact[llama-bfloat16-chat]" in result.stdout) is others
+
+
 def test_the_hooks_are_the_steps_of_check() -> None:
     known = run(ROOT / "scripts/check", "nonsense").stderr
     assert re.findall(r"there are: (.*)", known) == [" ".join(STEPS)]

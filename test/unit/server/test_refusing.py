@@ -6,7 +6,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from engram.server.refusing import CHANGING_WEIGHTS, RefusingMiddleware
+from engram.server.refusing import REFUSED_ROUTES, RefusingMiddleware
 
 
 @pytest.fixture
@@ -21,8 +21,8 @@ def client() -> TestClient:
     return TestClient(app)
 
 
-@pytest.mark.parametrize("path", sorted(CHANGING_WEIGHTS))
-def test_changing_the_weights_is_refused(client: TestClient, path: str) -> None:
+@pytest.mark.parametrize("path", sorted(REFUSED_ROUTES))
+def test_what_snapshots_cannot_survive_is_refused(client: TestClient, path: str) -> None:
     reply = client.post(path, json={})
     assert reply.status_code == 422
     assert reply.json()["error"] == "unsupported"
@@ -32,7 +32,7 @@ def test_changing_the_weights_is_refused(client: TestClient, path: str) -> None:
 def test_a_root_path_opens_no_way_around(client: TestClient) -> None:
     app = client.app
     behind = TestClient(app, root_path="/api")
-    path = sorted(CHANGING_WEIGHTS)[0]
+    path = sorted(REFUSED_ROUTES)[0]
     assert behind.post("/api" + path, json={}).status_code == 422
     assert behind.post(path, json={}).status_code == 422
 
@@ -40,7 +40,7 @@ def test_a_root_path_opens_no_way_around(client: TestClient) -> None:
 def test_the_routes_exist_in_the_sglang_that_is_supported() -> None:
     from sglang.srt.entrypoints.http_server import app
 
-    assert {route.path for route in app.routes if hasattr(route, "path")} >= CHANGING_WEIGHTS
+    assert {route.path for route in app.routes if hasattr(route, "path")} >= set(REFUSED_ROUTES)
 
 
 def test_other_routes_pass(client: TestClient) -> None:

@@ -304,3 +304,13 @@ async def test_a_request_behind_a_root_path_is_tagged() -> None:
     app = App()
     await ask(app, whole(body(conversation_id="c")), path="/api/generate", root_path="/api")
     assert app.tags == [Tag("c")]
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"conversation_id": "c", "x": NaN}', b'{"conversation_id": "c", "x": "\\ud800"}']
+)
+def test_what_only_pythons_reader_takes_for_json_is_tagged_too(body: bytes) -> None:
+    """SGLang reads it with that: the turn would be served, and silently not be counted."""
+    tag = tag_of(body, None)
+    assert tag is not None
+    assert tag.conversation_id == "c"

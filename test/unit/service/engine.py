@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,7 +16,12 @@ from engram.core.canonical import blake3_hex
 from engram.core.namespace import Namespace
 from engram.core.settings import Settings
 from engram.core.tokens import TokenArray, to_tokens, tokens_to_bytes
-from engram.errors import CaptureLostError, DeadlineError, GenerationAbortedError
+from engram.errors import (
+    CaptureLostError,
+    DeadlineError,
+    GenerationAbortedError,
+    NamespaceChangedError,
+)
 from engram.service import SnapshotService
 from engram.service.ports import Brought, Chains, EngineInfo, Generation, Located, Stored
 from engram.snapshot.manifest import SegmentRef
@@ -87,6 +92,13 @@ class FakeEngine:
     def shard(self, rank: int) -> Shard:
         return Shard(self.namespace.id, rank, self.info.world_size)
 
+    def change_weights(self, weights: str) -> None:
+        """Other weights: nothing that is in memory is of use any more."""
+        self.namespace = Namespace({**self.namespace.fields, "model": weights})
+        self.info = replace(self.info, namespace=self.namespace)
+        self.states.clear()
+        self.durable.clear()
+
     def computed(self, tokens: Sequence[int]) -> None:
         """A request with these tokens has ended; its last one is pending."""
         keys = self.page_keys(to_tokens(tokens[:-1]), self.info.page_size, None, None)
@@ -102,11 +114,18 @@ class FakeEngine:
     async def describe(self) -> EngineInfo:
         return self.info
 
-    async def locate(self, request: FinishedRequest, boundary: int) -> Located:
+    def check(self, namespace: str) -> None:
+        """As a rank does with every message that speaks of stored state."""
+        if namespace != self.namespace.id:
+            raise NamespaceChangedError("the weights have changed")
+
+    async def locate(self, namespace: str, request: FinishedRequest, boundary: int) -> Located:
+        self.check(namespace)
         self.located.append(request.rid)
         return Located(boundary, self._key(request, boundary))
 
-    async def persist(self, request: FinishedRequest, boundary: int) -> Stored:
+    async def persist(self, namespace: str, request: FinishedRequest, boundary: int) -> Stored:
+        self.check(namespace)
         key = self._key(request, boundary)
         new = 0
         if key not in self.durable:
@@ -160,6 +179,7 @@ class FakeEngine:
 
     async def promote(
         self,
+        namespace: str,
         chains: Chains,
         *,
         owner: str,
@@ -170,6 +190,7 @@ class FakeEngine:
         extra_key: str | None = None,
         cache_salt: str | None = None,
     ) -> Brought:
+        self.check(namespace)
         self.promoted.append({"chains": chains, "owner": owner, "seconds": seconds, "exact": exact})
         if self.promote_error is not None:
             raise self.promote_error
@@ -193,12 +214,14 @@ class FakeEngine:
     def abandon(self, owner: str) -> None:
         self.abandoned.append(owner)
 
-    async def tier(self, key: str, tokens: TokenArray) -> str:
+    async def tier(self, namespace: str, key: str, tokens: TokenArray) -> str:
+        self.check(namespace)
         keys = self.page_keys(tokens, self.info.page_size, None, None)
         assert keys[-1] == key
         return "vram" if key in self.states else "disk"
 
-    async def drop(self, segment_ids: Sequence[Sequence[str]]) -> None:
+    async def drop(self, namespace: str, segment_ids: Sequence[Sequence[str]]) -> None:
+        self.check(namespace)
         for rank, ids in enumerate(segment_ids):
             for segment_id in ids:
                 self.store.delete_segment(self.shard(rank), segment_id)

@@ -11,6 +11,7 @@ import pytest
 
 from engram.catalog.rows import SnapshotRow
 from engram.conversation.turns import RunningRequest, Tag
+from engram.core.namespace import Namespace
 from engram.core.tokens import to_tokens
 from engram.errors import (
     EngramError,
@@ -142,6 +143,21 @@ async def test_another_model_never_matches(server: Server) -> None:
     assert await other.service.tier(row) == "disk"
     await other.service.delete(row)
     assert other.files() == set(), "it can still be deleted"
+    other.stop()
+
+
+@on_a_loop
+async def test_another_model_never_matches_though_nobody_knows_what_it_was(server: Server) -> None:
+    await save_all(server, "c", 1)
+    row = await newest(server)
+    other = server.restart()
+    other.engine.namespace = Namespace({"model": "another"})
+    other.engine.info = replace(other.engine.info, namespace=other.engine.namespace)
+    (other.root / "namespaces" / f"{row.namespace}.json").write_bytes(b"damaged")
+    with pytest.raises(NamespaceMismatchError, match="cannot be told") as caught:
+        await other.service.restore(row)
+    assert caught.value.details["field"] == "namespace"
+    assert caught.value.details["found"] == row.namespace
     other.stop()
 
 

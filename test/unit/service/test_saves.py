@@ -15,9 +15,13 @@ from engram.errors import (
     GenerationAbortedError,
     InvalidRequestError,
     NotFoundError,
+    SnapshotCorruptError,
     StoreFullError,
 )
+from engram.snapshot.listing import manifest_name
+from engram.store.layout import Layout
 from engram.testing.faults import SimulatedCrash
+from engram.testing.tamper import DAMAGES
 from unit.service.engine import Server, on_a_loop
 
 
@@ -391,3 +395,30 @@ async def test_an_asynchronous_save_joins_one_under_way(server: Server) -> None:
         server.service.save(tenant="", conversation_id="c", durability="async"),
     )
     assert second.snapshot_id == first.snapshot_id
+
+
+@pytest.mark.parametrize("damage", ["truncated", "deleted", "emptied"])
+@pytest.mark.parametrize("file", ["manifest", "segment"])
+@on_a_loop
+async def test_what_was_damaged_since_is_not_acknowledged_again(
+    server: Server, damage: str, file: str
+) -> None:
+    """Neither for the turn itself nor for a branch that would start at it."""
+    await server.chat("c", turns=2)
+    saved = await server.service.save(tenant="", conversation_id="c")
+    manifest = server.store.get_manifest(saved.snapshot_id)
+    layout = Layout(server.store.root)
+    path = layout.manifest(manifest_name(saved.snapshot_id, ""))
+    if file == "segment":
+        path = layout.segment(server.engine.shard(1), manifest.segments[1][0].segment_id)
+    DAMAGES[damage](path)
+    for branch in (None, "other"):
+        with pytest.raises(SnapshotCorruptError) as caught:
+            await server.service.save(
+                tenant="", conversation_id="c", turn_number=2, branch_name=branch
+            )
+        assert path.stem in str(caught.value.details["file"])
+        assert "save the turn again" in caught.value.hint
+    assert server.service.context.stats.corrupt == 2
+    row = server.catalog.get(saved.snapshot_id)
+    await server.service.delete(row)

@@ -230,7 +230,6 @@ REFUSALS = [
     ("--enable-unified-cache-external-linker",),
     ("--enable-lora",),
     ("--lora-paths", "adapter"),
-    ("--enable-memory-saver",),
     ("--enable-linear-replayssm",),
     ("--enable-session-radix-cache",),
     ("--grpc-mode",),

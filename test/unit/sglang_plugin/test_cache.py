@@ -360,13 +360,35 @@ def test_an_aborted_request_lets_go_of_what_it_would_have_loaded(rank: Rank, rng
     assert rank.serve(tokens) == Served(0, 40, False)
 
 
+def test_a_prefix_that_is_in_vram_anyway_is_held_for_nobody(rank: Rank, rng: Random) -> None:
+    """The HTTP process leased it for the request; the first look at the tree ends the lease."""
+    tokens = random_tokens(rng, 60)
+    rank.serve(tokens[:40])
+    boundary = rank.tiers.ram.get(page_keys(tokens[:40], 1)[-1])
+    assert boundary is not None
+    rank.tiers.lease("waiting", boundary.chain(), seconds=1000.0)
+    request = ToyRequest("waiting", tokens)
+    assert rank.admit(request) == (40, 0)
+    assert rank.tiers.leases == 0
+    rank.forward(request, 40)
+    rank.finish(request)
+    rank.settle()
+    rank.nothing_is_held()
+
+
+@pytest.mark.parametrize("durable", [False, True])
 def test_a_hit_that_has_vanished_is_recomputed(
-    rank: Rank, rng: Random, monkeypatch: pytest.MonkeyPatch
+    rank: Rank, rng: Random, monkeypatch: pytest.MonkeyPatch, durable: bool
 ) -> None:
+    """What is on disk stays known when it leaves RAM, and cannot be loaded all the same."""
     tokens = random_tokens(rng, 50)
     rank.serve(tokens[:40])
     rank.clear_vram()
     load = rank.linker.load
+    if durable:
+        saved = rank.tiers.ram.get(page_keys(tokens, 1)[39])
+        assert saved is not None
+        rank.tiers.persist(saved).result(WAIT_S)
 
     def late(rid: str, transfers: list[Any]) -> bool:
         rank.tiers.release(rid)

@@ -77,31 +77,43 @@ async def test_saved_by_one_process_and_served_by_the_next(new_rank: NewRank, rn
     first.serve(tokens[:20], rid="a")
     first.serve(tokens[:40], rid="b")
     ranks = SglangRanks(Wire(first).client)
-    located = await ranks.locate(finished([*tokens[:40], 7], "b"), 40)
+    located = await ranks.locate(first.namespace, finished([*tokens[:40], 7], "b"), 40)
     assert (located.boundary, located.key) == (40, page_keys(tokens[:40], 1)[-1])
-    stored = await ranks.persist(finished([*tokens[:40], 7], "b"), 40)
+    stored = await ranks.persist(first.namespace, finished([*tokens[:40], 7], "b"), 40)
     assert stored.boundary == 40
     assert [(ref.start, ref.end) for ref in stored.chains[0]] == [(0, 20), (20, 40)]
     assert stored.bytes == stored.unique_bytes == sum(r.bytes for r in stored.chains[0])
-    again = await ranks.persist(finished([*tokens[:40], 7], "b"), 40)
+    again = await ranks.persist(first.namespace, finished([*tokens[:40], 7], "b"), 40)
     assert (again.chains, again.unique_bytes) == (stored.chains, 0)
 
     second = new_rank()
     ranks = SglangRanks(Wire(second).client)
     prefix = to_tokens(tokens[:40])
-    assert await ranks.tier(located.key, prefix) == "disk"
+    assert await ranks.tier(second.namespace, located.key, prefix) == "disk"
     brought = await ranks.promote(
-        stored.chains, owner="x", seconds=9, exact=True, timeout=WAIT_S, tokens=prefix
+        second.namespace,
+        stored.chains,
+        owner="x",
+        seconds=9,
+        exact=True,
+        timeout=WAIT_S,
+        tokens=prefix,
     )
     assert (brought.source_tier, brought.in_vram, brought.state_slot) == ("disk", False, None)
     assert brought.bytes == stored.bytes
-    assert await ranks.tier(located.key, prefix) == "ram"
+    assert await ranks.tier(second.namespace, located.key, prefix) == "ram"
     assert second.serve(tokens) == Served(0, 40, False)
     second.clear_vram()
     second.serve(tokens[:40])
-    assert await ranks.tier(located.key, prefix) == "vram"
+    assert await ranks.tier(second.namespace, located.key, prefix) == "vram"
     brought = await ranks.promote(
-        stored.chains, owner="x", seconds=9, exact=True, timeout=WAIT_S, tokens=prefix
+        second.namespace,
+        stored.chains,
+        owner="x",
+        seconds=9,
+        exact=True,
+        timeout=WAIT_S,
+        tokens=prefix,
     )
     assert (brought.source_tier, brought.in_vram, brought.read_bytes) == ("ram", True, 0)
     assert brought.state_slot is not None
@@ -125,7 +137,7 @@ async def test_what_only_vram_has_is_captured_when_it_is_saved(rank: Rank, rng: 
     assert boundary is not None
     rank.tiers.ram._evict(boundary)
     ranks = SglangRanks(Wire(rank).client)
-    stored = await ranks.persist(finished([*tokens, 7], "r"), 30)
+    stored = await ranks.persist(rank.namespace, finished([*tokens, 7], "r"), 30)
     assert [(ref.start, ref.end) for ref in stored.chains[0]] == [(0, 30)]
     rank.settle()
     rank.check_pools()
@@ -139,9 +151,9 @@ async def test_what_will_be_saved_is_wanted_before_its_turn_comes(rank: Rank, rn
     chain = [rank.tiers.ram.get(page_keys(tokens, 1)[end - 1]) for end in (10, 20, 30)]
     assert [b is not None and b.wanted for b in chain] == [False, False, False]
     ranks = SglangRanks(Wire(rank).client)
-    await ranks.locate(finished([*tokens[:20], 7], "r20"), 20)
+    await ranks.locate(rank.namespace, finished([*tokens[:20], 7], "r20"), 20)
     assert [b is not None and b.wanted for b in chain] == [True, True, False]
-    await ranks.persist(finished([*tokens, 7], "r30"), 30)
+    await ranks.persist(rank.namespace, finished([*tokens, 7], "r30"), 30)
     assert [b is not None and b.wanted for b in chain] == [True, True, True]
 
 
@@ -154,7 +166,7 @@ async def test_a_promotion_that_was_given_up_takes_no_reader(
     stored = []
     for number, one in enumerate(tokens):
         first.serve(one, rid=f"r{number}")
-        stored.append(await ranks.persist(finished([*one, 7], f"r{number}"), 20))
+        stored.append(await ranks.persist(first.namespace, finished([*one, 7], f"r{number}"), 20))
     second, go = new_rank(), threading.Event()
     read = second.store.read_segment
     monkeypatch.setattr(
@@ -163,7 +175,9 @@ async def test_a_promotion_that_was_given_up_takes_no_reader(
     ranks = SglangRanks(Wire(second).client)
     asked = [
         asyncio.ensure_future(
-            ranks.promote(one.chains, owner=f"o{n}", seconds=9, exact=True, timeout=WAIT_S)
+            ranks.promote(
+                second.namespace, one.chains, owner=f"o{n}", seconds=9, exact=True, timeout=WAIT_S
+            )
         )
         for n, one in enumerate(stored)
     ]
@@ -183,11 +197,11 @@ async def test_what_nobody_has_is_lost_and_says_where(rank: Rank, rng: Random) -
     ranks = SglangRanks(Wire(rank).client)
     for ask in (ranks.persist, ranks.locate):
         with pytest.raises(CaptureLostError) as caught:
-            await ask(finished([*tokens, 7], "unknown"), 30)
+            await ask(rank.namespace, finished([*tokens, 7], "unknown"), 30)
         assert caught.value.details == {"boundary": 30}
     rank.serve(tokens, rid="r")
     with pytest.raises(EngramError, match="not those of its state"):
-        await ranks.persist(finished([*reversed(tokens), 7], "r"), 30)
+        await ranks.persist(rank.namespace, finished([*reversed(tokens), 7], "r"), 30)
 
 
 @on_a_loop
@@ -205,20 +219,22 @@ async def test_errors_of_a_rank_arrive_as_what_they_are(
     with monkeypatch.context() as patched:
         patched.setattr(rank.store, "put_segment", full)
         with pytest.raises(StoreFullError) as caught:
-            await ranks.persist(finished([*tokens, 7], "r"), 30)
+            await ranks.persist(rank.namespace, finished([*tokens, 7], "r"), 30)
     assert caught.value.details == {"needed": 5, "free": 1, "where": "the store"}
-    stored = await ranks.persist(finished([*tokens, 7], "r"), 30)
-    await ranks.drop([[ref.segment_id for ref in chain] for chain in stored.chains])
+    stored = await ranks.persist(rank.namespace, finished([*tokens, 7], "r"), 30)
+    await ranks.drop(rank.namespace, [[ref.segment_id for ref in chain] for chain in stored.chains])
     other = SglangRanks(Wire(new_rank()).client)
     with pytest.raises(SnapshotCorruptError, match=stored.chains[0][0].segment_id):
-        await other.promote(stored.chains, owner="x", seconds=9, exact=True, timeout=WAIT_S)
+        await other.promote(
+            rank.namespace, stored.chains, owner="x", seconds=9, exact=True, timeout=WAIT_S
+        )
 
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("a bug of ours")
 
     monkeypatch.setattr(type(rank.cache), "resident", broken)
     with pytest.raises(EngramError, match="a bug of ours"):
-        await ranks.tier("00" * 32, to_tokens([1]))
+        await ranks.tier(rank.namespace, "00" * 32, to_tokens([1]))
 
 
 @on_a_loop
@@ -306,6 +322,12 @@ async def test_what_sglang_refuses_is_the_clients_fault() -> None:
     [
         ([1, 1000], {}, "continuation_ids"),
         ([1], {"max_new_tokens": 1, "heat": 0.5}, "sampling_params.heat"),
+        ([1], {"top_k": 2**40}, "sampling_params.top_k"),
+        ([1], {"top_k": 1.5}, "sampling_params"),
+        ([1], {"temperature": "hot"}, "sampling_params"),
+        ([1], {"ignore_eos": "yes"}, "sampling_params"),
+        ([1], {"stop": [["a"]]}, "sampling_params"),
+        ([1], {"temperature": 10**400}, "sampling_params.temperature"),
     ],
 )
 def test_what_would_harm_sglang_is_refused_before_it_is_asked(

@@ -19,7 +19,12 @@ from engram.server.tagging import CURRENT_TAG
 from engram.service import SnapshotService
 from engram.sglang_plugin import http as http_module
 from engram.sglang_plugin.engine import SglangGenerator
-from engram.sglang_plugin.http import _save_before_the_end, _watch_requests
+from engram.sglang_plugin.http import (
+    CHANGING_WEIGHTS,
+    _save_before_the_end,
+    _watch_requests,
+    _watch_weights,
+)
 from engram.testing.samples import seeded_random
 from unit.service.engine import Server, on_a_loop
 
@@ -288,3 +293,32 @@ async def test_saves_that_do_not_end_hold_nobody_up(monkeypatch: pytest.MonkeyPa
     async with ending.router.lifespan_context(ending):
         pass
     assert ending.events == ["lifespan over"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@on_a_loop
+async def test_who_the_engine_is_is_asked_again_after_its_weights_changed(
+    server: Server, fails: bool
+) -> None:
+    """Before the client hears of it, and also when the update failed: it may have got half-way."""
+
+    class Weights:
+        async def change(self, obj: Any, request: Any = None) -> str:
+            server.engine.change_weights(obj)
+            if fails:
+                raise RuntimeError("half-way")
+            return "changed"
+
+    manager: Any = Weights()
+    for name in CHANGING_WEIGHTS:
+        setattr(manager, name, manager.change)
+    _watch_weights(manager, server.service)
+    for name in CHANGING_WEIGHTS:
+        await server.service.context.engine()
+        if fails:
+            with pytest.raises(RuntimeError):
+                await getattr(manager, name)(name)
+        else:
+            assert await getattr(manager, name)(name, request=None) == "changed"
+        engine = await server.service.context.engine()
+        assert engine.namespace.fields["model"] == name

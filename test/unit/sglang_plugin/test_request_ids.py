@@ -25,15 +25,20 @@ def control(rank: Rank) -> RankControl:
     return RankControl(rank.cache, replies)
 
 
-def persist(rid: str | None, tokens: list[int]) -> PersistRequest:
+def persist(rank: Rank, rid: str | None, tokens: list[int]) -> PersistRequest:
     """As the HTTP process asks: the last recorded token is pending."""
     return PersistRequest(
-        call_id="c", request_rid=rid, tokens=[*tokens, 5], boundary=len(tokens), locate=True
+        call_id="c",
+        namespace=rank.namespace,
+        request_rid=rid,
+        tokens=[*tokens, 5],
+        boundary=len(tokens),
+        locate=True,
     )
 
 
 def located(rank: Rank, rid: str | None, tokens: list[int]) -> Boundary:
-    return control(rank)._locate(persist(rid, tokens))
+    return control(rank)._locate(persist(rank, rid, tokens))
 
 
 def test_a_request_id_used_for_several_requests_stands_for_each_of_them(

@@ -32,7 +32,7 @@ from engram.sglang_plugin import linker as linker_module
 from engram.sglang_plugin.cache import EngramRadixCache
 from engram.sglang_plugin.keys import page_keys
 from engram.sglang_plugin.linker import EngramLinker
-from engram.sglang_plugin.rank import RankContext
+from engram.sglang_plugin.rank import Launch, RankContext
 from engram.snapshot.segment import Shard
 from engram.store.disk import DiskStore
 from engram.tiers.manager import TierManager
@@ -45,6 +45,7 @@ LAYERS = 5
 SLOTS = 400
 STATES = 40
 CONTEXT = 256
+LAUNCH = Launch("a-launch", "auto", "fast", None)
 
 
 @contextmanager
@@ -160,15 +161,25 @@ class Rank:
         self.cache.init_cache_linker(self.linker)
         # As upstream's factory does.
         self.kv.register_layer_transfer_counter(self.linker.layer_done_counter)
-        self.tiers = self.linker.tiers
         self.stats = self.tiers.ram.stats
         self.running = 0
 
-    def _open_rank(self, params: Any, pools: Any, extra_config: Any) -> RankContext:
-        namespace = Namespace({"model": "toy", **pools.describe()})
+    @property
+    def tiers(self) -> TierManager:
+        return self.linker.tiers
+
+    @property
+    def namespace(self) -> str:
+        """What messages to this rank have to believe."""
+        return self.linker.rank.shard.namespace
+
+    def _open_rank(
+        self, server_args: Any, params: Any, pools: Any, extra_config: Any
+    ) -> RankContext:
+        namespace = Namespace({"model": "toy", "model.weights": "first", **pools.describe()})
         shard = Shard(namespace.id, 0, 1)
         tiers = TierManager(RamTier(self.capacity), self.store, shard, pools.layout)
-        return RankContext(namespace, shard, tiers, 1, LAYERS, "toy", "a toy")
+        return RankContext(namespace, shard, tiers, 1, LAYERS, "toy", "a toy", LAUNCH)
 
     # ---- the toy model ----
 
@@ -291,7 +302,7 @@ class Rank:
 
     def nothing_is_held(self) -> None:
         """No lease, no load and no capture keeps anything in RAM."""
-        assert self.tiers.ram.held_bytes == 0
+        assert self.tiers.ram.held == 0
 
     def clear_vram(self) -> None:
         """What `/flush_cache` does."""

@@ -27,8 +27,10 @@ from engram.snapshot.envelope import seal_record
 from engram.snapshot.listing import DamagedManifest
 from engram.snapshot.manifest import change_manifest, encode_manifest
 from engram.snapshot.segment import Shard
+from engram.store import quarantine
 from engram.store.disk import DiskStore
 from engram.store.filesystem import FileSystem
+from engram.store.inspection import lock_holder
 from engram.store.layout import Layout
 from engram.testing.contracts import put, read
 from engram.testing.faults import WRITE_OPERATIONS, FaultyFileSystem
@@ -137,6 +139,20 @@ class TestLock:
             holder.wait(30)
             holder.stdout.close()
         DiskStore.open(root).close()
+
+    def test_a_removed_lock_file_lets_nobody_in(self, root: Path) -> None:
+        """Whoever takes it for a stale one would make two servers write one store."""
+        with DiskStore.open(root):
+            (root / "lock").unlink()
+            with pytest.raises(StoreBusyError):
+                DiskStore.open(root)
+            assert lock_holder(root) == "unknown"
+            (root / "lock").write_bytes(b"\xff" * 300)
+            with pytest.raises(StoreBusyError):
+                DiskStore.open(root)
+        with DiskStore.open(root):
+            assert f"process {os.getpid()}" in (root / "lock").read_text()
+        assert lock_holder(root) is None
 
     def test_a_failed_open_gives_the_lock_back(self, root: Path) -> None:
         with pytest.raises(StoreError):
@@ -271,6 +287,28 @@ class TestQuarantine:
         with pytest.raises(SegmentCorruptError, match="is damaged") as caught:
             read(store, segment)
         assert caught.value.details["quarantined_to"] is None
+
+    def test_the_oldest_files_give_way_beyond_the_bounds(
+        self, root: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(quarantine, "MAX_FILES", 3)
+        monkeypatch.setattr(quarantine, "MAX_BYTES", 100)
+        with DiskStore.open(root) as store:
+
+            def take(name: str, size: int) -> None:
+                (root / name).write_bytes(b"x" * size)
+                assert store.quarantine_file(root / name, "for the test") is not None
+
+            for number in range(5):
+                take(f"file-{number}", 10)
+            assert store.quarantined_names() == {"file-2", "file-3", "file-4"}
+            assert store.health().quarantined_bytes == 30
+            take("larger", 85)
+            assert store.quarantined_names() == {"file-4", "larger"}
+            take("larger than all", 1000)
+            assert store.quarantined_names() == {"larger than all"}, "the newest is kept"
+            held = [path.name for path in (root / "quarantine").iterdir()]
+            assert len(held) == 2, "notes go with their files"
 
     def test_a_file_put_back_meanwhile_is_not_moved_away(
         self, root: Path, segment: SampleSegment
@@ -437,7 +475,9 @@ class TestFaults:
             put(store, segment)
             fs.calls.clear()
             put(store, segment)
-            assert fs.calls == [("fsync_dir", segment.segment_id[:2])]
+            assert [call for call in fs.calls if call[0] in WRITE_OPERATIONS] == [
+                ("fsync_dir", segment.segment_id[:2])
+            ]
             fs.fail("fsync_dir")
             with pytest.raises(StoreError):
                 put(store, segment)

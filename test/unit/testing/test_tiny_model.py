@@ -75,9 +75,12 @@ def test_the_directory_is_whole(folder: Path) -> None:
     assert generation["eos_token_id"] == config["eos_token_id"] == tokenizer.eos_token_id
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_greedy_output_varies(seed: int, tmp_path: Path) -> None:
-    model = load(write_tiny_model(tmp_path, seed=seed))
+@pytest.mark.parametrize(
+    ("family", "seed"),
+    [("granite-hybrid", 0), ("granite-hybrid", 2), *((family, 1) for family in sorted(FAMILIES))],
+)
+def test_greedy_output_varies(family: str, seed: int, tmp_path: Path) -> None:
+    model = load(write_tiny_model(tmp_path, family, seed=seed))
     replies = [greedy(model, prompt(number, 30), 60) for number in range(3)]
     assert len({tuple(reply) for reply in replies}) == 3
     for reply in replies:
@@ -87,14 +90,50 @@ def test_greedy_output_varies(seed: int, tmp_path: Path) -> None:
         assert set(reply) <= {*SPOKEN, SPECIALS.index("<|endoftext|>")}
 
 
-@pytest.mark.parametrize("layers", [["mamba"], ["attention"], ["mamba", "attention"]])
-def test_the_first_of_150_tokens_still_counts(layers: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "layers"),
+    [
+        ("granite-hybrid", ["mamba"]),
+        ("granite-hybrid", ["attention"]),
+        ("granite-hybrid", ["mamba", "attention"]),
+        ("granite-moe", ["mamba", "attention"]),
+        ("mamba2", ["mamba"]),
+        ("llama", ["attention"]),
+        ("qwen3", ["attention"]),
+    ],
+)
+def test_the_first_of_150_tokens_still_counts(
+    family: str, layers: list[str], tmp_path: Path
+) -> None:
     """In each kind of layer: what a state or a row holds shows in the output."""
-    model = load(write_tiny_model(tmp_path, seed=3, layers=layers))
+    model = load(write_tiny_model(tmp_path, family, seed=3, layers=layers))
     ids = prompt(3, 150)
     changed = [ids[0] + 1 if ids[0] + 1 in SPOKEN else ids[0] - 1, *ids[1:]]
     difference = last_log_probabilities(model, ids) - last_log_probabilities(model, changed)
     assert difference.abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_the_seed_makes_every_family(family: str, tmp_path: Path) -> None:
+    one, same = (write_tiny_model(tmp_path / name, family, seed=7) for name in ("one", "same"))
+    other = write_tiny_model(tmp_path / "other", family, seed=8)
+    assert files(one) == files(same)
+    assert files(one)["model.safetensors"] != files(other)["model.safetensors"]
+
+
+def test_every_expert_is_used(tmp_path: Path) -> None:
+    """By other tokens: a router that always sends to the same experts would hide the rest."""
+    model = load(write_tiny_model(tmp_path, "granite-moe", seed=0))
+    chosen: list[set[int]] = []
+    for layer in model.model.layers:
+        chosen.append(set())
+        layer.block_sparse_moe.router.register_forward_hook(
+            lambda module, inputs, outputs, found=chosen[-1]: found.update(
+                outputs[0].flatten().tolist()
+            )
+        )
+    last_log_probabilities(model, prompt(0, 150))
+    assert chosen == [set(range(6))] * 6
 
 
 def test_bfloat16_weights(tmp_path: Path) -> None:
@@ -108,7 +147,7 @@ def test_bfloat16_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"family": "gpt"}, "unknown family 'gpt'; supported: granite-hybrid"),
+        ({"family": "gpt"}, "unknown family 'gpt'; supported: granite-hybrid, granite-moe, llama"),
         ({"dtype": "float64"}, "unknown dtype 'float64'; supported: float32, bfloat16"),
         ({"seed": -1}, "must not be negative, got -1"),
         (

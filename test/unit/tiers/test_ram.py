@@ -98,9 +98,9 @@ def test_what_is_held_never_goes() -> None:
     with pytest.raises(RamTierFullError) as caught:
         filling(ram, "c", 10)
     assert "--max-warm-memory-gb" in caught.value.hint
-    assert (a.in_ram, b.in_ram, ram.used, ram.held_bytes) == (True, True, 20, 20)
+    assert (a.in_ram, b.in_ram, ram.used, ram.held) == (True, True, 20, 20)
     ram.release(held)
-    assert ram.held_bytes == 0
+    assert ram.held == 0
     ready(ram, "c", 10)
     assert not a.in_ram
 
@@ -234,7 +234,7 @@ def test_replacing_keeps_the_old_one_whole_for_its_holder() -> None:
 def test_what_is_durable_stays_in_the_index() -> None:
     ram = RamTier(10)
     boundary = ready(ram, "a", 10)
-    ram.mark_durable(boundary, "11" * 32, 10)
+    ram.mark_durable(boundary, "11" * 32)
     ready(ram, "b", 10)
     assert (boundary.in_ram, boundary.payload) == (False, None)
     assert ram.get(boundary.key) is boundary
@@ -247,7 +247,7 @@ def test_what_is_durable_stays_in_the_index() -> None:
 def test_forgetting_a_file_leaves_the_bytes_in_ram() -> None:
     ram = RamTier(10)
     boundary = ready(ram, "a", 10)
-    ram.mark_durable(boundary, "11" * 32, 10)
+    ram.mark_durable(boundary, "11" * 32)
     ram.forget_files(frozenset(("11" * 32,)))
     assert ram.get(boundary.key) is boundary
     assert (boundary.durable, boundary.segment_id, boundary.resident) == (False, None, True)
@@ -259,7 +259,7 @@ def test_cold_entries_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     for number in range(6):
         boundary = ready(ram, str(number), 10)
-        ram.mark_durable(boundary, key(f"file {number}"), 10)
+        ram.mark_durable(boundary, key(f"file {number}"))
         made.append(boundary)
     assert [ram.get(b.key) is b for b in made] == [False, False, True, True, True, True]
 

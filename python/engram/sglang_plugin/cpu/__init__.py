@@ -7,6 +7,7 @@
 | causal convolution, prefill and decode | `causal_conv` |
 | Mamba-2 scan, prefill | `mamba2` |
 | selective state update, decode | `selective_state` |
+| models without attention heads | `attention_free` |
 | state copies of the `extra_buffer` strategy | `tracking` |
 """
 

@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 
-from engram.sglang_plugin.cpu import causal_conv, mamba2, selective_state, tracking
+from engram.sglang_plugin.cpu import (
+    attention_free,
+    causal_conv,
+    mamba2,
+    selective_state,
+    tracking,
+)
 from engram.sglang_plugin.cpu.platform import is_active
 from engram.version import SUPPORTED_SGLANG
 
@@ -87,6 +93,18 @@ MAMBA2_PATCHES = (
     ),
 )
 
+# `ModelRunner.load_model` calls it on a CPU, and divides by a number of heads that may not be.
+ATTENTION_FREE_PATCHES = (
+    Patch(
+        "sglang.srt.model_executor.model_runner",
+        "adjust_config_with_unaligned_cpu_tp",
+        "sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp",
+        attention_free.adjust_config_with_unaligned_cpu_tp,
+    ),
+)
+
+PATCHES = (*MAMBA2_PATCHES, *ATTENTION_FREE_PATCHES)
+
 
 def install() -> list[str]:
     """Replace SGLang's accelerator-only functions in this process, where the CPU platform serves.
@@ -102,9 +120,10 @@ def install() -> list[str]:
     """
     if not is_active():
         return []
-    targets = [apply_patch(patch) for patch in MAMBA2_PATCHES]
+    targets = [apply_patch(patch) for patch in PATCHES]
     torch.Tensor.pin_memory = _pin_memory  # type: ignore[method-assign,assignment]
-    return [*targets, "torch.Tensor.pin_memory"]
+    torch.get_device_module = _get_device_module  # type: ignore[assignment]
+    return [*targets, "torch.Tensor.pin_memory", "torch.get_device_module"]
 
 
 def apply_patch(patch: Patch) -> str:
@@ -132,6 +151,18 @@ def _unsupported(target: str) -> RuntimeError:
         f"SGLang has no {target}, which Engram replaces to serve on a CPU. "
         f"Hint: install the version Engram supports, sglang=={SUPPORTED_SGLANG}."
     )
+
+
+_torch_get_device_module = torch.get_device_module
+
+
+def _get_device_module(device: Any = None) -> Any:
+    """Where no device is named, that of the CPU.
+
+    A torch built for CUDA names `torch.cuda` here although there is none; SGLang synchronises it at
+    the end of `/release_memory_occupation`, in the scheduler, which ends with an error.
+    """
+    return _torch_get_device_module("cpu" if device is None else device)
 
 
 def _pin_memory(self: torch.Tensor, device: Any = None) -> torch.Tensor:

@@ -1,0 +1,171 @@
+"""One server of any family: recorded, killed, and started again on what it has stored.
+
+A `Variant` says which model is served and how; `exactness_world` makes it. To cover another family
+or strategy, add a variant to `VARIANTS`: the tests of `test_families.py` run over all of them.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from e2e.helpers import Client, random_ids
+from e2e.reference import ALL_LOG_PROBABILITIES, CHUNK, ask_for, expect, prompts_of
+from e2e.talks import ChatTalk, GenerateTalk, Talk
+from e2e.worlds import (
+    FLOAT32,
+    LENGTHS,
+    NEXT_LENGTH,
+    Case,
+    Stage,
+    World,
+    fresh,
+    interleaved,
+    save_and_peek,
+    start,
+)
+from engram.testing.samples import seeded_random
+from engram.testing.tamper import add_to_value, rewrite_segment
+from engram.testing.tiny_model import FAMILIES
+
+PROMPT = 150
+LONG, SHORT = 40, 20
+"""New tokens of two replies to one prompt: the shorter ends inside the longer one's path."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A tiny model of a family, in a dtype; a `quick` one is part of every test run."""
+
+    family: str
+    dtype: str
+    quick: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.family}-{self.dtype}"
+
+    @property
+    def exact(self) -> bool:
+        """Whether decoding a token and prefilling it give nearly the same numbers."""
+        return self.dtype == "float32"
+
+    @property
+    def has_state(self) -> bool:
+        return "mamba" in FAMILIES[self.family].default_layers
+
+    @property
+    def altered(self) -> dict[str, str]:
+        """Case -> the buffer in which one value is changed before the restart."""
+        layers = FAMILIES[self.family].default_layers
+        found = {}
+        if "mamba" in layers:
+            first = layers.index("mamba")
+            found |= {"altered-ssm": f"ssm.{first}", "altered-conv": f"conv0.{first}"}
+        if "attention" in layers:
+            first = layers.index("attention")
+            found |= {"altered-k": f"k.{first}", "altered-v": f"v.{first}"}
+        return found
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        return (
+            *("--enable-snapshot-persistence", "--disable-radix-cache"),
+            *("--mamba-scheduler-strategy", "no_buffer"),
+            *("--skip-server-warmup", "--dtype", self.dtype),
+            *("--chunked-prefill-size", str(CHUNK)),
+            *("--max-total-tokens", "8192", "--max-mamba-cache-size", "64"),
+        )
+
+    @property
+    def env(self) -> Mapping[str, str]:
+        return FLOAT32 if self.dtype == "float32" else {}
+
+
+VARIANTS = (
+    Variant("granite-hybrid", "float32"),
+    Variant("granite-hybrid", "bfloat16"),
+    Variant("granite-moe", "float32", quick=True),
+    Variant("granite-moe", "bfloat16"),
+    Variant("mamba2", "float32", quick=True),
+    Variant("mamba2", "bfloat16"),
+    Variant("llama", "float32", quick=True),
+    Variant("llama", "bfloat16"),
+    Variant("qwen3", "float32", quick=True),
+    Variant("qwen3", "bfloat16"),
+)
+"""The dense Granite is no quick one: the other worlds are of it, in both dtypes."""
+
+RESTORED = ("generate", "chat")
+INTERLEAVED = ("interleaved-0", "interleaved-1", "interleaved-2")
+UNTAGGED = ("untagged", "chat-untagged", "unaltered", *INTERLEAVED)
+SEED = 1
+
+
+def exactness_world(stage: Stage, folder: Path, variant: Variant) -> World:
+    """Record every case on one server, kill it, alter what is to be altered, start it again."""
+    folder = fresh(folder)
+    numbers = seeded_random()
+    store = folder / "store" / "snapshots"
+    model = stage.model(SEED, variant.family, variant.dtype)
+    world = start(
+        stage.server(folder, variant.flags, model=model, store=store, env=variant.env), store
+    )
+    client = world.client
+    if variant.exact:
+        world.facts["expected"] = expect(model, prompts_of(SEED))
+        world.facts["alone"], world.facts["batch"] = _compared(client)
+    for name in (*RESTORED, "untagged", "chat-untagged", "unaltered", *variant.altered):
+        talk: Talk = ChatTalk() if name.startswith("chat") else GenerateTalk()
+        for length in LENGTHS:
+            talk.say(client, talk.message(numbers, length), name)
+        world.cases[name] = save_and_peek(client, numbers, name, talk)
+    world.cases |= interleaved(client, numbers, INTERLEAVED)
+    world.cases["evicted"] = _evicted(world, numbers)
+    world.cases["branch"] = _branch(client, numbers)
+    world.server.kill()
+    for name, buffer in {**variant.altered, "unaltered": ""}.items():
+        edit = add_to_value(buffer, 8.0) if buffer else lambda header, payload: None
+        rewrite_segment(store, world.cases[name].saved["snapshot_id"], edit)
+    world.server.start()
+    return world
+
+
+def _compared(client: Client) -> tuple[list[Any], list[Any]]:
+    """The server's replies to the reference's prompts, asked for one by one and all at once."""
+    prompts = prompts_of(SEED)
+    alone = [
+        client.post("/generate", ask_for([prompt], **ALL_LOG_PROBABILITIES)).json()[0]
+        for prompt in prompts
+    ]
+    batch: list[Any] = client.post("/generate", ask_for(prompts, **ALL_LOG_PROBABILITIES)).json()
+    return alone, batch
+
+
+def _evicted(world: World, numbers: random.Random) -> Case:
+    """Asked the same before and after VRAM forgot all, with a restore from RAM in between."""
+    client = world.client
+    talk = GenerateTalk()
+    for length in LENGTHS:
+        talk.say(client, talk.message(numbers, length), "evicted")
+    case = save_and_peek(client, numbers, "evicted", talk)
+    client.flush()
+    world.facts["evicted restore"] = client.restore(conversation_id="evicted")
+    world.facts["evicted from ram"] = talk.peek(client, case.message)
+    return case
+
+
+def _branch(client: Client, numbers: random.Random) -> Case:
+    """Two replies to one prompt; the one that ends inside the other's path is saved."""
+    prompt = random_ids(numbers, PROMPT)
+    long = client.generate(prompt, LONG, "long")
+    talk = GenerateTalk()
+    short = client.generate(prompt, SHORT, "branch")
+    assert len(short.tokens) == SHORT < len(long.tokens)
+    talk.history = [*prompt, *short.tokens]
+    saved = client.save(conversation_id="branch")
+    message = talk.message(numbers, NEXT_LENGTH)
+    return Case("branch", talk, saved, message, talk.peek(client, message))

@@ -1,0 +1,121 @@
+"""Every family of models, saved, killed and restored: the reply of a server that never stopped.
+
+The variants that are not quick are run by `scripts/test --matrix`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import pytest
+
+from e2e.exactness import (
+    PROMPT,
+    RESTORED,
+    SHORT,
+    UNTAGGED,
+    VARIANTS,
+    Variant,
+    exactness_world,
+)
+from e2e.helpers import Reply, assert_close
+from e2e.reference import assert_as_expected
+from e2e.worlds import TURNS, Stage, World, next_turn_is_exact
+
+
+@pytest.fixture
+def world(stage: Stage, variant: Variant) -> World:
+    return stage.world(variant.name, partial(exactness_world, variant=variant))
+
+
+def each(variants: Sequence[Variant] = VARIANTS) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        "variant", [pytest.param(v, id=v.name, marks=_marks(v)) for v in variants]
+    )
+
+
+def each_case(names: Callable[[Variant], Sequence[str]]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        ("variant", "name"),
+        [
+            pytest.param(v, name, id=f"{v.name}-{name}", marks=_marks(v))
+            for v in VARIANTS
+            for name in names(v)
+        ],
+    )
+
+
+def _marks(variant: Variant) -> list[pytest.MarkDecorator]:
+    return [] if variant.quick else [pytest.mark.matrix]
+
+
+@each([variant for variant in VARIANTS if variant.exact])
+def test_replies_are_those_of_transformers(world: World) -> None:
+    """Alone and in one batch; prompts longer than the server prefills at once are among them."""
+    expected = world.facts["expected"]
+    for replies in (world.facts["alone"], world.facts["batch"]):
+        for reply, wanted in zip(replies, expected, strict=True):
+            assert_as_expected(reply, wanted)
+
+
+@each_case(lambda variant: RESTORED)
+def test_restored_turn_is_exact(world: World, name: str) -> None:
+    case = world.cases[name]
+    restored = world.client.restore(conversation_id=name)
+    assert restored["token_count"] == case.saved["token_count"]
+    assert restored["turn_number"] == TURNS
+    assert (restored["source_tier"], restored["tier"]) == ("disk", "ram")
+    next_turn_is_exact(world, case, name)
+
+
+@each_case(lambda variant: UNTAGGED)
+def test_same_tokens_find_the_state_without_any_id(world: World, name: str) -> None:
+    next_turn_is_exact(world, world.cases[name], None)
+
+
+@each()
+def test_restored_from_ram_after_vram_forgot_it(world: World) -> None:
+    case, again = world.cases["evicted"], world.facts["evicted from ram"]
+    assert world.facts["evicted restore"]["source_tier"] == "ram"
+    assert again.cached == case.saved["token_count"]
+    assert again.output == case.reference.output
+
+
+@each()
+def test_restored_from_disk_after_vram_forgot_it(world: World) -> None:
+    world.client.restore(conversation_id="evicted")
+    next_turn_is_exact(world, world.cases["evicted"], None)
+
+
+@each()
+def test_turn_that_ends_inside_another_path(world: World, variant: Variant) -> None:
+    """The server that never stopped has rows of the longer reply; those of two restores agree."""
+    case = world.cases["branch"]
+    assert case.saved["token_count"] == PROMPT + SHORT - 1
+    first = _restored_branch(world)
+    if variant.exact:
+        assert_close(first, case.reference, 1e-3)
+    if variant.has_state:
+        # Without one the longer reply's rows serve as far as the tokens agree, so a token longer.
+        assert case.reference.cached == first.cached
+    world.client.flush()
+    assert _restored_branch(world).output == first.output
+
+
+def _restored_branch(world: World) -> Reply:
+    case = world.cases["branch"]
+    world.client.restore(conversation_id="branch")
+    reply = case.talk.peek(world.client, case.message)
+    assert reply.cached == case.saved["token_count"]
+    return reply
+
+
+@each_case(lambda variant: list(variant.altered))
+def test_an_altered_value_is_what_the_next_turn_computes_with(world: World, name: str) -> None:
+    """The digests are right, so it is served; that `unaltered` is exact then means something."""
+    case = world.cases[name]
+    world.client.restore(conversation_id=name)
+    reply = case.talk.peek(world.client, case.message)
+    assert reply.cached == case.saved["token_count"]
+    assert reply.output.logprobs != case.reference.output.logprobs

@@ -18,6 +18,7 @@
     |   `-- ManifestCorruptError     409  snapshot_corrupt
     |-- CaptureLostError             409  capture_lost        bytes gone, cannot be recomputed
     |-- RamTierFullError             503  ram_tier_full
+    |-- SaveQueueFullError           503  save_queue_full     more is saved than the store can write
     |-- GenerationAbortedError       503  generation_aborted  by SGLang, with its reason
     |-- DeadlineError                504  deadline
     `-- StoreError                   500  store_error         the disk or its driver failed
@@ -49,6 +50,7 @@ __all__ = [
     "NamespaceMismatchError",
     "NotFoundError",
     "RamTierFullError",
+    "SaveQueueFullError",
     "SegmentCorruptError",
     "SnapshotCorruptError",
     "StaleTreeError",
@@ -194,6 +196,13 @@ class RamTierFullError(EngramError):
     """The RAM tier cannot make room: what it holds is pinned or leased."""
 
     code = "ram_tier_full"
+    http_status = 503
+
+
+class SaveQueueFullError(EngramError):
+    """Too many saves wait to be written: the store is slower than what is saved."""
+
+    code = "save_queue_full"
     http_status = 503
 
 

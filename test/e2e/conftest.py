@@ -12,10 +12,11 @@ import pytest
 
 from e2e.battered_world import battered_world
 from e2e.pressured_world import alone_world, pressured_world
+from e2e.slow_world import SlowWorld, slow_world
 from e2e.small_world import small_world
 from e2e.worlds import Stage, World, restarted_world
 
-WORLDS = ("restarted", "other", "small", "battered", "pressured", "alone")
+WORLDS = ("restarted", "other", "small", "battered", "pressured", "alone", "slow")
 TIMEOUT_S = 1200
 """For one test, the starts of its servers included; a busy machine takes minutes for those."""
 
@@ -55,6 +56,15 @@ def restarted(stage: Stage) -> World:
 def small(stage: Stage) -> World:
     """float32 and little room: recorded, killed, started again."""
     return stage.world("small", small_world)
+
+
+@pytest.fixture
+def slow(stage: Stage) -> Iterator[SlowWorld]:
+    """A store that can be made slow, blocked or failing; what a test sets ends with the test."""
+    world = stage.world("slow", slow_world)
+    assert isinstance(world, SlowWorld)
+    yield world
+    world.faults.clear()
 
 
 @pytest.fixture

@@ -1,4 +1,6 @@
-"""One SQLite connection, shared by all threads under one lock, with transactions that nest."""
+"""Two SQLite connections: one that writes, under one lock, with transactions that nest, and one
+that reads, so that no reader waits for a commit to reach the disk.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +17,8 @@ from engram.catalog.schema import migrate, schema_problem
 from engram.errors import EngramError, StoreError, StoreFullError
 
 BUSY_TIMEOUT_MS: Final = 10_000
+PAGE_BYTES: Final = 4096
+"""What SQLite writes at least; how much more it wanted it does not tell."""
 # What SQLite says when not the file but its surroundings are the trouble; all else is damage.
 _NOT_DAMAGE: Final = ("locked", "busy", "disk is full", "unable to open")
 
@@ -26,11 +30,16 @@ class CatalogDamagedError(Exception):
 class Database:
     """The catalog's connection. SQLite's errors come out as `StoreError` or `StoreFullError`."""
 
-    def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
+    def __init__(
+        self, path: Path, connection: sqlite3.Connection, reader: sqlite3.Connection
+    ) -> None:
         self._path = path
         self._connection = connection
         self._lock = threading.RLock()
         self._depth = 0
+        self._writer: int | None = None
+        self._reader = reader
+        self._read_lock = threading.RLock()
 
     @classmethod
     def open(cls, path: Path) -> Database:
@@ -42,9 +51,7 @@ class Database:
         except OSError as error:
             raise _catalog_error(path, error) from error
         try:
-            connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-            connection.row_factory = sqlite3.Row
-            connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+            connection = _connect(path)
             problem = _problem(connection)
             if problem is None:
                 connection.execute("PRAGMA journal_mode = WAL")
@@ -62,11 +69,18 @@ class Database:
         if problem is not None:
             connection.close()
             raise CatalogDamagedError(problem)
-        return cls(path, connection)
+        try:
+            reader = _connect(path)
+            reader.execute("PRAGMA query_only = ON")
+        except sqlite3.Error as error:
+            connection.close()
+            raise _catalog_error(path, error) from error
+        return cls(path, connection, reader)
 
     def close(self) -> None:
-        """Close the connection. May be called again."""
-        with self._lock:
+        """Close the connections. May be called again."""
+        with self._lock, self._read_lock:
+            self._reader.close()
             self._connection.close()
 
     @contextmanager
@@ -83,6 +97,7 @@ class Database:
             )
             self._run(begin)
             self._depth = depth + 1
+            self._writer = threading.get_ident()
             try:
                 yield
                 self._run(commit)
@@ -93,6 +108,24 @@ class Database:
                 raise
             finally:
                 self._depth = depth
+                if not depth:
+                    self._writer = None
+
+    @contextmanager
+    def unchanging(self) -> Iterator[None]:
+        """Queries within see one state of the catalog, whatever others commit meanwhile."""
+        if self._writer == threading.get_ident():
+            yield
+            return
+        with self._read_lock:
+            if self._reader.in_transaction:
+                yield
+                return
+            self._read("BEGIN")
+            try:
+                yield
+            finally:
+                self._read("COMMIT")
 
     def run(self, sql: str, parameters: Sequence[Any] = ()) -> int:
         """Execute one statement; how many rows it changed."""
@@ -121,13 +154,11 @@ class Database:
                 raise _catalog_error(self._path, error) from error
 
     def rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[sqlite3.Row]:
-        """All rows of a query."""
-        with self._lock:
-            cursor = self._run(sql, parameters)
-            try:
-                return cursor.fetchall()
-            except sqlite3.Error as error:
-                raise _catalog_error(self._path, error) from error
+        """All rows of a query; within `atomic` it sees what was changed there."""
+        if self._writer == threading.get_ident():
+            return self._fetch(self._run(sql, parameters))
+        with self._read_lock:
+            return self._fetch(self._read(sql, parameters))
 
     def row(self, sql: str, parameters: Sequence[Any] = ()) -> sqlite3.Row | None:
         """The first row of a query."""
@@ -138,6 +169,25 @@ class Database:
             return self._connection.execute(sql, parameters)
         except sqlite3.Error as error:
             raise _catalog_error(self._path, error) from error
+
+    def _read(self, sql: str, parameters: Sequence[Any] = ()) -> sqlite3.Cursor:
+        try:
+            return self._reader.execute(sql, parameters)
+        except sqlite3.Error as error:
+            raise _catalog_error(self._path, error) from error
+
+    def _fetch(self, cursor: sqlite3.Cursor) -> list[sqlite3.Row]:
+        try:
+            return cursor.fetchall()
+        except sqlite3.Error as error:
+            raise _catalog_error(self._path, error) from error
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    connection.row_factory = sqlite3.Row
+    connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+    return connection
 
 
 def _problem(connection: sqlite3.Connection) -> str | None:
@@ -154,9 +204,19 @@ def _problem(connection: sqlite3.Connection) -> str | None:
 
 def _catalog_error(path: Path, error: sqlite3.Error | OSError) -> EngramError:
     if "disk is full" in str(error):
-        return StoreFullError.of(needed=0, free=None, where=str(path.parent))
+        return StoreFullError.of(
+            needed=PAGE_BYTES, free=_free_bytes(path.parent), where=str(path.parent)
+        )
     return StoreError(
         f"catalog {path}: {error}",
         hint="restart the server: a damaged catalog is rebuilt from the manifests",
         details={"file": str(path)},
     )
+
+
+def _free_bytes(path: Path) -> int | None:
+    try:
+        status = os.statvfs(path)
+    except OSError:
+        return None
+    return status.f_bavail * status.f_frsize

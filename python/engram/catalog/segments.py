@@ -49,7 +49,7 @@ class SegmentTable:
         Of several chains that end in ``key``, the one of ``segment_id``, or else of the newest
         snapshot. Raises `NotFoundError` if no snapshot holds it.
         """
-        with self._db.atomic():
+        with self._db.unchanging():
             holder = self._db.row(
                 "SELECT link.snapshot, link.position FROM segments"
                 " JOIN snapshot_segments AS link ON link.segment = segments.id"

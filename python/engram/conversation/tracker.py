@@ -1,8 +1,9 @@
 """Counts turns and remembers finished requests until they are saved, or long enough.
 
 Lives in the HTTP process, where a request's prompt ids and its output ids both pass, and on its
-event loop: nothing here locks or waits.  What outlives the process is in the catalog, which tells
-the newest saved turn of a branch when one is met for the first time.
+event loop: nothing here locks or waits.  What outlives the process is in the catalog: whoever owns
+the tracker asks it for the newest saved turn of a branch that is met for the first time, and tells
+(`learn`).  Turns that finish before that wait for their number.
 """
 
 from __future__ import annotations
@@ -10,14 +11,13 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Final
 
 import numpy as np
 
 from engram.conversation.turns import FinishedRequest, RunningRequest, Tag, Turn
 from engram.core.tokens import to_tokens
-from engram.errors import NotFoundError
+from engram.errors import InternalError, NotFoundError
 
 MAX_RUNNING: Final = 65_536
 MAX_UNTAGGED: Final = 1_000
@@ -29,8 +29,8 @@ MAX_TURN_TOKENS: Final = 32 << 20
 MAX_BRANCHES: Final = 10_000
 """Branches whose count is in memory; the least recently used are forgotten, the catalog is not."""
 
-NewestTurn = Callable[[Tag], int]
-"""The number of the newest saved turn of a tag's branch; 0 if there is none."""
+MAX_UNNUMBERED: Final = 1_000
+"""Finished turns of branches not learnt yet."""
 
 
 class _Branch:
@@ -44,13 +44,13 @@ class _Branch:
 class ConversationTracker:
     """Knows every running and recently finished request."""
 
-    def __init__(self, newest_saved: NewestTurn, *, clock: Callable[[], float] = time.time) -> None:
-        self._newest_saved = newest_saved
+    def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._running: OrderedDict[str, RunningRequest] = OrderedDict()
         self._untagged: OrderedDict[str, FinishedRequest] = OrderedDict()
         self._untagged_tokens = 0
         self._branches: OrderedDict[tuple[str, str, str], _Branch] = OrderedDict()
+        self._unnumbered: OrderedDict[str, tuple[Tag, FinishedRequest]] = OrderedDict()
         self._turns: OrderedDict[tuple[tuple[str, str, str], int], Turn] = OrderedDict()
         self._by_rid: dict[str, Turn] = {}
         self._turn_tokens = 0
@@ -74,7 +74,10 @@ class ConversationTracker:
             del self._running[request.rid]
 
     def finish(self, rid: str, output: Sequence[int]) -> Turn | None:
-        """A reply is complete.  The turn it is, if the request was tagged."""
+        """A reply is complete.  The turn it is, if the request was tagged and its branch is known.
+
+        If the branch is not, the turn waits for its number until somebody tells it (`learn`).
+        """
         request = self._running.pop(rid, None)
         if request is None:
             return None
@@ -93,10 +96,33 @@ class ConversationTracker:
             self._untagged_tokens += len(finished.tokens)
             self._expire()
             return None
+        if not self.knows_branch(request.tag):
+            if len(self._unnumbered) >= MAX_UNNUMBERED:
+                raise InternalError(f"{MAX_UNNUMBERED} turns wait for their numbers already")
+            self._unnumbered[rid] = (request.tag, finished)
+            return None
         return self._append(request.tag, finished)
 
+    def unnumbered(self, rid: str) -> Tag | None:
+        """The tag of a turn that waits for its number."""
+        waiting = self._unnumbered.get(rid)
+        return None if waiting is None else waiting[0]
+
+    def knows_branch(self, tag: Tag) -> bool:
+        """Whether turns of the branch can be counted."""
+        return tag.branch in self._branches
+
+    def learn(self, tag: Tag, newest_saved: int) -> list[Turn]:
+        """How far a branch is saved (0: not at all); the turns that waited for their numbers."""
+        if not self.knows_branch(tag):
+            self._branches[tag.branch] = _Branch(newest_saved)
+            if len(self._branches) > MAX_BRANCHES:
+                self._forget_branch(next(iter(self._branches)))
+        waiting = [rid for rid, (of, _) in self._unnumbered.items() if of.branch == tag.branch]
+        return [self._append(*self._unnumbered.pop(rid)) for rid in waiting]
+
     def adopt(self, rid: str, tag: Tag) -> Turn:
-        """Make a finished untagged request the next turn of a conversation."""
+        """Make a finished untagged request the next turn of a conversation that was learnt."""
         turn = self._by_rid.get(rid)
         if turn is not None and turn.tag.branch == tag.branch:
             return turn
@@ -129,8 +155,9 @@ class ConversationTracker:
         return branch.turns.get(number)
 
     def newest(self, tag: Tag) -> int:
-        """The number of the newest turn of a branch, saved or not; 0 if it has none."""
-        return self._branch(tag).newest
+        """The number of a learnt branch's newest turn, saved or not; 0 if it has none."""
+        branch = self._branches.get(tag.branch)
+        return 0 if branch is None else branch.newest
 
     def knows(self, tag: Tag) -> bool:
         """Whether any turn of the branch is remembered here."""
@@ -148,8 +175,9 @@ class ConversationTracker:
 
     def reached(self, tag: Tag, number: int) -> None:
         """A branch has a snapshot of turn `number`, be it where it starts: it counts on from it."""
-        branch = self._branch(tag)
-        branch.newest = max(branch.newest, number)
+        branch = self._branches.get(tag.branch)
+        if branch is not None:
+            branch.newest = max(branch.newest, number)
 
     def forget_conversation(self, tenant: str, conversation_id: str) -> None:
         """Drop what is remembered of a conversation (it was deleted)."""
@@ -169,14 +197,8 @@ class ConversationTracker:
         return turn
 
     def _branch(self, tag: Tag) -> _Branch:
-        branch = self._branches.get(tag.branch)
-        if branch is None:
-            branch = _Branch(self._newest_saved(replace(tag, parent_snapshot=None)))
-            self._branches[tag.branch] = branch
-            if len(self._branches) > MAX_BRANCHES:
-                self._forget_branch(next(iter(self._branches)))
         self._branches.move_to_end(tag.branch)
-        return branch
+        return self._branches[tag.branch]
 
     def _forget(self, turn: Turn) -> None:
         del self._turns[turn.tag.branch, turn.number]

@@ -9,6 +9,7 @@
 | `requests.py` | `RequestGate`: holds a request until its prefix is in RAM, counts its turn |
 | `triggers.py` | pure: which finished turns are saved by themselves, and when |
 | `automatic.py` | carries the triggers out |
+| `queue.py` | `SaveQueue`: few saves write at once, the others wait |
 | `finder.py` | which turn a save means |
 | `guard.py` | saves together, deletions alone |
 | `saves.py` | `TurnSaver`: segments, manifest, catalog, in that order |

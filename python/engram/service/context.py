@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, Final, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, ParamSpec, TypeVar
 
 from engram.catalog.catalog import Catalog
 from engram.catalog.rows import SnapshotRow
 from engram.conversation.tracker import ConversationTracker
-from engram.conversation.turns import FinishedRequest, Tag
+from engram.conversation.turns import FinishedRequest, Tag, Turn
 from engram.core.settings import Settings
 from engram.errors import NamespaceChangedError, NotFoundError
 from engram.service.boundaries import BoundaryIndex
 from engram.service.guard import SharedLock
 from engram.service.ports import EngineInfo, Generator, Ranks
+from engram.service.queue import SaveQueue
 from engram.service.results import ServiceStats
 from engram.snapshot.manifest import Manifest
 from engram.store.base import Store
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 ATTEMPTS: Final = 3
 """How often something is asked of the ranks while their weights keep changing."""
+STORE_THREADS: Final = 16
+CATALOG_THREADS: Final = 2
 
 
 class ServiceContext:
     """Store, catalog, engine and tracker of one server, and the tasks in its background.
 
-    Used on one event loop; the store and the catalog are touched on worker threads.
+    Used on one event loop; the store and the catalog are touched on threads of the service's own.
+    The event loop's default threads are SGLang's too: a disk that hangs must not use them up.
     """
 
     def __init__(
@@ -46,27 +53,54 @@ class ServiceContext:
         self.generator = generator
         self.stats = ServiceStats()
         self.boundaries = BoundaryIndex("")
-        self.tracker = ConversationTracker(self._newest_saved)
+        self.tracker = ConversationTracker()
+        self.on_turn: Callable[[Turn], None] = lambda turn: None
+        """Called for turns that had to wait for their number."""
+        self.saves = SaveQueue()
         # Saves share it, a deletion has it alone: between segments that are durable and the
         # manifest that names them, a deletion would take them for orphans.
         self.guard = SharedLock()
+        self._store_threads = ThreadPoolExecutor(STORE_THREADS, "engram-store")
+        # Quick by comparison: not behind reads of files.
+        self._catalog_threads = ThreadPoolExecutor(CATALOG_THREADS, "engram-catalog")
         self._engine: EngineInfo | None = None
+        self._describing: asyncio.Task[EngineInfo] | None = None
         self._forgotten = 0
         self._written_down = ""
-        self._starting = asyncio.Lock()
+        self._learning: dict[tuple[str, str, str], asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def in_store(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Do what touches files on a thread."""
+        call = functools.partial(work, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._store_threads, call)
+
+    async def in_catalog(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Do what asks the catalog on a thread."""
+        call = functools.partial(work, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._catalog_threads, call)
 
     async def engine(self) -> EngineInfo:
         """Who the engine is; asked once, and again when it may have become another one."""
         if self._engine is not None:
             return self._engine
-        async with self._starting:
-            while self._engine is None:
-                forgotten = self._forgotten
-                engine = await self._describe()
-                if forgotten == self._forgotten:
-                    self._engine = engine
-            return self._engine
+        if self._describing is None or self._describing.done():
+            self._describing = self.start(self._find_out())
+        # Whoever gives up waiting leaves the answer to the others.
+        return await asyncio.shield(self._describing)
+
+    @property
+    def described(self) -> bool:
+        """Whether `engine` answers at once."""
+        return self._engine is not None
+
+    async def _find_out(self) -> EngineInfo:
+        while self._engine is None:
+            forgotten = self._forgotten
+            engine = await self._describe()
+            if forgotten == self._forgotten:
+                self._engine = engine
+        return self._engine
 
     def forget_engine(self) -> None:
         """The engine's weights have changed, or may have: ask again before it matters."""
@@ -91,9 +125,9 @@ class ServiceContext:
         namespace = engine.namespace.id
         if self.boundaries.namespace != namespace or not self.boundaries.complete:
             self.boundaries = boundaries = BoundaryIndex(namespace)
-            rows = await asyncio.to_thread(self.catalog.of_namespace, namespace)
+            rows = await self.in_catalog(self.catalog.of_namespace, namespace)
             for row in rows:
-                keys = await asyncio.to_thread(self.boundary_keys, row)
+                keys = await self.in_catalog(self.boundary_keys, row)
                 boundaries.fill(row.snapshot_id, keys)
             boundaries.filled()
             if rows:
@@ -106,7 +140,7 @@ class ServiceContext:
         Not as soon as it is known: weights may change every few seconds without a single save.
         """
         if self._written_down != engine.namespace.id:
-            await asyncio.to_thread(self.store.put_namespace, engine.namespace)
+            await self.in_store(self.store.put_namespace, engine.namespace)
             self._written_down = engine.namespace.id
 
     def stored(self, manifest: Manifest) -> None:
@@ -118,6 +152,21 @@ class ServiceContext:
         """A snapshot is gone."""
         if row.namespace == self.boundaries.namespace:
             self.boundaries.remove(row.snapshot_id, keys)
+
+    async def learn(self, tag: Tag) -> None:
+        """See to it that the tracker knows how far the tag's branch is saved."""
+        while not self.tracker.knows_branch(tag):
+            task = self._learning.get(tag.branch)
+            if task is None:
+                task = self._learning[tag.branch] = self.start(self._learn(tag))
+                task.add_done_callback(lambda _: self._learning.pop(tag.branch))
+            # Whoever gives up waiting leaves the answer to the others.
+            await asyncio.shield(task)
+
+    async def _learn(self, tag: Tag) -> None:
+        newest = await self.in_catalog(self._newest_saved, tag)
+        for turn in self.tracker.learn(tag, newest):
+            self.on_turn(turn)
 
     def boundary_keys(self, row: SnapshotRow) -> list[str]:
         """The page keys at which the segments of a snapshot end (blocks: SQLite)."""
@@ -131,7 +180,7 @@ class ServiceContext:
     async def row(self, tag: Tag, turn_number: int | None) -> SnapshotRow | None:
         """The snapshot of a turn, or of the branch's newest saved one."""
         try:
-            return await asyncio.to_thread(
+            return await self.in_catalog(
                 self.catalog.find, tag.tenant, tag.conversation_id, tag.branch_name, turn_number
             )
         except NotFoundError:

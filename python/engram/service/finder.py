@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass, replace
 
 from engram.catalog.rows import SnapshotRow
@@ -53,6 +52,9 @@ class TurnFinder:
     ) -> Found:
         """The turn that a finished request is; with a conversation id it is adopted by that."""
         tracker = self._context.tracker
+        unnumbered = tracker.unnumbered(rid)
+        if unnumbered is not None:
+            await self._context.learn(unnumbered)
         turn = tracker.turn_of(rid)
         if turn is not None and turn.tag.tenant == tenant:
             if conversation_id not in (None, turn.tag.conversation_id):
@@ -66,13 +68,15 @@ class TurnFinder:
             row = None
             if not tracker.is_untagged(rid):
                 # Else a client has used the id of a saved request again, and means the newer one.
-                row = await asyncio.to_thread(self._context.catalog.find_rid, rid, tenant)
+                catalog = self._context.catalog
+                row = await self._context.in_catalog(catalog.find_rid, rid, tenant)
             if row is not None and conversation_id in (None, row.conversation_id):
                 tag = Tag(row.conversation_id, branch_name or row.branch_name, tenant)
                 return Found(tag, row=row)
             # A request that was in no conversation starts one under its own id, if that can be one.
             name = conversation_id or check_id("rid", rid)
             tag = Tag(name, branch_name or DEFAULT_BRANCH, tenant)
+            await self._context.learn(tag)
             turn = tracker.adopt(rid, tag)
         return await self._prefer_row(tag, turn)
 
@@ -90,6 +94,7 @@ class TurnFinder:
         return found
 
     async def _at(self, source: Tag, tag: Tag, turn_number: int | None) -> Found | None:
+        await self._context.learn(source)
         row = await self._context.row(source, turn_number)
         turn = self._context.tracker.find(source, turn_number)
         if turn is not None and (row is None or row.turn_number < turn.number):
@@ -105,6 +110,7 @@ class TurnFinder:
         return Found(tag, turn=turn)
 
     async def _known(self, tag: Tag) -> bool:
+        await self._context.learn(tag)
         if self._context.tracker.newest(tag):
             return True
         return await self._context.row(tag, None) is not None

@@ -80,7 +80,10 @@ class Ranks(Protocol):
     async def describe(self) -> EngineInfo: ...
 
     async def locate(self, namespace: str, request: FinishedRequest, boundary: int) -> Located:
-        """Where a snapshot of the request would end; `CaptureLostError` if its state is gone."""
+        """Where a snapshot of the request would end; `CaptureLostError` if its state is gone.
+
+        The state counts as wanted from now on: what nobody asked to keep leaves RAM before it.
+        """
         ...
 
     async def persist(self, namespace: str, request: FinishedRequest, boundary: int) -> Stored:
@@ -101,6 +104,10 @@ class Ranks(Protocol):
         cache_salt: str | None = None,
     ) -> Brought:
         """Bring chains into RAM, verified, leased to `owner` for `seconds`."""
+        ...
+
+    def abandon(self, owner: str) -> None:
+        """Nobody waits for the promotions of `owner` any longer: those not begun never begin."""
         ...
 
     async def tier(self, namespace: str, key: str, tokens: TokenArray) -> str:

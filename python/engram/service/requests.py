@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from typing import Final
 
-from engram.conversation.turns import RunningRequest
+from engram.conversation.turns import RunningRequest, Tag
 from engram.errors import DeadlineError, SnapshotCorruptError
 from engram.service.automatic import AutomaticSaver
 from engram.service.context import ServiceContext
@@ -30,6 +30,7 @@ class RequestGate:
     def __init__(self, context: ServiceContext, automatic: AutomaticSaver) -> None:
         self._context = context
         self._automatic = automatic
+        self.holding = 0
 
     async def admit(self, request: RunningRequest) -> None:
         """Called before a request goes to the scheduler.
@@ -38,13 +39,20 @@ class RequestGate:
         """
         context = self._context
         context.tracker.begin(request)
-        if not context.settings.snapshot_auto_restore:
+        if not context.settings.snapshot_auto_restore or self._nothing_to_do(request):
             return
+        timeout = context.settings.snapshot_promote_timeout
+        self.holding += 1
         try:
-            await self._promote_prefix(request)
+            try:
+                await asyncio.wait_for(self._prepare(request, timeout), timeout)
+            except asyncio.TimeoutError:
+                raise DeadlineError(f"it is not there after {timeout:g} s") from None
         except Exception as error:
             if isinstance(error, DeadlineError):
                 context.stats.hold_timeouts += 1
+                # What has not begun to be read must not keep others waiting.
+                context.ranks.abandon(request.rid)
             else:
                 context.stats.hold_failures += 1
             context.stats.note(f"prefix of {request.rid}: {error}")
@@ -53,6 +61,18 @@ class RequestGate:
                 request.rid,
                 error,
             )
+        finally:
+            self.holding -= 1
+
+    def _nothing_to_do(self, request: RunningRequest) -> bool:
+        context = self._context
+        known = request.tag is None or context.tracker.knows_branch(request.tag)
+        return context.described and known and not len(context.boundaries)
+
+    async def _prepare(self, request: RunningRequest, timeout: float) -> None:
+        if request.tag is not None:
+            await self._context.learn(request.tag)
+        await self._promote_prefix(request, timeout)
 
     def finished(self, rid: str, output: Sequence[int]) -> None:
         """Called when a reply is complete, before the client sees its end.
@@ -64,10 +84,22 @@ class RequestGate:
             turn = self._context.tracker.finish(rid, output)
             if turn is not None:
                 self._automatic.finished(turn)
+                return
+            unnumbered = self._context.tracker.unnumbered(rid)
+            if unnumbered is not None:
+                self._context.start(self._number(rid, unnumbered))
         except Exception as error:
             self._context.stats.lost_turns += 1
             self._context.stats.note(f"the turn that {rid} was: {error}")
             logger.exception("Engram: %s was not counted as a turn; it cannot be saved", rid)
+
+    async def _number(self, rid: str, tag: Tag) -> None:
+        """Find out the number of a turn that has finished before the catalog could tell it."""
+        try:
+            await self._context.learn(tag)
+        except Exception as error:
+            self._context.stats.note(f"the number of the turn that {rid} was: {error}")
+            logger.error("Engram: the number of the turn that %s was is unknown: %s", rid, error)
 
     async def settled(self, rid: str) -> None:
         """Return when the automatic save of a finished request, if any, is over."""
@@ -83,10 +115,10 @@ class RequestGate:
         """Called when nobody waits for a request any longer, finished or not."""
         self._context.tracker.left(request)
 
-    async def _promote_prefix(self, request: RunningRequest) -> None:
-        await self._context.with_engine(lambda engine: self._promote(engine, request))
+    async def _promote_prefix(self, request: RunningRequest, timeout: float) -> None:
+        await self._context.with_engine(lambda engine: self._promote(engine, request, timeout))
 
-    async def _promote(self, engine: EngineInfo, request: RunningRequest) -> None:
+    async def _promote(self, engine: EngineInfo, request: RunningRequest, timeout: float) -> None:
         context = self._context
         boundaries = context.boundaries
         if boundaries.namespace != engine.namespace.id or not len(boundaries):
@@ -99,7 +131,7 @@ class RequestGate:
         if stored is None:
             return
         context.stats.held_requests += 1
-        chains = await asyncio.to_thread(self._chains, engine, stored.key)
+        chains = await context.in_catalog(self._chains, engine, stored.key)
         try:
             await context.ranks.promote(
                 engine.namespace.id,
@@ -107,7 +139,7 @@ class RequestGate:
                 owner=request.rid,
                 seconds=HOLD_LEASE_S,
                 exact=False,
-                timeout=context.settings.snapshot_promote_timeout,
+                timeout=timeout,
             )
         except SnapshotCorruptError:
             boundaries.forget(stored.key)

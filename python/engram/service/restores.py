@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -123,7 +122,7 @@ class Restorer:
     async def _reading(self, work: Callable[..., T], *args: Any) -> T:
         """Read files on a thread; damage that is found there is counted."""
         try:
-            return await asyncio.to_thread(work, *args)
+            return await self._context.in_store(work, *args)
         except SnapshotCorruptError:
             self._context.stats.corrupt += 1
             raise

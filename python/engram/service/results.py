@@ -60,6 +60,8 @@ class ServiceStats:
     restore_failures: int = 0
     corrupt: int = 0
     recomputed_saves: int = 0
+    refused_saves: int = 0
+    left_out_saves: int = 0
     held_requests: int = 0
     hold_timeouts: int = 0
     hold_failures: int = 0

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Final
 
 from engram.catalog.rows import SnapshotRow
@@ -14,14 +17,17 @@ from engram.core.tokens import tokens_digest
 from engram.errors import (
     AlreadyExistsError,
     CaptureLostError,
+    EngramError,
     InternalError,
     ManifestCorruptError,
     NotFoundError,
+    SaveQueueFullError,
     SnapshotCorruptError,
 )
 from engram.service.context import ServiceContext
 from engram.service.finder import Found
 from engram.service.ports import EngineInfo, Stored
+from engram.service.queue import Ticket
 from engram.service.results import SaveResult
 from engram.snapshot.manifest import (
     Durability,
@@ -43,59 +49,78 @@ _Place = tuple[tuple[str, str, str], int]
 """A branch and the number of a turn on it."""
 
 
+@dataclass(eq=False, slots=True)
+class _Saving:
+    """The saves of one turn that are under way: they make one snapshot, of this id."""
+
+    snapshot_id: str
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    users: int = 0
+
+
 class TurnSaver:
     """Carries out saves; those of one turn go one after another, so it is saved once."""
 
     def __init__(self, context: ServiceContext) -> None:
         self._context = context
-        self._turns: dict[_Place, tuple[asyncio.Lock, int]] = {}
-        self._promised: dict[_Place, str] = {}
+        self._turns: dict[_Place, _Saving] = {}
 
     async def save(
         self, found: Found, snapshot_id: str | None, durability: Durability
     ) -> SaveResult:
-        """Make a turn durable, or return the snapshot that it is already."""
+        """Make a turn durable when its turn has come, or return the snapshot that it is already.
+
+        `SaveQueueFullError` if too many saves wait already.
+        """
         begun = time.monotonic()
-        place = (found.tag.branch, found.number)
-        lock, users = self._turns.get(place, (asyncio.Lock(), 0))
-        self._turns[place] = (lock, users + 1)
-        try:
-            async with lock:
-                return await self._once(found, snapshot_id, durability, begun)
-        except Exception:
-            self._context.stats.save_failures += 1
-            raise
-        finally:
-            lock, users = self._turns[place]
-            if users == 1:
-                del self._turns[place]
-            else:
-                self._turns[place] = (lock, users - 1)
+        with self._counted():
+            await self.check_free(found, snapshot_id)
+            row = await self._context.row(found.tag, found.number)
+            if row is not None:
+                await self._context.in_store(self._check_whole, row)
+                return _result(row, begun, existing=True)
+            with self._place(found, snapshot_id) as saving:
+                if found.turn is None:
+                    return await self._alone(found, saving, durability, begun)
+                with self._ask() as ticket:
+                    await self.admitted(ticket, found.turn)
+                    return await self._alone(found, saving, durability, begun)
+
+    async def save_now(self, found: Found, durability: Durability) -> SaveResult:
+        """`save` for who has a place in the queue, and has been admitted."""
+        with self._counted(), self._place(found, None) as saving:
+            return await self._alone(found, saving, durability, time.monotonic())
+
+    async def admitted(self, ticket: Ticket, turn: Turn) -> None:
+        """Wait for the turn of a save; the state is not the first to leave RAM meanwhile."""
+        if not ticket.ready:
+            # What is gone by then is computed again.
+            with contextlib.suppress(EngramError):
+                await self._locate(turn.request)
+        await ticket.admitted()
 
     async def save_later(self, found: Found, snapshot_id: str | None) -> SaveResult:
-        """Start a save and return what it will be; its failure is logged and counted."""
+        """Start a save and return what it will be; its failure is logged and counted.
+
+        `SaveQueueFullError` if too many saves wait already.
+        """
         begun = time.monotonic()
-        context = self._context
-        place = (found.tag.branch, found.number)
-        if place in self._turns:
-            # Under way already, under an id that the reply must name: it is there in a moment.
-            return await self.save(found, snapshot_id, "async")
-        # Whichever save of the turn comes first, an automatic one perhaps, makes this snapshot.
-        chosen = self._promised.setdefault(place, snapshot_id or new_snapshot_id())
-        if found.turn is not None:
-            request = found.turn.request
-            try:
+        with contextlib.ExitStack() as stack:
+            # Whichever save of the turn comes first, an automatic one perhaps, makes this snapshot.
+            saving = stack.enter_context(self._place(found, snapshot_id))
+            ticket = None
+            if found.turn is not None:
+                ticket = stack.enter_context(self._ask())
+                request = found.turn.request
                 boundary = await self._locate(request)
-            except BaseException:
-                self._promised.pop(place, None)
-                raise
-            pending = len(request.tokens) - boundary
-        else:
-            row = _row(found)
-            boundary, pending = row.token_count, row.pending_count
-        context.start(self._save_in_background(found, chosen))
+                pending = len(request.tokens) - boundary
+            else:
+                row = _row(found)
+                boundary, pending = row.token_count, row.pending_count
+            held = stack.pop_all()
+        self._context.start(self._save_in_background(found, saving, ticket, held))
         return SaveResult(
-            snapshot_id=chosen,
+            snapshot_id=saving.snapshot_id,
             conversation_id=found.tag.conversation_id,
             branch_name=found.tag.branch_name,
             turn_number=found.number,
@@ -106,6 +131,47 @@ class TurnSaver:
             durability="async",
             elapsed_ms=(time.monotonic() - begun) * 1000,
         )
+
+    async def _save_in_background(
+        self, found: Found, saving: _Saving, ticket: Ticket | None, held: contextlib.ExitStack
+    ) -> None:
+        try:
+            with held, self._counted():
+                if ticket is not None:
+                    await ticket.admitted()
+                await self._alone(found, saving, "async", time.monotonic())
+        except Exception as error:
+            self._context.stats.note(f"asynchronous save {saving.snapshot_id}: {error}")
+            logger.error("Engram: snapshot %s was not saved: %s", saving.snapshot_id, error)
+
+    @contextlib.contextmanager
+    def _place(self, found: Found, snapshot_id: str | None) -> Iterator[_Saving]:
+        place = (found.tag.branch, found.number)
+        saving = self._turns.get(place)
+        if saving is None:
+            saving = self._turns[place] = _Saving(snapshot_id or new_snapshot_id())
+        saving.users += 1
+        try:
+            yield saving
+        finally:
+            saving.users -= 1
+            if not saving.users:
+                del self._turns[place]
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception:
+            self._context.stats.save_failures += 1
+            raise
+
+    def _ask(self) -> Ticket:
+        try:
+            return self._context.saves.ask()
+        except SaveQueueFullError:
+            self._context.stats.refused_saves += 1
+            raise
 
     async def _locate(self, request: FinishedRequest) -> int:
         """Where a snapshot of the request will end, its state computed again if need be."""
@@ -123,21 +189,14 @@ class TurnSaver:
                 raise
             return boundary
 
-    async def _save_in_background(self, found: Found, snapshot_id: str) -> None:
-        try:
-            await self.save(found, snapshot_id, "async")
-        except Exception as error:
-            self._context.stats.note(f"asynchronous save {snapshot_id}: {error}")
-            logger.error("Engram: snapshot %s was not saved: %s", snapshot_id, error)
-        finally:
-            self._promised.pop((found.tag.branch, found.number), None)
-
     async def check_free(self, found: Found, snapshot_id: str | None) -> None:
         """Raise `AlreadyExistsError` if the id names the snapshot of another turn."""
         if snapshot_id is None:
             return
         try:
-            row = await asyncio.to_thread(self._context.catalog.get, snapshot_id, found.tag.tenant)
+            row = await self._context.in_catalog(
+                self._context.catalog.get, snapshot_id, found.tag.tenant
+            )
         except NotFoundError:
             return
         place = (row.tenant, row.conversation_id, row.branch_name)
@@ -150,20 +209,24 @@ class TurnSaver:
             details={"snapshot_id": snapshot_id},
         )
 
+    async def _alone(
+        self, found: Found, saving: _Saving, durability: Durability, begun: float
+    ) -> SaveResult:
+        """The save itself; those of the same turn wait for it and find what it made."""
+        async with saving.lock:
+            return await self._once(found, saving.snapshot_id, durability, begun)
+
     async def _once(
-        self,
-        found: Found,
-        snapshot_id: str | None,
-        durability: Durability,
-        begun: float,
+        self, found: Found, snapshot_id: str, durability: Durability, begun: float
     ) -> SaveResult:
         context = self._context
-        snapshot_id = self._promised.get((found.tag.branch, found.number), snapshot_id)
         await self.check_free(found, snapshot_id)
         row = await context.row(found.tag, found.number)
         if row is not None:
-            await asyncio.to_thread(self._check_whole, row)
+            await context.in_store(self._check_whole, row)
             return _result(row, begun, existing=True)
+        # So that `reached` below meets a branch that is known.
+        await context.learn(found.tag)
         recomputed = False
         async with context.guard.shared():
             if found.turn is not None:
@@ -173,15 +236,15 @@ class TurnSaver:
                 )
                 manifest = await self._manifest(found, engine, snapshot_id, durability, stored)
             else:
-                manifest = await asyncio.to_thread(self._branch, found, snapshot_id, durability)
-            await asyncio.to_thread(self._commit, manifest)
+                manifest = await context.in_store(self._branch, found, snapshot_id, durability)
+            await context.in_store(self._commit, manifest)
             context.stored(manifest)
         context.stats.saves += 1
         context.stats.recomputed_saves += recomputed
         context.tracker.reached(found.tag, found.number)
         if found.turn is not None and found.turn.tag.branch == found.tag.branch:
             context.tracker.saved(found.turn, manifest.snapshot_id)
-        row = await asyncio.to_thread(context.catalog.get, manifest.snapshot_id, manifest.tenant)
+        row = await context.in_catalog(context.catalog.get, manifest.snapshot_id, manifest.tenant)
         return _result(row, begun, recomputed=recomputed)
 
     def _commit(self, manifest: Manifest) -> None:
@@ -234,7 +297,7 @@ class TurnSaver:
         self,
         found: Found,
         engine: EngineInfo,
-        snapshot_id: str | None,
+        snapshot_id: str,
         durability: Durability,
         stored: Stored,
     ) -> Manifest:
@@ -246,9 +309,11 @@ class TurnSaver:
                 f"the state stands at token {stored.boundary}, {len(tokens)} are recorded"
             )
         keys = {ref.key for ref in stored.chains[0]}
-        parent = turn.tag.parent_snapshot or await asyncio.to_thread(self._parent, turn, tag, keys)
+        parent = turn.tag.parent_snapshot or await self._context.in_catalog(
+            self._parent, turn, tag, keys
+        )
         return make_manifest(
-            snapshot_id=snapshot_id or new_snapshot_id(),
+            snapshot_id=snapshot_id,
             tenant=tag.tenant,
             conversation_id=tag.conversation_id,
             branch_name=tag.branch_name,
@@ -272,13 +337,13 @@ class TurnSaver:
             rid=turn.request.rid,
         )
 
-    def _branch(self, found: Found, snapshot_id: str | None, durability: Durability) -> Manifest:
+    def _branch(self, found: Found, snapshot_id: str, durability: Durability) -> Manifest:
         """The start of a branch: another manifest over the same segments, no state copied."""
         row = _row(found)
         origin = self._check_whole(row)
         return change_manifest(
             origin,
-            snapshot_id=snapshot_id or new_snapshot_id(),
+            snapshot_id=snapshot_id,
             branch_name=found.tag.branch_name,
             parent_snapshot=row.snapshot_id,
             created_at=time.time(),

@@ -43,6 +43,7 @@ class SnapshotService:
         self._finder = TurnFinder(self.context)
         self._restorer = Restorer(self.context)
         self.gate = RequestGate(self.context, self._automatic)
+        self.context.on_turn = self._automatic.finished
 
     async def close(self) -> None:
         """Save what is due, wait for what is under way."""
@@ -99,7 +100,7 @@ class SnapshotService:
         assert conversation_id is not None
         tag = Tag(conversation_id, branch_name or DEFAULT_BRANCH, tenant)
         try:
-            return await asyncio.to_thread(
+            return await self.context.in_catalog(
                 self.context.catalog.find,
                 tenant,
                 conversation_id,
@@ -112,7 +113,7 @@ class SnapshotService:
             raise
 
     async def _find_by_rid(self, tenant: str, rid: str, conversation_id: str | None) -> SnapshotRow:
-        row = await asyncio.to_thread(self.context.catalog.find_rid, rid, tenant)
+        row = await self.context.in_catalog(self.context.catalog.find_rid, rid, tenant)
         if row is None:
             raise NotFoundError(
                 f"no snapshot of a request {rid!r}", hint="save it first", details={"rid": rid}
@@ -131,7 +132,7 @@ class SnapshotService:
         rows: list[SnapshotRow] = []
         after = None
         while True:
-            page = await asyncio.to_thread(
+            page = await self.context.in_catalog(
                 self.context.catalog.list_snapshots,
                 tenant,
                 conversation_id,
@@ -173,10 +174,10 @@ class SnapshotService:
     async def _delete(self, row: SnapshotRow) -> None:
         context = self.context
         async with context.guard.alone():
-            keys = await asyncio.to_thread(context.boundary_keys, row)
-            await asyncio.to_thread(self._remove, row)
+            keys = await context.in_catalog(context.boundary_keys, row)
+            await context.in_store(self._remove, row)
             context.deleted(row, keys)
-            orphans = await asyncio.to_thread(context.catalog.unreferenced_segments)
+            orphans = await context.in_catalog(context.catalog.unreferenced_segments)
             await context.with_engine(lambda engine: self._drop(engine, orphans))
 
     def _remove(self, row: SnapshotRow) -> None:
@@ -193,19 +194,25 @@ class SnapshotService:
             if orphan.shard.namespace == engine.namespace.id:
                 by_rank[orphan.shard.rank].append(orphan.segment_id)
             else:
-                await asyncio.to_thread(
+                await context.in_store(
                     context.store.delete_segment, orphan.shard, orphan.segment_id
                 )
         if any(by_rank):
             await context.ranks.drop(engine.namespace.id, by_rank)
-        await asyncio.to_thread(context.catalog.forget_segments, orphans)
+        await context.in_catalog(context.catalog.forget_segments, orphans)
 
     async def stats(self) -> dict[str, Any]:
-        """Counters of the service and of every rank, and what is or was wrong with the store."""
+        """Counters of the service and of every rank, what waits now, and the store's health."""
         service, catalog = self.context.stats, self.context.catalog
-        store = await asyncio.to_thread(self.context.store.health)
+        store = await self.context.in_store(self.context.store.health)
         return {
             "service": {name: getattr(service, name) for name in service.__slots__},
+            "queues": {
+                "requests_held": self.gate.holding,
+                "saves_running": self.context.saves.running,
+                "saves_waiting": self.context.saves.waiting,
+                "automatic_saves_waiting": self._automatic.waiting,
+            },
             "ranks": await self.context.ranks.stats(),
             "stored_boundaries": len(self.context.boundaries),
             "store": asdict(store),

@@ -156,6 +156,8 @@ class RankControl:
     def _persist(self, request: PersistRequest) -> Result | Future[Result]:
         boundary = self._locate(request)
         if request.locate:
+            # It is asked because it will be saved: until then it is not the first to leave RAM.
+            self._tiers.ram.want(boundary)
             return {"boundary": boundary.end, "key": boundary.key}
 
         def result(done: Persisted) -> Result:
@@ -258,7 +260,7 @@ class RankControl:
         return _then(self._tiers.drop(mine), lambda count: {"dropped": count})
 
     def _release(self, request: ReleaseRequest) -> None:
-        self._tiers.release(request.owner)
+        self._tiers.abandon(request.owner)
 
     def _stats(self, request: StatsRequest) -> Result:
         ram = self._tiers.ram
@@ -266,7 +268,7 @@ class RankControl:
             "ram_bytes": ram.used,
             "ram_capacity": ram.capacity,
             "ram_held_bytes": ram.held,
-            "leases": self._tiers.leases,
+            **self._tiers.depths(),
             "tree_locks": self._cache.locks,
             "boundaries": len(ram),
             "weights_changes": self._rank.epoch,
@@ -283,6 +285,9 @@ def _then(future: Future[Any], convert: Callable[[Any], Result]) -> Future[Resul
     converted: Future[Result] = Future()
 
     def finish(done: Future[Any]) -> None:
+        if done.cancelled():
+            converted.set_exception(DeadlineError("given up by whoever asked for it"))
+            return
         error = done.exception()
         if error is not None:
             converted.set_exception(error)

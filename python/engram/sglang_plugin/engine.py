@@ -22,6 +22,7 @@ from engram.sglang_plugin.messages import (
     PersistRequest,
     ProbeRequest,
     PromoteRequest,
+    ReleaseRequest,
     StatsRequest,
 )
 from engram.snapshot.manifest import SegmentRef
@@ -117,6 +118,10 @@ class SglangRanks:
             in_vram,
             answers[0]["state_slot"] if in_vram else None,
         )
+
+    def abandon(self, owner: str) -> None:
+        """Nobody waits for the promotions of `owner` any longer."""
+        self._client.tell(ReleaseRequest, owner=owner)
 
     async def tier(self, namespace: str, key: str, tokens: TokenArray) -> str:
         """The fastest tier in which every rank holds the sequence."""

@@ -42,7 +42,7 @@ class PersistRequest(StateRequest, kw_only=True):
 
     `request_rid` names the finished request whose tokens these are, when it is known; `tokens` are
     all recorded ones; `boundary` is where the state is expected if the rank does not remember.
-    With `locate` nothing is written: the reply tells the boundary alone.
+    With `locate` nothing is written yet: the reply tells the boundary alone.
     """
 
     request_rid: str | None
@@ -81,7 +81,7 @@ class DropRequest(StateRequest, kw_only=True):
 
 
 class ReleaseRequest(EngramRequest, kw_only=True):
-    """End a lease early; there is no reply."""
+    """Its owner wants no chain any longer, leased or still to be promoted; there is no reply."""
 
     owner: str
 

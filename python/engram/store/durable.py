@@ -20,6 +20,7 @@ from engram.store.filesystem import FileSystem
 TEMP_SUFFIX: Final = ".tmp"
 _NO_SPACE: Final = {errno.ENOSPC, errno.EDQUOT}
 _CREATE_ATTEMPTS: Final = 8
+BLOCK_BYTES: Final = 4096
 
 
 def write_durable(
@@ -90,8 +91,13 @@ def remove_abandoned_temps(root: Path, fs: FileSystem) -> int:
     return removed
 
 
-def store_error(operation: str, path: Path, error: OSError, *, needed: int = 0) -> StoreError:
-    """The `StoreError` for an OSError; `StoreFullError` where space or quota ran out."""
+def store_error(
+    operation: str, path: Path, error: OSError, *, needed: int = BLOCK_BYTES
+) -> StoreError:
+    """The `StoreError` for an OSError; `StoreFullError` where space or quota ran out.
+
+    ``needed`` is in bytes; whatever it is that the device refuses, it takes a block at least.
+    """
     if error.errno in _NO_SPACE:
         return StoreFullError.of(
             needed=needed, free=free_bytes(path.parent), where=str(path.parent)

@@ -58,6 +58,9 @@ class Boundary:
     (uint8, 1-d) there, allocated by whoever fills it, so that no scheduler waits for pinned memory;
     `parent` is the boundary at `start` (None for a segment that starts the sequence).  Chains are
     object references: a boundary replaced in the index stays whole for whoever holds it.
+
+    `segment_id` is that of its file, if it has one.  `wanted` says that somebody asked to keep it,
+    or one that stands on it: all below a wanted boundary is wanted.
     """
 
     key: str
@@ -71,7 +74,7 @@ class Boundary:
     fill: Fill = Fill.FILLING
     filled: Future[None] = field(default_factory=Future)
     segment_id: str | None = None
-    durable: bool = False
+    wanted: bool = False
     holders: int = 0
     resident_children: int = 0
 
@@ -79,6 +82,11 @@ class Boundary:
     def nbytes(self) -> int:
         """Bytes of the payload."""
         return self.buffers[-1].offset + self.buffers[-1].length
+
+    @property
+    def durable(self) -> bool:
+        """True when a segment file on disk holds the bytes."""
+        return self.segment_id is not None
 
     @property
     def resident(self) -> bool:

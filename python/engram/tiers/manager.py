@@ -4,7 +4,8 @@ One `TierManager` serves one rank.  The scheduler thread only asks (`capture`, `
 copies, hashes and files are the work of three threads whose long calls release the GIL:
 
 * *copy* fills captured payloads from the device pools,
-* *write* makes chains durable, in the order in which it was asked,
+* *write* makes chains durable, in the order in which it was asked; what waits for it beyond a
+  bounded share of the RAM tier is not held there,
 * *read* fetches chains from disk and verifies them.
 
 Nothing here raises into the scheduler: an outcome is a value or the exception of a `Future`.
@@ -12,12 +13,14 @@ Nothing here raises into the scheduler: an outcome is a value or the exception o
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -41,6 +44,22 @@ logger = logging.getLogger(__name__)
 
 FILL_TIMEOUT_S: Final = 120.0
 """How long a writer waits for a payload that is still being copied from the device."""
+
+
+WRITE_SHARE: Final = 0.5
+"""Of the RAM tier, what may be held for writing; one chain alone may be larger."""
+
+Done = TypeVar("Done")
+
+
+@dataclass(eq=False, slots=True)
+class _Write(Generic[Done]):
+    """Work for the writer: `held` is what it keeps in RAM until that is on disk."""
+
+    work: Callable[[_Write[Done]], Done]
+    chain: Sequence[Boundary] = ()
+    held: list[Boundary] = field(default_factory=list)
+    future: Future[Done] = field(default_factory=Future)
 
 
 @dataclass(slots=True)
@@ -70,6 +89,10 @@ class TierManager:
     layout: PayloadLayout
     clock: Callable[[], float] = time.monotonic
     _leases: dict[str, _Lease] = field(default_factory=dict)
+    _waiting: deque[_Write[Any]] = field(default_factory=deque)
+    _writing: int = 0
+    _held_for_writing: int = 0
+    _reading: dict[str, list[Future[Promoted]]] = field(default_factory=dict)
     _copy: ThreadPoolExecutor = field(init=False)
     _write: ThreadPoolExecutor = field(init=False)
     _read: ThreadPoolExecutor = field(init=False)
@@ -185,16 +208,64 @@ class TierManager:
     # ---- persist ----
 
     def persist(self, boundary: Boundary) -> Future[Persisted]:
-        """Make the chain of a boundary durable.  The future fails with an `EngramError`."""
-        held = self.ram.hold(boundary.ancestors())
-        future = self._write.submit(self._persist, boundary.chain())
-        future.add_done_callback(lambda _: self.ram.release(held))
-        return future
+        """Make the chain of a boundary durable.  The future fails with an `EngramError`.
 
-    def _persist(self, chain: Sequence[Boundary]) -> Persisted:
+        A chain that waits for its turn longer than there is room to hold it may have left RAM by
+        then: `CaptureLostError`, whose `details` say which boundary to compute again.
+        """
+        chain = boundary.chain()
+        with self.ram.lock:
+            self.ram.want(boundary)
+            self.ram.touch(chain)
+            return self._queue(_Write(self._persist, chain))
+
+    def _queue(self, write: _Write[Done]) -> Future[Done]:
+        with self.ram.lock:
+            self._waiting.append(write)
+            self._start_writes()
+        return write.future
+
+    def _start_writes(self) -> None:
+        """Hold and hand to the writer what may be held; called under the lock of the RAM tier."""
+        while self._waiting:
+            write = self._waiting[0]
+            needed = [b for b in write.chain if b.in_ram and not b.durable]
+            nbytes = sum(b.nbytes for b in needed)
+            full = self._held_for_writing + nbytes > self.ram.capacity * WRITE_SHARE
+            if needed and self._held_for_writing and full:
+                return
+            self._waiting.popleft()
+            write.held.extend(self.ram.hold(needed))
+            self._held_for_writing += nbytes
+            self._writing += 1
+            self._write.submit(self._run_write, write)
+
+    def _run_write(self, write: _Write[Done]) -> None:
+        try:
+            done = write.work(write)
+        except BaseException as error:
+            self._end_write(write)
+            write.future.set_exception(error)
+        else:
+            self._end_write(write)
+            write.future.set_result(done)
+
+    def _end_write(self, write: _Write[Any]) -> None:
+        with self.ram.lock:
+            self._writing -= 1
+            for boundary in list(write.held):
+                self._let_go(write, boundary)
+            self._start_writes()
+
+    def _let_go(self, write: _Write[Any], boundary: Boundary) -> None:
+        write.held.remove(boundary)
+        self.ram.release((boundary,))
+        self._held_for_writing -= boundary.nbytes
+
+    def _persist(self, write: _Write[Persisted]) -> Persisted:
         refs: list[SegmentRef] = []
         written = 0
-        for boundary in chain:
+        for boundary in write.chain:
             # Readers may find a file of the chain damaged at any time and take its boundary's
             # segment id away: what this save relies on is in `refs` and read once.
             parent = refs[-1].segment_id if refs else None
@@ -212,10 +283,14 @@ class TierManager:
                 try:
                     segment_id = self._write_segment(boundary, header)
                 except CaptureLostError as lost:
-                    lost.details["boundary"] = chain[-1].end
+                    lost.details["boundary"] = write.chain[-1].end
                     raise
                 written += header.file_length
             refs.append(_ref(header, segment_id))
+            if boundary in write.held:
+                with self.ram.lock:
+                    self._let_go(write, boundary)
+                    self._start_writes()
         return Persisted(tuple(refs), sum(ref.bytes for ref in refs), written)
 
     def _write_segment(self, boundary: Boundary, header: SegmentHeader) -> str:
@@ -248,11 +323,34 @@ class TierManager:
         with self.ram.lock:
             held = self.ram.get(refs[-1].key)
             if held is not None and self.ram.loadable(held, 0) and self._same(held, refs, exact):
+                self.ram.want(held)
                 self.lease(owner, held.chain(), seconds=seconds)
                 ready: Future[Promoted] = Future()
                 ready.set_result(Promoted(Tier.RAM, sum(ref.bytes for ref in refs), 0))
                 return ready
-        return self._read.submit(self._promote, tuple(refs), owner, seconds, exact)
+            future = self._read.submit(self._promote, tuple(refs), owner, seconds, exact)
+            self._reading.setdefault(owner, []).append(future)
+        future.add_done_callback(lambda done: self._read_done(owner, done))
+        return future
+
+    def _read_done(self, owner: str, done: Future[Promoted]) -> None:
+        with self.ram.lock:
+            futures = self._reading.get(owner, [])
+            if done in futures:
+                futures.remove(done)
+            if not futures:
+                self._reading.pop(owner, None)
+
+    def abandon(self, owner: str) -> None:
+        """Nobody waits for the promotions of `owner` any longer.
+
+        Those not begun never begin; what the others bring is not leased.
+        """
+        with self.ram.lock:
+            futures = self._reading.pop(owner, [])
+            self.release(owner)
+        for future in futures:
+            future.cancel()
 
     @staticmethod
     def _same(boundary: Boundary, refs: Sequence[SegmentRef], exact: bool) -> bool:
@@ -270,8 +368,11 @@ class TierManager:
                 below = _Below(held[-1], refs[number - 1].segment_id) if held else None
                 boundary, nbytes = self._bring(ref, below, exact)
                 held.append(boundary)
+                self.ram.want(boundary)
                 read += nbytes
-            self.lease(owner, held, seconds=seconds)
+            with self.ram.lock:
+                if owner in self._reading:
+                    self.lease(owner, held, seconds=seconds)
         finally:
             self.ram.release(held)
         source = Tier.DISK if read else Tier.RAM
@@ -360,7 +461,8 @@ class TierManager:
         Queued behind every write asked for before, so a chain that is being made durable is
         never pulled from under its manifest.
         """
-        return self._write.submit(self._drop, frozenset(segment_ids))
+        gone = frozenset(segment_ids)
+        return self._queue(_Write(lambda _: self._drop(gone)))
 
     def _drop(self, segment_ids: frozenset[str]) -> int:
         self.ram.forget_files(segment_ids)
@@ -375,6 +477,18 @@ class TierManager:
         assert boundary.payload is not None
         return views(boundary.payload, boundary.buffers)
 
+    def depths(self) -> dict[str, int]:
+        """How much is under way: chains written and waiting to be, promotions, leases, bytes."""
+        with self.ram.lock:
+            self._expire()
+            return {
+                "writes_running": self._writing,
+                "writes_waiting": len(self._waiting),
+                "bytes_held_for_writing": self._held_for_writing,
+                "promotions": sum(len(futures) for futures in self._reading.values()),
+                "leases": len(self._leases),
+            }
+
     def quiesce(self) -> None:
         """Return when no capture reads device memory any more."""
         self._copy.submit(lambda: None).result()
@@ -388,6 +502,9 @@ class TierManager:
 
     def close(self) -> None:
         """Finish what was asked for and stop the threads."""
+        # What waits is handed on only as what is before it ends.
+        with contextlib.suppress(Exception):
+            self._queue(_Write(lambda _: None)).result()
         for pool in (self._copy, self._write, self._read):
             pool.shutdown(wait=True)
 

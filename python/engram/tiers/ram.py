@@ -3,8 +3,9 @@
 The index maps a boundary key to its `Boundary`.  Page keys are chained, so it holds boundaries, not
 pages: a lookup walks back from the end of a request to the first boundary held.
 
-Eviction order is least recently used, and a boundary goes before the ones it stands on: using a
-chain touches its parents last.  What is held (leased, being written, being filled) never goes.
+Eviction takes what nobody asked to keep before anything that somebody did; within each of the two
+the least recently used goes first, and a boundary goes before the ones it stands on: using a chain
+touches its parents last.  What is held (leased, being written, being filled) never goes.
 A durable boundary keeps its entry when its bytes leave RAM; the others are forgotten.
 """
 
@@ -12,18 +13,15 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
-from contextlib import contextmanager
+from itertools import chain
 from threading import RLock
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import torch
 
 from engram.errors import RamTierFullError
 from engram.snapshot.segment import BufferSpec
 from engram.tiers.base import Boundary, Fill, TierStats
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 MAX_COLD_ENTRIES: Final = 65_536
 """Durable boundaries remembered without their bytes; a few hundred bytes each."""
@@ -42,11 +40,12 @@ class RamTier:
         self.capacity = capacity
         self.pinned = pinned
         self.used = 0
-        self.epoch = 0
         self.stats = stats or TierStats()
         self.lock = RLock()
         self._index: dict[str, Boundary] = {}
-        self._recency: OrderedDict[Boundary, None] = OrderedDict()
+        # What has room here, least recently used first.
+        self._unwanted: OrderedDict[Boundary, None] = OrderedDict()
+        self._wanted: OrderedDict[Boundary, None] = OrderedDict()
         self._cold: OrderedDict[Boundary, None] = OrderedDict()
 
     def __len__(self) -> int:
@@ -56,7 +55,7 @@ class RamTier:
     def held(self) -> int:
         """Bytes that cannot give way now: leased, being written, loaded or filled."""
         with self.lock:
-            return sum(node.nbytes for node in self._recency if node.holders)
+            return sum(node.nbytes for node in chain(self._unwanted, self._wanted) if node.holders)
 
     def get(self, key: str) -> Boundary | None:
         """The boundary stored under `key`, whether or not its bytes are in RAM."""
@@ -94,7 +93,7 @@ class RamTier:
         """
         with self.lock:
             if boundary.in_ram:
-                self._recency[boundary] = None
+                self._queue(boundary)[boundary] = None
             held = self._index.get(boundary.key)
             if held is not None and held is not boundary and not replace and self.whole(held):
                 return held
@@ -108,7 +107,6 @@ class RamTier:
         with self.lock:
             boundary.fill = Fill.READY
             boundary.holders -= 1
-            self.epoch += 1
         boundary.filled.set_result(None)
 
     def fail(self, boundary: Boundary, error: BaseException) -> None:
@@ -141,10 +139,10 @@ class RamTier:
                     return boundary
         return None
 
-    def hold(self, chain: Iterable[Boundary]) -> tuple[Boundary, ...]:
+    def hold(self, boundaries: Iterable[Boundary]) -> tuple[Boundary, ...]:
         """Keep boundaries in RAM until `release`; counts as a use."""
         with self.lock:
-            held = tuple(chain)
+            held = tuple(boundaries)
             for boundary in held:
                 boundary.holders += 1
             self.touch(held)
@@ -156,27 +154,29 @@ class RamTier:
             for boundary in held:
                 boundary.holders -= 1
 
-    @contextmanager
-    def holding(self, chain: Iterable[Boundary]) -> Iterator[tuple[Boundary, ...]]:
-        """`hold` for the length of a with-block."""
-        held = self.hold(chain)
-        try:
-            yield held
-        finally:
-            self.release(held)
-
-    def touch(self, chain: Iterable[Boundary]) -> None:
+    def touch(self, boundaries: Iterable[Boundary]) -> None:
         """Mark a chain as just used; parents come out more recent than their children."""
         with self.lock:
-            for boundary in sorted(chain, key=lambda b: -b.end):
-                if boundary in self._recency:
-                    self._recency.move_to_end(boundary)
+            for boundary in sorted(boundaries, key=lambda b: -b.end):
+                queue = self._queue(boundary)
+                if boundary in queue:
+                    queue.move_to_end(boundary)
+
+    def want(self, boundary: Boundary) -> None:
+        """Somebody asked to keep this chain: it goes only when nothing unwanted is left to go."""
+        with self.lock:
+            for node in boundary.ancestors():
+                if node.wanted:
+                    return
+                node.wanted = True
+                if node in self._unwanted:
+                    del self._unwanted[node]
+                    self._wanted[node] = None
 
     def mark_durable(self, boundary: Boundary, segment_id: str) -> None:
         """The segment file of this boundary is on disk under `segment_id`."""
         with self.lock:
             boundary.segment_id = segment_id
-            boundary.durable = True
 
     def forget_files(self, segment_ids: frozenset[str]) -> None:
         """These segment files are gone: their boundaries live on only where bytes are in RAM."""
@@ -188,15 +188,17 @@ class RamTier:
     def lose_file(self, boundary: Boundary) -> None:
         """The segment file of this boundary, listed or not, is gone."""
         with self.lock:
-            boundary.durable = False
             boundary.segment_id = None
             if not boundary.in_ram:
                 self._unlist(boundary)
 
+    def _queue(self, boundary: Boundary) -> OrderedDict[Boundary, None]:
+        return self._wanted if boundary.wanted else self._unwanted
+
     def clear(self) -> None:
         """Forget every boundary, and the bytes of those that nobody holds."""
         with self.lock:
-            for boundary in list(self._recency):
+            for boundary in [*self._unwanted, *self._wanted]:
                 if not boundary.holders:
                     self._drop_payload(boundary)
             self._index.clear()
@@ -238,7 +240,7 @@ class RamTier:
         victims: list[Boundary] = []
         passed: set[Boundary] = set()
         gone: Counter[Boundary] = Counter()
-        for boundary in self._recency:
+        for boundary in chain(self._unwanted, self._wanted):
             node: Boundary | None = boundary
             while node is not None:
                 children = node.resident_children - gone[node]
@@ -272,7 +274,7 @@ class RamTier:
         boundary.in_ram = False
         boundary.payload = None
         self.used -= boundary.nbytes
-        self._recency.pop(boundary, None)
+        self._queue(boundary).pop(boundary, None)
         if boundary.parent is not None:
             boundary.parent.resident_children -= 1
 

@@ -17,6 +17,7 @@ from engram.errors import (
     InvalidRequestError,
     NotFoundError,
     StoreError,
+    StoreFullError,
 )
 from engram.snapshot.listing import ManifestEntry, manifest_name
 from engram.snapshot.manifest import Manifest, change_manifest
@@ -444,10 +445,73 @@ class TestTransactions:
     def test_a_commit_is_synced(self, tmp_path: Path) -> None:
         database = Database.open(tmp_path / "catalog.sqlite")
         full = 2
-        row = database.row("PRAGMA synchronous")
+        with database.atomic():
+            row = database.row("PRAGMA synchronous")  # of the connection that writes
         assert row is not None
         assert row[0] == full
         database.close()
+
+    def test_no_reader_waits_for_a_commit(self, catalog: Catalog, rng: Random) -> None:
+        first, second = turns(rng, 2)
+        insert(catalog, first)
+        inserted, go = threading.Event(), threading.Event()
+
+        def write() -> None:
+            with catalog.atomic():
+                insert(catalog, second)
+                assert catalog.get("c-2").turn_number == 2, "who writes sees it"
+                inserted.set()
+                assert go.wait(60)
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        assert inserted.wait(60)
+        try:
+            assert [row.snapshot_id for row in catalog.all_snapshots()] == ["c-1"]
+            [*_, last] = first.segments[0]
+            assert catalog.chain(SHARD.namespace, 0, last.key) == list(first.segments[0])
+        finally:
+            go.set()
+            writer.join(60)
+        assert [row.snapshot_id for row in catalog.all_snapshots()] == ["c-1", "c-2"]
+
+    def test_a_chain_is_read_from_one_state(
+        self, catalog: Catalog, rng: Random, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        [only] = turns(rng, 1)
+        insert(catalog, only)
+        refs = list(only.segments[0])
+        real = catalog._db.row
+
+        def deleted_in_between(*args: object) -> object:
+            row = real(*args)  # type: ignore[arg-type]
+            other = threading.Thread(target=catalog.delete, args=(only.snapshot_id,))
+            other.start()
+            other.join(60)
+            return row
+
+        monkeypatch.setattr(catalog._db, "row", deleted_in_between)
+        assert catalog.chain(SHARD.namespace, 0, refs[-1].key) == refs
+        monkeypatch.undo()
+        with pytest.raises(NotFoundError):
+            catalog.chain(SHARD.namespace, 0, refs[-1].key)
+
+    def test_a_full_disk_says_what_is_needed_and_free(self, catalog: Catalog, rng: Random) -> None:
+        with catalog.atomic():
+            pages = catalog._db.row("PRAGMA page_count")
+            assert pages is not None
+            catalog._db.row(f"PRAGMA max_page_count = {pages[0]}")
+        failed = []
+        for manifest in turns(rng, 40):
+            try:
+                insert(catalog, manifest)
+            except StoreFullError as error:
+                failed.append(error)
+        assert failed, "SQLite's own limit was met"
+        assert failed[0].details["needed"] == 4096
+        assert isinstance(failed[0].details["free"], int)
+        rows = len(catalog.all_snapshots())
+        assert rows == 40 - len(failed)
 
     def test_a_closed_catalog_says_so(self, catalog: Catalog) -> None:
         catalog.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from engram.conversation import tracker as tracker_module
 from engram.conversation.tracker import MAX_UNTAGGED, UNTAGGED_SECONDS, ConversationTracker
 from engram.conversation.turns import RunningRequest, Tag, Turn
 from engram.core.tokens import to_tokens
-from engram.errors import NotFoundError
+from engram.errors import InternalError, NotFoundError
 from engram.testing.samples import seeded_random
 
 
@@ -21,6 +22,27 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+class Told(ConversationTracker):
+    """A tracker that learns of a branch before it is asked about it, as the service sees to it."""
+
+    def __init__(self, saved: Counter[tuple[str, str, str]], **options: Any) -> None:
+        super().__init__(**options)
+        self._saved = saved
+
+    def begin(self, request: RunningRequest) -> None:
+        if request.tag is not None:
+            assert self.learn(request.tag, self._saved[request.tag.branch]) == []
+        super().begin(request)
+
+    def adopt(self, rid: str, tag: Tag) -> Turn:
+        self.learn(tag, self._saved[tag.branch])
+        return super().adopt(rid, tag)
+
+    def newest(self, tag: Tag) -> int:
+        self.learn(tag, self._saved[tag.branch])
+        return super().newest(tag)
 
 
 @pytest.fixture
@@ -41,7 +63,7 @@ def saved() -> Counter[tuple[str, str, str]]:
 
 @pytest.fixture
 def tracker(clock: Clock, saved: Counter[tuple[str, str, str]]) -> ConversationTracker:
-    return ConversationTracker(lambda tag: saved[tag.branch], clock=clock)
+    return Told(saved, clock=clock)
 
 
 def serve(
@@ -274,6 +296,32 @@ def test_a_deleted_conversation_is_forgotten_for_its_tenant_alone(
     assert tracker.newest(Tag("c", tenant="t")) == 1
 
 
+def test_turns_of_a_branch_that_is_not_known_wait_for_their_numbers(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = ConversationTracker(clock=clock)
+    for rid, tag in (("a", Tag("c")), ("b", Tag("c")), ("other", Tag("d"))):
+        assert serve(tracker, rid, tag) is None
+    assert tracker.unnumbered("a") == Tag("c")
+    assert tracker.unnumbered("nobody") is None
+    assert tracker.turn_of("a") is None
+    assert tracker.find(Tag("c")) is None
+    tracker.reached(Tag("c"), 9)  # the catalog has it, and will tell
+    turns = tracker.learn(Tag("c"), 4)
+    assert [(turn.request.rid, turn.number) for turn in turns] == [("a", 5), ("b", 6)]
+    assert tracker.find(Tag("c")) is turns[1]
+    assert tracker.unnumbered("a") is None
+    assert tracker.learn(Tag("c"), 4) == []
+    assert tracker.newest(Tag("c")) == 6, "it was learnt before"
+    later = serve(tracker, "c", Tag("c"))
+    assert later is not None
+    assert later.number == 7
+    monkeypatch.setattr(tracker_module, "MAX_UNNUMBERED", 1)
+    with pytest.raises(InternalError, match="wait for their numbers"):
+        serve(tracker, "one too many", Tag("d"))
+    assert [turn.number for turn in tracker.learn(Tag("d"), 0)] == [1]
+
+
 def test_branches_are_bounded_and_counted_on_from_the_catalog(
     tracker: ConversationTracker,
     saved: Counter[tuple[str, str, str]],
@@ -300,7 +348,7 @@ def test_any_sequence_of_uses_keeps_the_books(
     monkeypatch.setattr(tracker_module, "MAX_TURN_TOKENS", 60)
     monkeypatch.setattr(tracker_module, "MAX_BRANCHES", 4)
     newest: Counter[tuple[str, str, str]] = Counter()
-    tracker = ConversationTracker(lambda tag: newest[tag.branch])
+    tracker = Told(newest)
     for step in range(400):
         tag = Tag(rng.choice("abcd"), rng.choice(["main", "b"]))
         action = rng.randrange(4)

@@ -79,6 +79,8 @@ class FakeEngine:
         self.states: set[str] = set()
         self.durable: dict[str, list[list[SegmentRef]]] = {}
         self.promoted: list[dict[str, Any]] = []
+        self.abandoned: list[str] = []
+        self.located: list[str] = []
         self.generated: list[dict[str, Any]] = []
         self.persist_gate = Gate()
         self.promote_gate = Gate()
@@ -119,6 +121,7 @@ class FakeEngine:
 
     async def locate(self, namespace: str, request: FinishedRequest, boundary: int) -> Located:
         self.check(namespace)
+        self.located.append(request.rid)
         return Located(boundary, self._key(request, boundary))
 
     async def persist(self, namespace: str, request: FinishedRequest, boundary: int) -> Stored:
@@ -207,6 +210,9 @@ class FakeEngine:
             for rank, chain in enumerate(chains)
             for ref in chain
         )
+
+    def abandon(self, owner: str) -> None:
+        self.abandoned.append(owner)
 
     async def tier(self, namespace: str, key: str, tokens: TokenArray) -> str:
         self.check(namespace)

@@ -303,11 +303,13 @@ async def test_other_salts_and_adapters_never_match(server: Server) -> None:
 @on_a_loop
 async def test_a_prefix_that_is_slow_costs_the_hit_and_never_the_request(server: Server) -> None:
     tokens = await save_all(server, "c", 1)
-    after = server.restart(snapshot_promote_timeout=0.01)
+    after = server.restart(snapshot_promote_timeout=0.5)
     after.engine.promote_gate.shut()
-    _, grown = await after.serve([*tokens, 5], Tag("c"))
+    _, grown = await after.serve([*tokens, 5], Tag("c"), rid="r")
     stats = after.service.context.stats
     assert (stats.held_requests, stats.hold_timeouts, stats.hold_failures) == (1, 1, 0)
+    assert after.engine.abandoned == ["r"], "what has not begun to be read is not read for nobody"
+    assert after.service.gate.holding == 0
     after.engine.promote_gate.open.set()
     saved = await after.service.save(tenant="", conversation_id="c")
     assert (saved.turn_number, saved.token_count) == (2, len(grown) - 1)

@@ -313,6 +313,33 @@ def test_a_forward_pass_reads_complete_layers_only(
     rank.check_pools()
 
 
+def test_without_the_state_pools_counter_half_loaded_states_would_be_read(
+    rank: Rank, rng: Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the test above would not notice if nothing waited: here the way round is taken away."""
+    tokens = random_tokens(rng, 50)
+    rank.serve(tokens[:40])
+    rank.clear_vram()
+    for buffer in rank.linker.device_pools.buffers:
+        buffer.tensor.view(torch.uint8).fill_(0xEE)
+    go = threading.Event()
+    scatter = rank.linker._scatter
+
+    def slow(*args: Any) -> None:
+        assert go.wait(WAIT_S)
+        scatter(*args)
+
+    monkeypatch.setattr(rank.linker, "_scatter", slow)
+    monkeypatch.setattr(rank.requests, "layer_transfer_counter", None)
+    request = ToyRequest("r", tokens)
+    assert rank.admit(request) == (0, 40)
+    with pytest.raises(AssertionError, match=r"ssm|conv"):
+        rank.forward(request, 40)
+    go.set()
+    assert rank.cache.finish_external_linker_loads([request]) == []
+    rank.finish(request, insert=False)
+
+
 def test_the_state_pool_waits_for_loads_too(rank: Rank) -> None:
     counter = rank.linker.layer_done_counter
     assert rank.requests.layer_transfer_counter is counter

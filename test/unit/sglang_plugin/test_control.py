@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import Callable
 from random import Random
 from types import SimpleNamespace
@@ -154,6 +155,54 @@ async def test_what_only_vram_has_is_captured_when_it_is_saved(rank: Rank, rng: 
     assert [(ref.start, ref.end) for ref in stored.chains[0]] == [(0, 30)]
     rank.settle()
     rank.check_pools()
+
+
+@on_a_loop
+async def test_what_will_be_saved_is_wanted_before_its_turn_comes(rank: Rank, rng: Random) -> None:
+    tokens = random_tokens(rng, 30)
+    for end in (10, 20, 30):
+        rank.serve(tokens[:end], rid=f"r{end}")
+    chain = [rank.tiers.ram.get(page_keys(tokens, 1)[end - 1]) for end in (10, 20, 30)]
+    assert [b is not None and b.wanted for b in chain] == [False, False, False]
+    ranks = SglangRanks(Wire(rank).client)
+    await ranks.locate(rank.namespace, finished([*tokens[:20], 7], "r20"), 20)
+    assert [b is not None and b.wanted for b in chain] == [True, True, False]
+    await ranks.persist(rank.namespace, finished([*tokens, 7], "r30"), 30)
+    assert [b is not None and b.wanted for b in chain] == [True, True, True]
+
+
+@on_a_loop
+async def test_a_promotion_that_was_given_up_takes_no_reader(
+    new_rank: NewRank, rng: Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, tokens = new_rank(), [random_tokens(rng, 20) for _ in range(3)]
+    ranks = SglangRanks(Wire(first).client)
+    stored = []
+    for number, one in enumerate(tokens):
+        first.serve(one, rid=f"r{number}")
+        stored.append(await ranks.persist(first.namespace, finished([*one, 7], f"r{number}"), 20))
+    second, go = new_rank(), threading.Event()
+    read = second.store.read_segment
+    monkeypatch.setattr(
+        second.store, "read_segment", lambda *args: (go.wait(WAIT_S), read(*args))[1]
+    )
+    ranks = SglangRanks(Wire(second).client)
+    asked = [
+        asyncio.ensure_future(
+            ranks.promote(
+                second.namespace, one.chains, owner=f"o{n}", seconds=9, exact=True, timeout=WAIT_S
+            )
+        )
+        for n, one in enumerate(stored)
+    ]
+    await asyncio.sleep(0)
+    ranks.abandon("o2")
+    with pytest.raises(DeadlineError, match="given up"):
+        await asked[2]
+    go.set()
+    assert [one.source_tier for one in await asyncio.gather(*asked[:2])] == ["disk", "disk"]
+    [stats] = await ranks.stats()
+    assert (stats["promotions"], stats["promoted_segments"]) == (0, 2)
 
 
 @on_a_loop

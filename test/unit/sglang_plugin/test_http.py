@@ -232,7 +232,7 @@ async def test_a_turn_that_cannot_be_counted_does_not_end_the_receive_loop(
 
     task = ask(manager, "r", Tag("c"))
     await sent(manager, "r")
-    monkeypatch.setattr(server.catalog, "find", broken)
+    monkeypatch.setattr(server.service.context.tracker, "finish", broken)
     await manager.finish("r")
     assert len(await task) == 1, "the client has its reply"
     stats = server.service.context.stats

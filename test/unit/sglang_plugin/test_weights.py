@@ -212,7 +212,7 @@ def test_memory_of_the_weights_before_is_given_back(rank: Rank, rng: Random) -> 
     rank.serve(random_tokens(rng, 30))
     before = rank.tiers
     assert before.ram.used > 0
-    before.lease("restored", list(before.ram._recency), seconds=1000.0)
+    before.lease("restored", list(before.ram._unwanted), seconds=1000.0)
     change(rank, "second")
     assert (before.ram.used, len(before.ram), before.leases) == (0, 0, 0)
 

@@ -302,7 +302,7 @@ class Rank:
 
     def nothing_is_held(self) -> None:
         """No lease, no load and no capture keeps anything in RAM."""
-        assert all(boundary.holders == 0 for boundary in self.tiers.ram._recency)
+        assert self.tiers.ram.held == 0
 
     def clear_vram(self) -> None:
         """What `/flush_cache` does."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +22,7 @@ from engram.errors import (
 from engram.snapshot.manifest import SegmentRef
 from engram.snapshot.segment import BufferSpec, SegmentHeader
 from engram.store.disk import DiskStore
+from engram.testing.faults import ControlledFileSystem, Fault, FaultControl
 from engram.testing.samples import SHARD, seeded_random
 from engram.tiers.base import Boundary, Tier
 from engram.tiers.manager import TierManager
@@ -253,16 +255,17 @@ def test_a_capture_without_room_is_refused(
     manager = new_manager(size * 3 // 2)
     first = capture(manager, device, rng, run, count=1)[0]
     called: list[str] = []
-    with manager.ram.holding([first]):
-        queued = manager.capture(
-            run.keys[-1],
-            4,
-            run.tokens[4:],
-            first,
-            device.reader(range(4), 0),
-            has_state=True,
-            on_done=lambda: called.append("done"),
-        )
+    held = manager.ram.hold([first])
+    queued = manager.capture(
+        run.keys[-1],
+        4,
+        run.tokens[4:],
+        first,
+        device.reader(range(4), 0),
+        has_state=True,
+        on_done=lambda: called.append("done"),
+    )
+    manager.ram.release(held)
     manager.quiesce()
     assert not queued
     assert called == []
@@ -671,3 +674,148 @@ def test_a_save_that_stands_on_nothing_any_more_says_so(
     assert caught.value.details == {"boundary": 7}, "who asked can compute it again"
     assert not manager.ram.whole(child), "so that it is captured anew"
     assert manager.ram.longest(run.keys) is None
+
+
+# ---- a slow store ----
+
+
+@pytest.fixture
+def control(tmp_path: Path) -> FaultControl:
+    return FaultControl(tmp_path / "faults")
+
+
+@pytest.fixture
+def slow_manager(
+    tmp_path: Path, device: FakeDevice, clock: Clock, control: FaultControl
+) -> Iterator[NewManager]:
+    made: list[TierManager] = []
+    store = DiskStore.open(tmp_path / "slow", lock=False, fs=ControlledFileSystem(control))
+
+    def new(capacity: int = ROOMY) -> TierManager:
+        made.append(TierManager(RamTier(capacity), store, SHARD, device.layout, clock))
+        return made[-1]
+
+    yield new
+    control.clear()
+    for manager in made:
+        manager.close()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    for _ in range(WAIT_S * 100):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not come")
+
+
+def test_what_waits_to_be_written_leaves_room_in_ram(
+    slow_manager: NewManager, device: FakeDevice, rng: Random, control: FaultControl
+) -> None:
+    size = payload_bytes(device, 4)
+    manager = slow_manager(size * 4)
+    control.set(write=Fault(block=True))
+    waiting, runs = [], [random_run(rng, (4,)) for _ in range(4)]
+    for run in runs:
+        [boundary] = capture(manager, device, rng, run)
+        waiting.append(manager.persist(boundary))
+    until(lambda: control.blocked("write") == 1)
+    assert manager.ram.held == 2 * size, "a half of the RAM tier"
+    depths = manager.depths()
+    assert (depths["writes_running"], depths["writes_waiting"]) == (2, 2)
+    assert depths["bytes_held_for_writing"] == 2 * size
+    other = random_run(rng, (4,))
+    capture(manager, device, rng, other)
+    check_contents(manager, other)
+    assert manager.ram.get(runs[0].keys[-1]) is not None
+    control.clear()
+    assert [f.result(WAIT_S).written > 0 for f in waiting[:2]] == [True, True]
+    lost = [f.exception(WAIT_S) for f in waiting[2:]]
+    assert sum(isinstance(error, CaptureLostError) for error in lost) == 1, "one had to make room"
+    assert all(e is None or e.details == {"boundary": 4} for e in lost)  # type: ignore[attr-defined]
+    assert manager.depths()["bytes_held_for_writing"] == 0
+    nothing_is_held(manager)
+
+
+def test_a_segment_is_let_go_as_soon_as_it_is_written(
+    slow_manager: NewManager, device: FakeDevice, rng: Random, control: FaultControl
+) -> None:
+    size = payload_bytes(device, 4)
+    manager = slow_manager(size * 3)
+    run = random_run(rng, (4, 4, 4))
+    chain = capture(manager, device, rng, run)
+    first = manager.persist(chain[0]).result(WAIT_S).refs[0]
+    control.set(write=Fault(block=True))
+    all_of_it = manager.persist(chain[-1])
+    until(lambda: control.blocked("write") == 1)
+    assert [b.holders for b in chain] == [0, 1, 1], "what is on disk need not be held"
+    assert first.segment_id == chain[0].segment_id
+    control.clear()
+    assert len(all_of_it.result(WAIT_S).refs) == 3
+    assert [b.holders for b in chain] == [0, 0, 0]
+
+
+def test_a_chain_larger_than_the_share_is_written_when_nothing_else_is(
+    slow_manager: NewManager, device: FakeDevice, rng: Random
+) -> None:
+    manager = slow_manager(payload_bytes(device, 4) * 3)
+    chain = capture(manager, device, rng, random_run(rng, (4, 4, 4)))
+    assert manager.persist(chain[-1]).result(WAIT_S).written > 0
+
+
+def test_a_drop_waits_for_writes_that_are_not_held_yet(
+    slow_manager: NewManager, device: FakeDevice, rng: Random, control: FaultControl
+) -> None:
+    manager = slow_manager(payload_bytes(device, 4) * 4)
+    runs = [random_run(rng, (4,)) for _ in range(3)]
+    boundaries = [capture(manager, device, rng, run)[0] for run in runs]
+    control.set(write=Fault(block=True))
+    writes = [manager.persist(boundary) for boundary in boundaries]
+    dropped = manager.drop(["00" * 32])
+    until(lambda: control.blocked("write") == 1)
+    assert manager.depths()["writes_waiting"] == 2
+    assert not dropped.done()
+    control.clear()
+    assert dropped.result(WAIT_S) == 1
+    assert all(write.done() for write in writes)
+
+
+def test_promotions_that_nobody_waits_for_never_begin(
+    slow_manager: NewManager, device: FakeDevice, rng: Random, control: FaultControl
+) -> None:
+    runs = [random_run(rng, (4,)) for _ in range(5)]
+    refs = [saved(slow_manager, device, rng, run) for run in runs]
+    manager = slow_manager()
+    control.set(read=Fault(block=True))
+    futures = [manager.promote(ref, f"r{n}", seconds=10, exact=True) for n, ref in enumerate(refs)]
+    until(lambda: control.blocked("read") == 2)
+    assert manager.depths()["promotions"] == 5
+    for number in (3, 4, 0):
+        manager.abandon(f"r{number}")
+    manager.abandon("nobody")
+    assert [future.cancelled() for future in futures] == [False, False, False, True, True]
+    assert manager.depths()["promotions"] == 2
+    control.clear()
+    for future in futures[:3]:
+        future.result(WAIT_S)
+    assert manager.depths()["leases"] == 2, "what was begun is in RAM, but leased to nobody"
+    assert manager.lookup("x", runs[3].keys, 1) == []
+    assert manager.depths()["promotions"] == 0
+
+
+def test_saved_and_promoted_chains_outlive_a_flood(
+    new_manager: NewManager, device: FakeDevice, rng: Random
+) -> None:
+    """The RAM tier keeps what somebody asked to keep, as long as what nobody did can go."""
+    size = payload_bytes(device, 4)
+    promoted, kept = random_run(rng, (4, 4)), random_run(rng, (4,))
+    refs = saved(new_manager, device, rng, promoted)
+    manager = new_manager(size * 5)
+    manager.promote(refs, "rid", seconds=10, exact=True).result(WAIT_S)
+    manager.release("rid")
+    [boundary] = capture(manager, device, rng, kept)
+    manager.persist(boundary).result(WAIT_S)
+    for _ in range(10):
+        capture(manager, device, rng, random_run(rng, (4,)))
+    check_contents(manager, promoted)
+    check_contents(manager, kept)

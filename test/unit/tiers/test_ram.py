@@ -94,10 +94,13 @@ def test_making_room_for_a_child_leaves_its_parent() -> None:
 def test_what_is_held_never_goes() -> None:
     ram = RamTier(20)
     a, b = ready(ram, "a", 10), ready(ram, "b", 10)
-    with ram.holding([a, b]), pytest.raises(RamTierFullError) as caught:
+    held = ram.hold([a, b])
+    with pytest.raises(RamTierFullError) as caught:
         filling(ram, "c", 10)
     assert "--max-warm-memory-gb" in caught.value.hint
-    assert (a.in_ram, b.in_ram, ram.used) == (True, True, 20)
+    assert (a.in_ram, b.in_ram, ram.used, ram.held) == (True, True, 20, 20)
+    ram.release(held)
+    assert ram.held == 0
     ready(ram, "c", 10)
     assert not a.in_ram
 
@@ -115,7 +118,8 @@ def test_what_is_being_filled_never_goes() -> None:
 def test_nothing_goes_for_what_cannot_be_had_anyway() -> None:
     ram = RamTier(30)
     held, loose = ready(ram, "held", 10), ready(ram, "loose", 10)
-    with ram.holding([held]), pytest.raises(RamTierFullError):
+    ram.hold([held])
+    with pytest.raises(RamTierFullError):
         filling(ram, "new", 25)
     assert loose.in_ram
 
@@ -126,6 +130,33 @@ def test_a_parent_used_before_its_child_goes_right_after_it() -> None:
     child = ready(ram, "child", 10, parent)
     ready(ram, "new", 20)
     assert (parent.in_ram, child.in_ram) == (False, False)
+
+
+def test_what_nobody_asked_to_keep_goes_first() -> None:
+    ram = RamTier(60)
+    parent = ready(ram, "parent", 10)
+    wanted = ready(ram, "wanted", 10, parent)
+    turn = ready(ram, "turn", 10, wanted)
+    others = [ready(ram, f"other {n}", 10) for n in range(3)]
+    ram.want(wanted)
+    assert (parent.wanted, wanted.wanted, turn.wanted) == (True, True, False)
+    others += [ready(ram, f"flood {number}", 10) for number in range(20)]
+    assert (parent.in_ram, wanted.in_ram, turn.in_ram) == (True, True, False)
+    assert ram.loadable(wanted, 0)
+    ready(ram, "large", 50)
+    assert (parent.in_ram, wanted.in_ram) == (True, False), "wanted is not held: it goes last"
+    assert not any(other.in_ram for other in others)
+
+
+def test_a_wanted_chain_keeps_its_order_of_use() -> None:
+    ram = RamTier(40)
+    a = ready(ram, "a", 10)
+    b = ready(ram, "b", 10, a)
+    c = ready(ram, "c", 10)
+    for boundary in (c, b):
+        ram.want(boundary)
+    ready(ram, "new", 20)
+    assert (a.in_ram, b.in_ram, c.in_ram) == (True, True, False)
 
 
 def test_larger_than_all_of_it_is_refused_before_anything_goes() -> None:

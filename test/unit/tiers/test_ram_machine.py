@@ -101,6 +101,14 @@ class RamTierMachine(RuleBasedStateMachine):
         self._begin_step()
         self.ram.release(self.held.pop(number % len(self.held)))
 
+    @precondition(lambda self: self.made)
+    @rule(number=ANY)
+    def want(self, number: int) -> None:
+        self._begin_step()
+        chosen = self.made[number % len(self.made)]
+        self.ram.want(chosen)
+        assert all(b.wanted for b in chosen.ancestors())
+
     @precondition(lambda self: any(b.resident and not b.durable for b in self.made))
     @rule(number=ANY)
     def mark_durable(self, number: int) -> None:
@@ -141,6 +149,21 @@ class RamTierMachine(RuleBasedStateMachine):
             assert boundary.resident_children == len(children)
             left = self.before.get(boundary, (False, 0))[0] and not boundary.in_ram
             assert not (left and children and not self.failed_now)
+
+    def _could_go(self, boundary: Boundary) -> bool:
+        """Whether neither it nor anything that stands on it is held or being filled."""
+        above = [b for b in self.made if b.in_ram and boundary in b.ancestors()]
+        return not any(b.holders or b.fill is Fill.FILLING for b in above)
+
+    @invariant()
+    def what_nobody_wants_goes_first(self) -> None:
+        gone = [b for b, (was, _) in self.before.items() if was and not b.in_ram]
+        if any(b.wanted for b in gone) and not self.failed_now:
+            assert not any(b.in_ram and not b.wanted and self._could_go(b) for b in self.made)
+
+    @invariant()
+    def what_a_wanted_one_stands_on_is_wanted(self) -> None:
+        assert all(b.parent.wanted for b in self.made if b.wanted and b.parent is not None)
 
     @invariant()
     def the_index_holds_only_what_can_be_had(self) -> None:

@@ -1,0 +1,1 @@
+"""What snapshot persistence costs in throughput."""

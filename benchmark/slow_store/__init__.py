@@ -1,0 +1,1 @@
+"""What other requests notice of a store whose every access takes seconds."""

@@ -121,6 +121,7 @@ PARAMS: dict[str, dict[str, Any]] = {
     "number-for-a-list": {"stop_token_ids": 7},
     "list-for-an-object": {"logit_bias": [1]},
     "text-for-a-flag": {"ignore_eos": "yes"},
+    "no-token-of-the-vocabulary": {"min_new_tokens": 1, "stop_token_ids": [1_000_000]},
     "nested": {"custom_params": {"a": [[[[{}]]]]}, "stop": [["a"]]},
 }
 

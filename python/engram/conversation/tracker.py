@@ -88,8 +88,10 @@ class ConversationTracker:
             request.extra_key,
             request.cache_salt,
         )
+        # A client may use an id again: from here on it names this request.
+        self._forget_untagged(rid)
         if request.tag is None:
-            self._forget_untagged(rid)
+            self._by_rid.pop(rid, None)
             self._untagged[rid] = finished
             self._untagged_tokens += len(finished.tokens)
             self._expire()
@@ -138,6 +140,10 @@ class ConversationTracker:
     def turn_of(self, rid: str) -> Turn | None:
         """The turn that a finished request was, if it is remembered."""
         return self._by_rid.get(rid)
+
+    def is_untagged(self, rid: str) -> bool:
+        """Whether the newest finished request of this id is in no conversation yet."""
+        return rid in self._untagged
 
     def find(self, tag: Tag, number: int | None = None) -> Turn | None:
         """A remembered turn of a branch; the newest without `number`."""

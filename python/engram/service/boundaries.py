@@ -28,9 +28,10 @@ class BoundaryIndex:
         self._references: dict[str, int] = {}
         self._snapshots: set[str] = set()
         self._removed: set[str] = set()
+        self._damaged: set[str] = set()
 
     def __len__(self) -> int:
-        return len(self._references)
+        return len(self._references) - len(self._damaged)
 
     def add(self, snapshot_id: str, keys: Iterable[str]) -> None:
         """A snapshot that is durable names segments that end at these keys."""
@@ -43,6 +44,7 @@ class BoundaryIndex:
             return
         self._snapshots.add(snapshot_id)
         for key in keys:
+            self._damaged.discard(key)
             self._references[key] = self._references.get(key, 0) + 1
 
     def filled(self) -> None:
@@ -62,16 +64,19 @@ class BoundaryIndex:
                 self._references[key] = left
             else:
                 self._references.pop(key, None)
+                self._damaged.discard(key)
 
     def forget(self, key: str) -> None:
-        """The bytes behind this boundary are damaged: no request waits for them again."""
-        self._references.pop(key, None)
+        """The bytes behind this boundary are damaged: no request waits for them until a snapshot
+        that is yet to come names it. Those that name it now still count."""
+        if key in self._references:
+            self._damaged.add(key)
 
     def longest(self, keys: Sequence[str], page_size: int) -> StoredBoundary | None:
         """The last of a request's page keys at which a boundary is stored."""
         if not self._references:
             return None
         for index in range(len(keys) - 1, -1, -1):
-            if keys[index] in self._references:
+            if keys[index] in self._references and keys[index] not in self._damaged:
                 return StoredBoundary(keys[index], (index + 1) * page_size)
         return None

@@ -65,8 +65,11 @@ class TurnFinder:
                 )
             tag = replace(turn.tag, branch_name=branch_name or turn.tag.branch_name)
         else:
-            catalog = self._context.catalog
-            row = await self._context.in_catalog(catalog.find_rid, rid, tenant)
+            row = None
+            if not tracker.is_untagged(rid):
+                # Else a client has used the id of a saved request again, and means the newer one.
+                catalog = self._context.catalog
+                row = await self._context.in_catalog(catalog.find_rid, rid, tenant)
             if row is not None and conversation_id in (None, row.conversation_id):
                 tag = Tag(row.conversation_id, branch_name or row.branch_name, tenant)
                 return Found(tag, row=row)

@@ -247,6 +247,9 @@ REFUSED: Final = (
         "the session radix cache",
         "drop --enable-session-radix-cache",
     ),
+    # They change what the model computes, and no fingerprint would tell.
+    ("forward_hooks", None, "forward hooks", "drop --forward-hooks"),
+    ("decrypted_config_file", None, "a decrypted config", "drop --decrypted-config-file"),
     # Other front ends than the HTTP server: nothing would answer a save there.
     ("grpc_mode", False, "the gRPC server", "drop --grpc-mode"),
     ("smg_grpc_mode", False, "the gRPC server", "drop --smg-grpc-mode"),

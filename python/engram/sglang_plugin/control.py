@@ -132,13 +132,20 @@ class RankControl:
         if error is not None and not isinstance(error, EngramError):
             logger.error("Engram: %s failed", type(request).__name__, exc_info=error)
             error = InternalError(f"{type(error).__name__}: {error}")
+        told = error.to_dict() if isinstance(error, EngramError) else None
+        try:
+            self._send(request, result, told)
+        except Exception as failure:
+            # A path that is no text, say: nobody may wait for an answer that cannot be written.
+            logger.exception("Engram: the reply to %s was not sent", type(request).__name__)
+            self._rank.tiers.ram.stats.contained_errors += 1
+            lost = InternalError(f"the reply cannot be sent: {type(failure).__name__}").to_dict()
+            self._cache.containment.run("a reply", lambda: self._send(request, None, lost), None)
+
+    def _send(self, request: EngramRequest, result: Result | None, error: Result | None) -> None:
+        rank = self._rank.shard.rank
         self._replies.send(
-            EngramReply(
-                call_id=request.call_id,
-                rank=self._rank.shard.rank,
-                result=result,
-                error=error.to_dict() if isinstance(error, EngramError) else None,
-            )
+            EngramReply(call_id=request.call_id, rank=rank, result=result, error=error)
         )
 
     # ---- handlers ----

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -241,9 +241,17 @@ class SglangGenerator:
         try:
             params = self._manager.sampling_params_class(**sampling_params)
             params.verify(vocab_size)
+            _check_stop_tokens(params.stop_token_ids, vocab_size)
             # The way to the scheduler, whose loop a value of a wrong type would end.
             msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=type(params))
         except (TypeError, ValueError, OverflowError, msgspec.MsgspecError) as error:
             raise InvalidRequestError(
                 f"sampling_params: {error}", details={"field": "sampling_params"}
             ) from error
+
+
+def _check_stop_tokens(ids: Iterable[int] | None, vocab_size: int) -> None:
+    """With min_new_tokens they are places in a tensor as long as the vocabulary, never checked."""
+    for token in ids or ():
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"stop_token_ids: {token} is not in the vocabulary of {vocab_size}")

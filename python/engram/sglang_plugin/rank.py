@@ -7,6 +7,7 @@ ones before finish what was asked of them and are closed by a thread of their ow
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from contextvars import ContextVar
@@ -16,7 +17,7 @@ from typing import Any, Final, Literal
 import torch
 
 from engram.core.canonical import blake3_hex, canonical_json
-from engram.core.namespace import Namespace
+from engram.core.namespace import FieldValue, Namespace
 from engram.core.settings import Settings
 from engram.core.weights import Checkpoint, config_digest
 from engram.sglang_plugin.pools import DevicePools
@@ -28,6 +29,13 @@ from engram.tiers.ram import RamTier
 
 WEIGHTS: Final = "model.weights"
 """The field of the namespace that says which weights the model computes with."""
+
+CHANGES_THE_MODEL: Final = (
+    *("json_model_override_args", "model_impl", "model_config_parser", "enable_tf32_matmul"),
+    *("quantization_param_path", "modelopt_quant", "modelopt_checkpoint_restore_path"),
+    *("quantize_and_serve", "rl_quant_profile"),
+)
+"""Settings of SGLang's with which the same files make another model, beside `quantization`."""
 
 READ_FROM_FILES: Final = frozenset(
     {
@@ -43,13 +51,15 @@ class Launch:
     """What a rank was started with.
 
     `id` is the same on all ranks of a server and of no other server; `checkpoint` is None where the
-    weights are not those of a directory (`--load-format dummy`).
+    weights are not those of a directory (`--load-format dummy`); `revision` is the one that a name
+    of the hub stands for.
     """
 
     id: str
     load_format: str
     verify: Literal["fast", "full"]
     checkpoint: Checkpoint | None
+    revision: str | None = None
 
 
 @dataclass
@@ -133,7 +143,7 @@ def open_rank(
     settings = Settings.model_validate(extra_config["settings"])
     rank, world_size = _shard_of(params)
     model = MODEL_CONFIG.get()
-    path = model_dir(model.model_path)
+    path = model_dir(model.model_path, model.revision)
     launch = Launch(
         extra_config["launch_id"],
         str(server_args.load_format),
@@ -141,6 +151,7 @@ def open_rank(
         Checkpoint.read(path, settings.snapshot_verify_weights)
         if server_args.load_format in READ_FROM_FILES
         else None,
+        model.revision,
     )
     namespace = Namespace(
         {
@@ -149,6 +160,7 @@ def open_rank(
             WEIGHTS: launch.checkpoint.digest if launch.checkpoint else runtime_name(launch.id, 0),
             "model.weights_mode": settings.snapshot_verify_weights,
             "model.dtype": str(model.dtype),
+            **model_settings(server_args, model),
             "page_size": params.page_size,
             "tp_size": world_size,
             **pools.describe(),
@@ -173,6 +185,20 @@ def open_rank(
     )
 
 
+def model_settings(server_args: Any, model: Any) -> dict[str, FieldValue]:
+    """Fields of the namespace: what the command line makes of the files of a model.
+
+    Quantisation is SGLang's own finding, the same whether asked for or read from the checkpoint.
+    """
+    settings: dict[str, FieldValue] = {"model.quantization": model.quantization}
+    for name in CHANGES_THE_MODEL:
+        value = getattr(server_args, name)
+        if name == "json_model_override_args":
+            value = canonical_json(json.loads(value)).decode()
+        settings[f"model.{name}"] = value
+    return settings
+
+
 def runtime_name(launch_id: str, number: int) -> str:
     """The name of the `number`-th weights of a server that no directory holds."""
     return "runtime-" + blake3_hex(canonical_json([launch_id, number]))[:32]
@@ -185,10 +211,10 @@ def _shard_of(params: Any) -> tuple[int, int]:
     return torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
 
 
-def model_dir(model_path: str) -> str:
+def model_dir(model_path: str, revision: str | None) -> str:
     """The local directory of a model: itself, or where the hub's cache has put it."""
     if os.path.isdir(model_path):
         return model_path
     from huggingface_hub import snapshot_download
 
-    return snapshot_download(model_path, local_files_only=True)
+    return snapshot_download(model_path, revision=revision, local_files_only=True)

@@ -120,7 +120,7 @@ def _directory_name(launch: Launch, request: Any, before: tuple[object, ...] | N
     """What the namespace calls the weights that were loaded from a directory; None in doubt."""
     if request.load_format not in (None, launch.load_format) or launch.checkpoint is None:
         return None
-    path = model_dir(request.model_path)
+    path = model_dir(request.model_path, launch.revision)
     loaded = Checkpoint.read(path, launch.verify)
     if before is not None and before != files_identity(path):
         return None  # somebody wrote into the directory meanwhile

@@ -122,6 +122,20 @@ async def test_a_request_in_no_conversation_starts_one_under_its_own_id(server: 
     assert (saved.conversation_id, saved.turn_number) == ("r", 1)
 
 
+@pytest.mark.parametrize("tagged_first", [True, False], ids=["tagged", "untagged"])
+@on_a_loop
+async def test_a_rid_used_again_names_the_newer_request(server: Server, tagged_first: bool) -> None:
+    await server.serve(server.random_tokens(5), Tag("c") if tagged_first else None, rid="r")
+    first = await server.service.save(tenant="", rid="r")
+    _, tokens = await server.serve(server.random_tokens(9), rid="r")
+    second = await server.service.save(tenant="", rid="r", conversation_id="d")
+    assert not second.existing
+    assert second.snapshot_id != first.snapshot_id
+    assert second.token_count + second.recompute_tokens == len(tokens)
+    await server.serve(server.random_tokens(7), Tag("e"), rid="r")
+    assert (await server.service.save(tenant="", rid="r")).conversation_id == "e"
+
+
 @on_a_loop
 async def test_a_rid_is_known_after_a_restart(server: Server) -> None:
     await server.serve(server.random_tokens(5), Tag("c"), rid="r")

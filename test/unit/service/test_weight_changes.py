@@ -9,7 +9,7 @@ import pytest
 from engram.conversation.turns import RunningRequest
 from engram.core.tokens import to_tokens
 from engram.errors import CaptureLostError, NamespaceChangedError, NamespaceMismatchError
-from engram.service.boundaries import BoundaryIndex
+from engram.service.boundaries import BoundaryIndex, StoredBoundary
 from unit.service.engine import Server, on_a_loop
 
 
@@ -195,3 +195,16 @@ async def test_a_namespace_is_described_when_a_snapshot_names_it(server: Server)
     await again.service.context.engine()
     assert path.exists(), "the snapshot is there, so it is described"
     again.stop()
+
+
+def test_a_damaged_boundary_is_found_again_as_long_as_a_newer_snapshot_names_it() -> None:
+    index = BoundaryIndex("n")
+    index.add("first", ["a", "b"])
+    index.forget("b")
+    assert index.longest(["a", "b"], 1) == StoredBoundary("a", 1)
+    assert len(index) == 1
+    index.add("second", ["a", "b"])
+    index.remove("first", ["a", "b"])
+    assert index.longest(["a", "b"], 1) == StoredBoundary("b", 2)
+    index.remove("second", ["a", "b"])
+    assert len(index) == 0

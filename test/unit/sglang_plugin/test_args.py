@@ -237,6 +237,8 @@ REFUSALS = [
     ("--use-ray",),
     ("--encoder-only",),
     ("--enable-streaming-session",),
+    ("--forward-hooks", '[{"name": "a"}]'),
+    ("--decrypted-config-file", "config.json"),
     ("--strip-thinking-cache",),
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable
 from random import Random
@@ -29,7 +30,7 @@ from engram.server.tagging import CURRENT_TAG
 from engram.sglang_plugin.control import RankClient, RankControl
 from engram.sglang_plugin.engine import SglangGenerator, SglangRanks
 from engram.sglang_plugin.keys import page_keys
-from engram.sglang_plugin.messages import REQUESTS, EngramReply, StatsRequest
+from engram.sglang_plugin.messages import REQUESTS, DescribeRequest, EngramReply, StatsRequest
 from unit.service.engine import on_a_loop
 from unit.sglang_plugin.tree import NewRank, Rank, Served
 
@@ -68,6 +69,19 @@ def finished(tokens: list[int], rid: str = "rid-1") -> FinishedRequest:
 
 def random_tokens(rng: Random, count: int) -> list[int]:
     return [rng.randrange(2**31) for _ in range(count)]
+
+
+@on_a_loop
+async def test_a_reply_that_cannot_be_written_is_an_error_of_its_caller(
+    rank: Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wire = Wire(rank)
+    monkeypatch.setattr(
+        type(rank.linker.rank), "describe", lambda _: {"path": os.fsdecode(b"a\xff")}
+    )
+    with pytest.raises(EngramError, match="cannot be sent"):
+        await wire.client.ask(DescribeRequest, timeout=10)
+    assert rank.stats.contained_errors == 1
 
 
 @on_a_loop

@@ -196,10 +196,15 @@ async def test_a_request_nobody_aborted_is_sent_alone(manager: Manager) -> None:
     await task
 
 
+LARGE = {"min_new_tokens": 2, "stop_token_ids": [100]}
+NEGATIVE = {"min_new_tokens": 2, "stop_token_ids": [-1]}
+"""SGLang looks such places up in a tensor of the vocabulary's length, and its scheduler ends."""
+
+
 @pytest.mark.parametrize(
     "params",
-    [{"temperature": "x"}, {"top_p": 7}, {"max_new_tokens": -1}, {"nonsense": 1}],
-    ids=lambda params: next(iter(params)),
+    [{"temperature": "x"}, {"top_p": 7}, {"max_new_tokens": -1}, {"nonsense": 1}, LARGE, NEGATIVE],
+    ids=str,
 )
 def test_parameters_that_sglang_cannot_take_are_named(params: dict[str, Any]) -> None:
     config = SimpleNamespace(vocab_size=100)
@@ -209,7 +214,7 @@ def test_parameters_that_sglang_cannot_take_are_named(params: dict[str, Any]) ->
     with pytest.raises(InvalidRequestError) as caught:
         generator._check([1], params)
     assert str(caught.value.details["field"]).startswith("sampling_params")
-    generator._check([1], {"temperature": 0.5, "max_new_tokens": 3})
+    generator._check([1], {"temperature": 0.5, "max_new_tokens": 3, "stop_token_ids": [0, 99]})
 
 
 @on_a_loop

@@ -74,8 +74,9 @@ class RestoreBody(BaseModel):
             "continuation_ids": self.continuation_ids,
             "max_new_tokens": self.max_new_tokens,
         }
-        if (self.sampling_params or {}).get("n") not in (None, 1):
-            raise ValueError("sampling_params.n must be 1: a turn has one reply")
+        for name in ("n", "beam_width"):
+            if (self.sampling_params or {}).get(name) not in (None, 1):
+                raise ValueError(f"sampling_params.{name} must be 1: a turn has one reply")
         if self.create_new_request:
             missing = [name for name, value in needed.items() if value is None]
             if missing:

@@ -140,6 +140,11 @@ def _check_single(fields: _Fields) -> None:
                 "n must be 1 in a request with a conversation_id: a turn has one reply",
                 details={"field": "n"},
             )
+    if any(isinstance(one, dict) and one.get("beam_width") not in (None, 1) for one in params):
+        raise UnsupportedError(
+            "beam_width must be 1 in a request with a conversation_id: beams share no one state",
+            details={"field": "sampling_params.beam_width"},
+        )
     batches = (fields.text, fields.input_ids, fields.prompt, params)
     if any(isinstance(b, list) and len(b) > 1 and not isinstance(b[0], int) for b in batches):
         raise UnsupportedError(

@@ -48,6 +48,9 @@ class RequestGate:
                 await asyncio.wait_for(self._prepare(request, timeout), timeout)
             except asyncio.TimeoutError:
                 raise DeadlineError(f"it is not there after {timeout:g} s") from None
+        except asyncio.CancelledError:
+            context.ranks.abandon(request.rid)
+            raise
         except Exception as error:
             if isinstance(error, DeadlineError):
                 context.stats.hold_timeouts += 1

@@ -56,8 +56,11 @@ class Restorer:
             tokens, brought = await context.with_engine(
                 lambda engine: self._bring(engine, row, unseeded=continuation is not None)
             )
-        except EngramError:
+        except EngramError as error:
             context.stats.restore_failures += 1
+            if isinstance(error, SnapshotCorruptError):
+                # To who reads its files, a snapshot deleted meanwhile looks damaged.
+                await context.in_catalog(context.catalog.get, row.snapshot_id, row.tenant)
             raise
         context.stats.restores += 1
         elapsed_ms = (time.monotonic() - begun) * 1000

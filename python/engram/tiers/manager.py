@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 FILL_TIMEOUT_S: Final = 120.0
 """How long a writer waits for a payload that is still being copied from the device."""
 
+LOOKUP_LEASE_S: Final = 60.0
+"""How long what a lookup promised waits for its load, should nobody say that it is not coming."""
 
 WRITE_SHARE: Final = 0.5
 """Of the RAM tier, what may be held for writing; one chain alone may be larger."""
@@ -66,6 +68,7 @@ class _Write(Generic[Done]):
 class _Lease:
     held: tuple[Boundary, ...]
     expires: float
+    promised: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,16 +177,22 @@ class TierManager:
                 if not self.ram.loadable(boundary, after):
                     continue
                 chain = boundary.chain(after)
-                self.lease(owner, chain, seconds=60.0)
+                self.lease(owner, chain, seconds=LOOKUP_LEASE_S, promised=True)
                 return [(node.end - after) // page_size for node in chain]
         return []
 
-    def lease(self, owner: str, chain: Sequence[Boundary], *, seconds: float) -> None:
-        """Keep a chain in RAM for `owner` until it is released or `seconds` have passed."""
+    def lease(
+        self, owner: str, chain: Sequence[Boundary], *, seconds: float, promised: bool = False
+    ) -> None:
+        """Keep a chain in RAM for `owner` until it is released or `seconds` have passed.
+
+        Unless it is `promised` to SGLang, it gives way to what is read from disk later when that
+        finds no room: the older of two restored snapshots is then read again when it is needed.
+        """
         with self.ram.lock:
             held = self.ram.hold(chain)
             self.release(owner)
-            self._leases[owner] = _Lease(held, self.clock() + seconds)
+            self._leases[owner] = _Lease(held, self.clock() + seconds, promised)
             self._expire()
 
     def release(self, owner: str) -> None:
@@ -411,11 +420,7 @@ class TierManager:
         def into(header: SegmentHeader) -> memoryview:
             nonlocal boundary
             self._check(header, ref, below.segment_id if below else None)
-            with self.ram.lock:
-                self._expire()
-                boundary = self.ram.reserve(
-                    ref.key, ref.start, ref.end, parent, header.buffers, has_state=header.has_state
-                )
+            boundary = self._reserve(ref, header, parent)
             boundary.payload = self.ram.allocate(boundary.nbytes)
             return bytes_of(boundary.payload)
 
@@ -439,6 +444,26 @@ class TierManager:
         self.ram.stats.promoted_segments += 1
         self.ram.stats.promoted_bytes += ref.bytes
         return boundary, ref.bytes
+
+    def _reserve(self, ref: SegmentRef, header: SegmentHeader, parent: Boundary | None) -> Boundary:
+        """Room for a segment that is read, at the cost of the oldest leases if need be."""
+        with self.ram.lock:
+            self._expire()
+            while True:
+                try:
+                    return self.ram.reserve(
+                        ref.key,
+                        ref.start,
+                        ref.end,
+                        parent,
+                        header.buffers,
+                        has_state=header.has_state,
+                    )
+                except RamTierFullError:
+                    oldest = next((o for o, at in self._leases.items() if not at.promised), None)
+                    if oldest is None or header.payload_length > self.ram.capacity:
+                        raise
+                    self.release(oldest)
 
     def _check(self, header: SegmentHeader, ref: SegmentRef, parent: str | None) -> None:
         """The file must be the segment that the manifest speaks of, on top of its parent."""

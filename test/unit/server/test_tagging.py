@@ -180,6 +180,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"n": 0}, "n"),
     ({"sampling_params": {"n": 3}}, "n"),
     ({"sampling_params": [{"n": 2}]}, "n"),
+    ({"sampling_params": {"beam_width": 2}}, "sampling_params.beam_width"),
     ({"text": ["a", "b"]}, "prompt"),
     ({"prompt": ["a", "b"]}, "prompt"),
     ({"prompt": [[1, 2], [3]]}, "prompt"),
@@ -219,7 +220,7 @@ def test_what_a_conversation_cannot_hold_is_refused(fields: dict[str, Any], fiel
     [
         {"n": 1},
         {"n": None},
-        {"sampling_params": {"n": 1}},
+        {"sampling_params": {"n": 1, "beam_width": 1}},
         {"text": "a"},
         {"text": ["a"]},
         {"prompt": [1, 2, 3]},

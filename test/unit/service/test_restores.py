@@ -316,6 +316,41 @@ async def test_a_prefix_that_is_slow_costs_the_hit_and_never_the_request(server:
     after.stop()
 
 
+@on_a_loop
+async def test_a_snapshot_deleted_while_it_is_restored_is_not_called_damaged(
+    server: Server,
+) -> None:
+    await save_all(server, "c", 1)
+    after = server.restart()
+    row = await after.service.find(tenant="", conversation_id="c")
+    after.engine.promote_gate.shut()
+    restoring = asyncio.ensure_future(after.service.restore(row))
+    while not after.engine.promoted:
+        await asyncio.sleep(0)
+    await after.service.delete(row)
+    after.engine.promote_gate.open.set()
+    with pytest.raises(NotFoundError):
+        await restoring
+    after.stop()
+
+
+@on_a_loop
+async def test_a_client_that_goes_while_its_prefix_is_read_leaves_no_lease(server: Server) -> None:
+    tokens = await save_all(server, "c", 1)
+    after = server.restart()
+    after.engine.promote_gate.shut()
+    serving = asyncio.ensure_future(after.serve([*tokens, 5], Tag("c"), rid="r"))
+    while not after.service.context.stats.held_requests:
+        await asyncio.sleep(0)
+    serving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await serving
+    assert after.engine.abandoned == ["r"]
+    assert after.service.gate.holding == 0
+    after.engine.promote_gate.open.set()
+    after.stop()
+
+
 @pytest.mark.parametrize(
     "error", [RamTierFullError("full"), SnapshotCorruptError("damaged"), RuntimeError("a bug")]
 )

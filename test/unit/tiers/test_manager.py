@@ -490,16 +490,36 @@ def test_a_lease_keeps_a_chain_in_ram_until_it_runs_out(
     manager.release("rid")  # late, and no error
 
 
-def test_promoting_takes_the_room_of_leases_that_have_run_out(
+def test_promoting_takes_the_room_of_the_oldest_leases(
+    new_manager: NewManager, device: FakeDevice, rng: Random
+) -> None:
+    """Else a few restores of large snapshots would keep all others out for minutes."""
+    runs = [random_run(rng, (4, 4)) for _ in range(3)]
+    chains = [saved(new_manager, device, rng, run) for run in runs]
+    manager = new_manager(payload_bytes(device, 4) * 4)
+    for name, refs in zip("abc", chains, strict=True):
+        manager.promote(refs, name, seconds=30, exact=True).result(WAIT_S)
+    assert manager.leases == 2
+    assert [manager.lookup(f"look-{n}", run.keys, 1) != [] for n, run in enumerate(runs)] == [
+        False,
+        True,
+        True,
+    ]
+    check_contents(manager, runs[2])
+
+
+def test_promoting_never_takes_the_room_of_what_a_lookup_promised(
     new_manager: NewManager, device: FakeDevice, rng: Random, clock: Clock
 ) -> None:
     runs = [random_run(rng, (4, 4)) for _ in range(2)]
     first, second = (saved(new_manager, device, rng, run) for run in runs)
     manager = new_manager(payload_bytes(device, 4) * 2)
     manager.promote(first, "a", seconds=30, exact=True).result(WAIT_S)
+    assert manager.lookup("a", runs[0].keys, 1)
     with pytest.raises(RamTierFullError):
         manager.promote(second, "b", seconds=30, exact=True).result(WAIT_S)
-    clock.now += 31
+    check_contents(manager, runs[0])
+    clock.now += 61
     manager.promote(second, "b", seconds=30, exact=True).result(WAIT_S)
     check_contents(manager, runs[1])
 

@@ -430,6 +430,7 @@ def test_five_hundred_requests_leave_nothing_behind(pressured: World) -> None:
     assert after["ranks"][0]["ram_bytes"] <= WARM_GB * 1e9
     until(lambda: open_files(pressured) <= files + 4, "file descriptors were left open")
     grown = resident_bytes(pressured) - memory
+    print(f"open files {files} -> {open_files(pressured)}, resident {memory:,} bytes + {grown:,}")
     # The RAM tier may have been filled since, the rest must not grow with the requests.
     assert grown < WARM_GB * 1e9 + RSS_SLACK
     # All of the pool is free: a request may have nearly every slot of it.

@@ -140,7 +140,7 @@ def slow_world(stage: Stage, folder: Path) -> World:
 
 def _case(client: Client, numbers: random.Random, name: str, talk: Talk) -> Case:
     for length in (60, 30):
-        talk.say(client, talk.message(numbers, length), name)
+        talk.say(client, talk.draw(client, numbers, length), name)
     return save_and_peek(client, numbers, name, talk)
 
 

@@ -14,6 +14,7 @@ import openai
 from e2e.helpers import TIMEOUT_S, TOP, Client, Output, Reply, random_ids, random_text
 
 NEW_TOKENS = 12
+DRAWS = 50
 
 
 class Talk(ABC):
@@ -22,6 +23,18 @@ class Talk(ABC):
     def message(self, numbers: random.Random, length: int) -> Any:
         """A random message of `length` tokens."""
         return random_text(numbers, length)
+
+    def draw(self, client: Client, numbers: random.Random, length: int) -> Any:
+        """A random message whose reply reads back as the tokens it was made of.
+
+        A history of texts loses special tokens, and a byte escape comes back as six characters:
+        the next turn would not begin with the tokens of this one.
+        """
+        for _ in range(DRAWS):
+            message = self.message(numbers, length)
+            if all(len(token) == 1 for token in self.peek(client, message).tokens):
+                return message
+        raise AssertionError(f"no reply of plain text after {DRAWS} messages")
 
     def say(self, client: Client, message: Any, conversation: str | None) -> Reply:
         reply = self.ask(client, message, conversation)
@@ -48,6 +61,9 @@ class GenerateTalk(Talk):
 
     def message(self, numbers: random.Random, length: int) -> Any:
         return random_ids(numbers, length)
+
+    def draw(self, client: Client, numbers: random.Random, length: int) -> Any:
+        return self.message(numbers, length)
 
     def ask(self, client: Client, message: Any, conversation: str | None) -> Reply:
         return client.generate([*self.history, *message], NEW_TOKENS, conversation)

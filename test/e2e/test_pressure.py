@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +29,8 @@ from e2e.pressured_world import (
 from e2e.talks import NEW_TOKENS, GenerateTalk
 from e2e.worlds import World
 from engram.testing.samples import seeded_random
+
+logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-3
 LOGGED_EVERY = 40
@@ -430,7 +433,8 @@ def test_five_hundred_requests_leave_nothing_behind(pressured: World) -> None:
     assert after["ranks"][0]["ram_bytes"] <= WARM_GB * 1e9
     until(lambda: open_files(pressured) <= files + 4, "file descriptors were left open")
     grown = resident_bytes(pressured) - memory
-    print(f"open files {files} -> {open_files(pressured)}, resident {memory:,} bytes + {grown:,}")
+    logger.info("open files %d -> %d", files, open_files(pressured))
+    logger.info("resident bytes %d, and %d more", memory, grown)
     # The RAM tier may have been filled since, the rest must not grow with the requests.
     assert grown < WARM_GB * 1e9 + RSS_SLACK
     # All of the pool is free: a request may have nearly every slot of it.

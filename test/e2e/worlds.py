@@ -164,7 +164,7 @@ def restarted_world(stage: Stage, folder: Path) -> World:
     }
     for name, talk in talks.items():
         for length in LENGTHS:
-            talk.say(client, talk.message(numbers, length), name)
+            talk.say(client, talk.draw(client, numbers, length), name)
         world.cases[name] = save_and_peek(client, numbers, name, talk)
     world.cases["adopted"] = _adopted(client, numbers)
     world.cases |= interleaved(client, numbers, INTERLEAVED)

@@ -12,12 +12,17 @@ from sglang.srt.configs.hybrid_arch import mambaish_config
 from sglang.srt.configs.model_config import AttentionArch, ModelConfig
 from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
-from sglang.srt.mem_cache.memory_pool import HybridLinearKVPool, HybridReqToTokenPool
+from sglang.srt.mem_cache.memory_pool import (
+    HybridLinearKVPool,
+    HybridReqToTokenPool,
+    MHATokenToKVPool,
+    ReqToTokenPool,
+)
 from sglang.srt.mem_cache.unified_cache.components import ComponentType
 from sglang.srt.runtime_context import get_context
 
 from engram.errors import InvalidRequestError
-from engram.sglang_plugin.pools import resolve_pools
+from engram.sglang_plugin.pools import DevicePools, resolve_pools
 from engram.sizing import ModelSize, Precision, read_config, size_of
 from engram.testing.tiny_model import FAMILIES, write_tiny_model
 from unit.sizing.samples import NAMES, fields, model_directory
@@ -158,45 +163,67 @@ def described(size: ModelSize) -> dict[str, str]:
     return {f"pool.{b.name}": f"{b.dtype}{list(b.shape)}" for b in size.buffers}
 
 
+def pools_of(model: ModelConfig, dtype: torch.dtype) -> DevicePools:
+    """SGLang's pools for a few slots of a model, as Engram sees them."""
+    config = mambaish_config(model)
+    heads = {"head_num": model.get_num_kv_heads(1), "head_dim": model.head_dim}
+    kv: HybridLinearKVPool | MHATokenToKVPool
+    if config is None:
+        kv = MHATokenToKVPool(
+            size=16,
+            page_size=1,
+            dtype=dtype,
+            layer_num=model.num_hidden_layers,
+            device="cpu",
+            enable_memory_saver=False,
+            **heads,
+        )
+        return resolved(kv, dtype, ReqToTokenPool(2, 16, "cpu", False), ComponentType.FULL)
+    params = config.mamba2_cache_params
+    requests = HybridReqToTokenPool(
+        size=2,
+        mamba_size=3,
+        mamba_spec_state_size=2,
+        max_context_len=16,
+        device="cpu",
+        enable_memory_saver=False,
+        cache_params=params,
+        mamba_layer_ids=params.layers,
+        enable_mamba_extra_buffer=False,
+        enable_overlap_schedule=False,
+    )
+    kv = HybridLinearKVPool(
+        size=16,
+        dtype=dtype,
+        page_size=1,
+        full_attention_layer_ids=config.full_attention_layer_ids,
+        device="cpu",
+        mamba_pool=requests.mamba_pool,
+        **heads,
+    )
+    return resolved(kv, dtype, requests, ComponentType.FULL, ComponentType.MAMBA)
+
+
+def resolved(
+    kv: Any, dtype: torch.dtype, requests: ReqToTokenPool, *components: ComponentType
+) -> DevicePools:
+    return resolve_pools(
+        CacheInitParams(
+            disable=False,
+            req_to_token_pool=requests,
+            token_to_kv_pool_allocator=TokenToKVPoolAllocator(16, dtype, "cpu", kv, False),
+            page_size=1,
+            tree_components=components,
+        )
+    )
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_tiny_models_pools_hold_what_was_said(family: str, dtype: str, tmp_path: Path) -> None:
     path = write_tiny_model(tmp_path / "model", family, dtype=dtype)
     with served(path, 1) as model:
-        config = mambaish_config(model)
-        kv_dtype = getattr(torch, dtype)
-        params = config.mamba2_cache_params
-        requests = HybridReqToTokenPool(
-            size=2,
-            mamba_size=3,
-            mamba_spec_state_size=2,
-            max_context_len=16,
-            device="cpu",
-            enable_memory_saver=False,
-            cache_params=params,
-            mamba_layer_ids=params.layers,
-            enable_mamba_extra_buffer=False,
-            enable_overlap_schedule=False,
-        )
-        kv = HybridLinearKVPool(
-            size=16,
-            dtype=kv_dtype,
-            page_size=1,
-            head_num=model.get_num_kv_heads(1),
-            head_dim=model.head_dim,
-            full_attention_layer_ids=config.full_attention_layer_ids,
-            device="cpu",
-            mamba_pool=requests.mamba_pool,
-        )
-        pools = resolve_pools(
-            CacheInitParams(
-                disable=False,
-                req_to_token_pool=requests,
-                token_to_kv_pool_allocator=TokenToKVPoolAllocator(16, kv_dtype, "cpu", kv, False),
-                page_size=1,
-                tree_components=(ComponentType.FULL, ComponentType.MAMBA),
-            )
-        )
+        pools = pools_of(model, getattr(torch, dtype))
     size = size_of(read_config(path), precision=Precision(kv=dtype))
     assert pools.describe() == described(size)
     held = sum(b.tensor[0].numel() * b.tensor.element_size() for b in pools.buffers)

@@ -88,7 +88,7 @@ class Variant:
 VARIANTS = (
     Variant("granite-hybrid", "float32"),
     Variant("granite-hybrid", "bfloat16"),
-    Variant("granite-moe", "float32", quick=True),
+    Variant("granite-moe", "float32"),
     Variant("granite-moe", "bfloat16"),
     Variant("mamba2", "float32", quick=True),
     Variant("mamba2", "bfloat16"),
@@ -97,8 +97,8 @@ VARIANTS = (
     Variant("qwen3", "float32"),
     Variant("qwen3", "bfloat16"),
 )
-"""The dense Granite is no quick one, as the other worlds are of it in both dtypes, nor is Qwen3,
-whose pools and components are Llama's."""
+"""The quick ones have no attention or nothing else. The other worlds are of the dense Granite, and
+the one with experts has its pools, as Qwen3 has Llama's."""
 
 RESTORED = ("generate", "chat")
 INTERLEAVED = ("interleaved-0", "interleaved-1", "interleaved-2")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import os
 import platform
 import random
+import tempfile
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from typing import Any
 import httpx
 
 from engram.testing.server import ServerProcess
+from engram.testing.tiny_model import write_tiny_model
 
 PRINTABLE_IDS = range(6, 104)
 """Ids of the tiny tokenizer's characters."""
@@ -128,3 +132,31 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
         return round(ordered[min(len(ordered) - 1, int(share * len(ordered)))] * 1000, 2)
 
     return {"p50": at(0.5), "p90": at(0.9), "p99": at(0.99), "max": at(1.0), "count": len(ordered)}
+
+
+def options_parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """A parser with the options that every benchmark of servers has."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmark.{name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    parser.add_argument("--out", type=Path, help="write the figures to this file as well")
+    return parser
+
+
+@contextmanager
+def workplace() -> Iterator[tuple[Path, Path]]:
+    """A folder for one run, and the tiny model in it."""
+    with tempfile.TemporaryDirectory(prefix="engram-bench-") as name:
+        folder = Path(name)
+        yield folder, write_tiny_model(folder / "model", seed=1, dtype="bfloat16")
+
+
+def report(figures: dict[str, Any], options: argparse.Namespace, table: str) -> None:
+    """Print the figures as asked for, and write them to the file asked for."""
+    text = json.dumps(figures, indent=1)
+    if options.out is not None:
+        options.out.write_text(text + "\n")
+    print(text if options.json else table)

@@ -17,13 +17,10 @@ the server with persistence untagged and tagged traffic take turns too.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
 import os
 import random
 import sys
-import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +31,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from benchmark import servers
 
 from engram.testing.samples import seeded_random
-from engram.testing.tiny_model import write_tiny_model
 
 TURNS = 3
 PROMPT = 64
@@ -166,25 +162,14 @@ def _table(figures: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmark.serving",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
-    parser.add_argument("--out", type=Path, help="write the figures to this file as well")
+    parser = servers.options_parser("serving", __doc__)
     parser.add_argument("--pairs", type=int, default=1, help="times off, on, on, off")
     parser.add_argument("--seconds", type=float, default=30.0, help="of load on each server")
     parser.add_argument("--clients", type=int, default=8)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="engram-bench-") as name:
-        folder = Path(name)
-        model = write_tiny_model(folder / "model", seed=1, dtype="bfloat16")
+    with servers.workplace() as (folder, model):
         figures = _measure(folder, model, options)
-    text = json.dumps(figures, indent=1)
-    if options.out is not None:
-        options.out.write_text(text + "\n")
-    print(text if options.json else _table(figures))
+    servers.report(figures, options, _table(figures))
 
 
 if __name__ == "__main__":

@@ -17,14 +17,11 @@ machine does hits all of them alike.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import itertools
-import json
 import os
 import random
 import sys
-import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -37,7 +34,6 @@ from benchmark import servers
 
 from engram.testing.faults import Fault, FaultControl
 from engram.testing.samples import seeded_random
-from engram.testing.tiny_model import write_tiny_model
 
 PLUGIN = Path(__file__).parents[2] / "test" / "plugins" / "faulty_store"
 CONDITIONS = ("quiet", "busy", "slow")
@@ -181,20 +177,12 @@ def _table(figures: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmark.slow_store",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
-    parser.add_argument("--out", type=Path, help="write the figures to this file as well")
+    parser = servers.options_parser("slow_store", __doc__)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=20.0, help="of each condition in a round")
     parser.add_argument("--delay", type=float, default=2.0, help="seconds of each slow access")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="engram-bench-") as name:
-        folder = Path(name)
-        model = write_tiny_model(folder / "model", seed=1, dtype="bfloat16")
+    with servers.workplace() as (folder, model):
         path = [str(PLUGIN), *filter(None, [os.environ.get("PYTHONPATH")])]
         env = {
             "ENGRAM_TEST_FAULTS": str(folder / "faults"),
@@ -204,10 +192,7 @@ def main() -> None:
         with servers.server(folder, model, args, env) as server:
             faults = FaultControl(folder / "faults")
             figures = asyncio.run(_measure(server.url, faults, options))
-    text = json.dumps(figures, indent=1)
-    if options.out is not None:
-        options.out.write_text(text + "\n")
-    print(text if options.json else _table(figures))
+    servers.report(figures, options, _table(figures))
 
 
 if __name__ == "__main__":

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from engram.core.settings import Settings
+from engram.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from engram.retention.demotion import Resident
 
 TRUNK: Final = "main"
 """The branch that is not named: every conversation begins on it."""
@@ -135,3 +140,20 @@ class RetentionPlan:
     def freed_bytes(self) -> int:
         """What all removals free together."""
         return self.bytes_before - self.bytes_after
+
+
+def check_entries(kind: str, entries: Iterable[tuple[Snapshot | Resident, str]]) -> None:
+    """Raise `InvalidRequestError` for a priority out of bounds, or a name twice in a tenant.
+
+    ``entries`` are what is planned over, each with its name; ``kind`` says what they are.
+    """
+    seen: set[tuple[str, str]] = set()
+    for entry, name in entries:
+        if not 0 <= entry.priority <= MAX_PRIORITY:
+            raise InvalidRequestError(
+                f"priority of {entry.conversation_id!r} must be from 0 to {MAX_PRIORITY}, "
+                f"not {entry.priority}"
+            )
+        if (entry.tenant, name) in seen:
+            raise InvalidRequestError(f"{kind} {name!r} is there twice")
+        seen.add((entry.tenant, name))

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from engram.core.settings import Settings
-from engram.errors import InvalidRequestError
-from engram.retention.base import DEFAULT_PRIORITY, MAX_PRIORITY
+from engram.retention.base import DEFAULT_PRIORITY, check_entries
 from engram.retention.plan import interest
 
 
@@ -100,7 +99,7 @@ def plan_demotions(
     Raises `InvalidRequestError` for a priority outside 0 to 100, or one conversation twice.
     """
     everyone = list(residents)
-    _check(everyone)
+    check_entries("conversation", ((one, one.conversation_id) for one in everyone))
     movable = [resident for resident in everyone if not resident.pinned and not resident.held]
 
     def worth(resident: Resident) -> tuple[object, ...]:
@@ -146,17 +145,3 @@ def _idle(movable: list[Resident], policy: DemotionPolicy, now: float) -> Iterat
 
 def _over(found: int, allowed: int | None) -> int:
     return 0 if allowed is None else max(0, found - allowed)
-
-
-def _check(residents: list[Resident]) -> None:
-    seen: set[tuple[str, str]] = set()
-    for resident in residents:
-        if not 0 <= resident.priority <= MAX_PRIORITY:
-            raise InvalidRequestError(
-                f"priority of {resident.conversation_id!r} must be from 0 to {MAX_PRIORITY}, "
-                f"not {resident.priority}"
-            )
-        name = (resident.tenant, resident.conversation_id)
-        if name in seen:
-            raise InvalidRequestError(f"conversation {resident.conversation_id!r} is there twice")
-        seen.add(name)

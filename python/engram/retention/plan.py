@@ -20,7 +20,6 @@ from typing import Final, TypeAlias
 from engram.errors import InvalidRequestError
 from engram.retention.base import (
     DEFAULT_PRIORITY,
-    MAX_PRIORITY,
     TRUNK,
     Keep,
     Kept,
@@ -29,6 +28,7 @@ from engram.retention.base import (
     RetentionPlan,
     RetentionPolicy,
     Snapshot,
+    check_entries,
 )
 from engram.retention.forest import Forest, Stop
 
@@ -237,17 +237,7 @@ def _check(snapshots: Iterable[Snapshot], policy: RetentionPolicy) -> None:
         raise InvalidRequestError("half_interest must be above 0")
     if policy.keep_last is not None and policy.keep_last < 1:
         raise InvalidRequestError("keep_last must be 1 or more")
-    seen: set[tuple[str, str]] = set()
-    for snapshot in snapshots:
-        if not 0 <= snapshot.priority <= MAX_PRIORITY:
-            raise InvalidRequestError(
-                f"priority of {snapshot.conversation_id!r} must be from 0 to {MAX_PRIORITY}, "
-                f"not {snapshot.priority}"
-            )
-        name = (snapshot.tenant, snapshot.snapshot_id)
-        if name in seen:
-            raise InvalidRequestError(f"snapshot {snapshot.snapshot_id!r} is there twice")
-        seen.add(name)
+    check_entries("snapshot", ((one, one.snapshot_id) for one in snapshots))
 
 
 def _duration(seconds: float) -> str:

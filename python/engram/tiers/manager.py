@@ -13,14 +13,12 @@ Nothing here raises into the scheduler: an outcome is a value or the exception o
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Final, Generic, TypeVar
+from typing import Final
 
 import numpy as np
 import torch
@@ -39,6 +37,7 @@ from engram.tiers.base import (
 )
 from engram.tiers.payload import bytes_of, tokens_of, views, zero_padding
 from engram.tiers.ram import RamTier
+from engram.tiers.writing import Write, WriteQueue
 
 logger = logging.getLogger(__name__)
 
@@ -47,21 +46,6 @@ FILL_TIMEOUT_S: Final = 120.0
 
 LOOKUP_LEASE_S: Final = 60.0
 """How long what a lookup promised waits for its load, should nobody say that it is not coming."""
-
-WRITE_SHARE: Final = 0.5
-"""Of the RAM tier, what may be held for writing; one chain alone may be larger."""
-
-Done = TypeVar("Done")
-
-
-@dataclass(eq=False, slots=True)
-class _Write(Generic[Done]):
-    """Work for the writer: `held` is what it keeps in RAM until that is on disk."""
-
-    work: Callable[[_Write[Done]], Done]
-    chain: Sequence[Boundary] = ()
-    held: list[Boundary] = field(default_factory=list)
-    future: Future[Done] = field(default_factory=Future)
 
 
 @dataclass(slots=True)
@@ -92,17 +76,14 @@ class TierManager:
     layout: PayloadLayout
     clock: Callable[[], float] = time.monotonic
     _leases: dict[str, _Lease] = field(default_factory=dict)
-    _waiting: deque[_Write[Any]] = field(default_factory=deque)
-    _writing: int = 0
-    _held_for_writing: int = 0
     _reading: dict[str, list[Future[Promoted]]] = field(default_factory=dict)
     _copy: ThreadPoolExecutor = field(init=False)
-    _write: ThreadPoolExecutor = field(init=False)
+    _writes: WriteQueue = field(init=False)
     _read: ThreadPoolExecutor = field(init=False)
 
     def __post_init__(self) -> None:
         self._copy = ThreadPoolExecutor(1, thread_name_prefix="engram-copy")
-        self._write = ThreadPoolExecutor(1, thread_name_prefix="engram-write")
+        self._writes = WriteQueue(self.ram)
         self._read = ThreadPoolExecutor(2, thread_name_prefix="engram-read")
 
     # ---- capture ----
@@ -202,13 +183,6 @@ class TierManager:
             if lease is not None:
                 self.ram.release(lease.held)
 
-    @property
-    def leases(self) -> int:
-        """How many owners have something leased."""
-        with self.ram.lock:
-            self._expire()
-            return len(self._leases)
-
     def _expire(self) -> None:
         now = self.clock()
         for owner in [o for o, lease in self._leases.items() if lease.expires <= now]:
@@ -226,52 +200,9 @@ class TierManager:
         with self.ram.lock:
             self.ram.want(boundary)
             self.ram.touch(chain)
-            return self._queue(_Write(self._persist, chain))
+            return self._writes.submit(Write(self._persist, chain))
 
-    def _queue(self, write: _Write[Done]) -> Future[Done]:
-        with self.ram.lock:
-            self._waiting.append(write)
-            self._start_writes()
-        return write.future
-
-    def _start_writes(self) -> None:
-        """Hold and hand to the writer what may be held; called under the lock of the RAM tier."""
-        while self._waiting:
-            write = self._waiting[0]
-            needed = [b for b in write.chain if b.in_ram and not b.durable]
-            nbytes = sum(b.nbytes for b in needed)
-            full = self._held_for_writing + nbytes > self.ram.capacity * WRITE_SHARE
-            if needed and self._held_for_writing and full:
-                return
-            self._waiting.popleft()
-            write.held.extend(self.ram.hold(needed))
-            self._held_for_writing += nbytes
-            self._writing += 1
-            self._write.submit(self._run_write, write)
-
-    def _run_write(self, write: _Write[Done]) -> None:
-        try:
-            done = write.work(write)
-        except BaseException as error:
-            self._end_write(write)
-            write.future.set_exception(error)
-        else:
-            self._end_write(write)
-            write.future.set_result(done)
-
-    def _end_write(self, write: _Write[Any]) -> None:
-        with self.ram.lock:
-            self._writing -= 1
-            for boundary in list(write.held):
-                self._let_go(write, boundary)
-            self._start_writes()
-
-    def _let_go(self, write: _Write[Any], boundary: Boundary) -> None:
-        write.held.remove(boundary)
-        self.ram.release((boundary,))
-        self._held_for_writing -= boundary.nbytes
-
-    def _persist(self, write: _Write[Persisted]) -> Persisted:
+    def _persist(self, write: Write[Persisted]) -> Persisted:
         refs: list[SegmentRef] = []
         written = 0
         for boundary in write.chain:
@@ -296,10 +227,7 @@ class TierManager:
                     raise
                 written += header.file_length
             refs.append(_ref(header, segment_id))
-            if boundary in write.held:
-                with self.ram.lock:
-                    self._let_go(write, boundary)
-                    self._start_writes()
+            self._writes.let_go(write, boundary)
         return Persisted(tuple(refs), sum(ref.bytes for ref in refs), written)
 
     def _write_segment(self, boundary: Boundary, header: SegmentHeader) -> str:
@@ -487,7 +415,7 @@ class TierManager:
         never pulled from under its manifest.
         """
         gone = frozenset(segment_ids)
-        return self._queue(_Write(lambda _: self._drop(gone)))
+        return self._writes.submit(Write(lambda _: self._drop(gone)))
 
     def _drop(self, segment_ids: frozenset[str]) -> int:
         self.ram.forget_files(segment_ids)
@@ -507,9 +435,7 @@ class TierManager:
         with self.ram.lock:
             self._expire()
             return {
-                "writes_running": self._writing,
-                "writes_waiting": len(self._waiting),
-                "bytes_held_for_writing": self._held_for_writing,
+                **self._writes.depths(),
                 "promotions": sum(len(futures) for futures in self._reading.values()),
                 "leases": len(self._leases),
             }
@@ -527,11 +453,10 @@ class TierManager:
 
     def close(self) -> None:
         """Finish what was asked for and stop the threads."""
-        # What waits is handed on only as what is before it ends.
-        with contextlib.suppress(Exception):
-            self._queue(_Write(lambda _: None)).result()
-        for pool in (self._copy, self._write, self._read):
-            pool.shutdown(wait=True)
+        self._writes.finish()
+        self._copy.shutdown(wait=True)
+        self._writes.close()
+        self._read.shutdown(wait=True)
 
     def _buffers(self, key: str, start: int, end: int, has_state: bool) -> tuple[BufferSpec, ...]:
         """Where each buffer lies in a payload; it does not depend on the parent, whose id may

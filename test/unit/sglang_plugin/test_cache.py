@@ -369,7 +369,7 @@ def test_a_prefix_that_is_in_vram_anyway_is_held_for_nobody(rank: Rank, rng: Ran
     rank.tiers.lease("waiting", boundary.chain(), seconds=1000.0)
     request = ToyRequest("waiting", tokens)
     assert rank.admit(request) == (40, 0)
-    assert rank.tiers.leases == 0
+    assert rank.tiers.depths()["leases"] == 0
     rank.forward(request, 40)
     rank.finish(request)
     rank.settle()

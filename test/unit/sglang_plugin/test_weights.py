@@ -214,7 +214,7 @@ def test_memory_of_the_weights_before_is_given_back(rank: Rank, rng: Random) -> 
     assert before.ram.used > 0
     before.lease("restored", list(before.ram._unwanted), seconds=1000.0)
     change(rank, "second")
-    assert (before.ram.used, len(before.ram), before.leases) == (0, 0, 0)
+    assert (before.ram.used, len(before.ram), before.depths()["leases"]) == (0, 0, 0)
 
 
 def test_names_of_runtime_weights_agree_on_all_ranks_and_with_nobody_else(

@@ -499,7 +499,7 @@ def test_promoting_takes_the_room_of_the_oldest_leases(
     manager = new_manager(payload_bytes(device, 4) * 4)
     for name, refs in zip("abc", chains, strict=True):
         manager.promote(refs, name, seconds=30, exact=True).result(WAIT_S)
-    assert manager.leases == 2
+    assert manager.depths()["leases"] == 2
     assert [manager.lookup(f"look-{n}", run.keys, 1) != [] for n, run in enumerate(runs)] == [
         False,
         True,

@@ -199,22 +199,24 @@ class EngramRadixCache(UnifiedRadixCache):
         if self._has_state and state_slot is None:
             return None
         # Never those that end here: what is copied now are rows and state of one computation.
-        parent = ram.longest(keys[:-1])
+        parent = self.tiers.stand(keys[:-1])
         start = parent.end if parent is not None else 0
         kv_slots = self.path_device_indices(node)[start:].long()
         assert len(kv_slots) == end - start, (len(kv_slots), start, end)
         fence = self._stream.fence()
         token = self._lock(node)
 
-        def read(targets: dict[str, torch.Tensor], check: StateCheck) -> None:
+        def read(
+            targets: dict[str, torch.Tensor], first: int, last: int, check: StateCheck
+        ) -> None:
             with self._stream.after(fence):
-                self._pools.gather(targets, kv_slots, state_slot, check)
+                self._pools.gather(targets, kv_slots[first:last], state_slot, check)
             self._stream.synchronize()
 
         queued = False
         try:
             queued = self.tiers.capture(
-                turn.key,
+                keys[start // self.page_size :],
                 start,
                 token_ids[start:end],
                 parent,

@@ -74,16 +74,17 @@ class DevicePools:
         state_slot: torch.Tensor | None,
         check: StateCheck,
     ) -> None:
-        """Copy rows of the device buffers into host tensors, one gather a buffer.
+        """Copy rows of the device buffers into host tensors, one gather a buffer; those in
+        `targets` alone.
 
         `kv_slots` (int64, [num_tokens]) and `state_slot` (int64, [1]) are on the device.  `check`
         sees each buffer of the state.  On CUDA all of it is only enqueued on the current stream.
         """
         for buffer in self.buffers:
             slots = kv_slots if buffer.kind is Kind.KV else state_slot
-            if slots is None:
+            target = targets.get(buffer.name)
+            if slots is None or target is None:
                 continue
-            target = targets[buffer.name]
             if buffer.tensor.is_cuda:
                 source = buffer.tensor.index_select(0, slots)
                 target.copy_(source, non_blocking=True)

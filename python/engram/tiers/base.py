@@ -38,8 +38,14 @@ class PayloadLayout(Protocol):
 class DeviceReader(Protocol):
     """Fills the buffers of payloads from the device pools (called on the copy thread)."""
 
-    def __call__(self, targets: dict[str, torch.Tensor], check: StateCheck) -> None:
-        """Return when every byte has landed in host memory and `check` has seen the state."""
+    def __call__(
+        self, targets: dict[str, torch.Tensor], first: int, last: int, check: StateCheck
+    ) -> None:
+        """Fill `targets` with the rows from `first` up to `last`, counted from the capture's start,
+        or with the state, where they are its buffers.
+
+        Return when every byte has landed in host memory and `check` has seen the state.
+        """
         ...
 
 
@@ -63,7 +69,9 @@ class Segment:
 
     `health` is what is wrong with a state that was kept all the same, `norm` its L2 norm if known.
 
-    `segment_id` is that of its file, if it has one.  `wanted` says that somebody asked to keep it,
+    `segment_id` is that of its file, if it has one, and `file_bytes` the length of that; the file
+    may go on with rows that are not these.  `first_key` is the key of the first page of rows,
+    None if that is not known.  `wanted` says that somebody asked to keep it,
     or one that stands on it: all below a wanted segment is wanted.
     """
 
@@ -80,6 +88,8 @@ class Segment:
     health: str | None = None
     norm: float | None = None
     segment_id: str | None = None
+    file_bytes: int = 0
+    first_key: str | None = None
     wanted: bool = False
     holders: int = 0
     resident_children: int = 0

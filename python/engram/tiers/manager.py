@@ -43,9 +43,15 @@ from engram.tiers.base import (
 from engram.tiers.health import HealthPolicy, StateCheck, StateHealth
 from engram.tiers.payload import bytes_of, tokens_of, views, zero_padding
 from engram.tiers.ram import RamTier
+from engram.tiers.twins import begins_with, copy_beginning
 from engram.tiers.writing import Write, WriteQueue
 
 logger = logging.getLogger(__name__)
+
+OTHER_HAND: Final = "restore another snapshot; the store was changed by something else than Engram"
+
+MIN_SHARED_BYTES: Final = 16 << 10
+"""Rows of fewer bytes are not worth a file of their own, which has 4,128 bytes beside them."""
 
 FILL_TIMEOUT_S: Final = 120.0
 """How long a writer waits for a payload that is still being copied from the device."""
@@ -101,7 +107,7 @@ class TierManager:
 
     def capture(
         self,
-        key: str,
+        keys: Sequence[str],
         start: int,
         tokens: Sequence[int],
         parent: Segment | None,
@@ -111,36 +117,73 @@ class TierManager:
     ) -> bool:
         """Queue the copy of the rows [start, start + len(tokens)) and of the state at their end.
 
-        `parent` are the rows that end at `start`.  `on_done` is called on the copy thread once the
-        device memory is no longer read.  Returns False, without calling it, when the RAM tier has
-        no room: the state is then not kept.
+        `keys` are those of the pages of `tokens`, `parent` the rows that end at `start`.  Where
+        rows in RAM begin with the same tokens and then part, these are cut, so that what is common
+        can be stored once.  `on_done` is called on the copy thread once the device memory is no
+        longer read.  Returns False, without calling it, when the RAM tier has no room: the state
+        is then not kept.
         """
-        end = start + len(tokens)
+        ids = np.asarray(tokens, dtype="<u4")
+        page = len(ids) // len(keys)
         with self.ram.lock:
             self._expire()
             taken: list[Segment] = []
             try:
-                rows = self._take(key, start, end, parent, has_state=False)
-                taken.append(rows)
+                rows, first = parent, 0
+                for last in self._cuts(keys, ids):
+                    rows = self._take(
+                        keys[last // page - 1],
+                        start + first,
+                        start + last,
+                        rows,
+                        first_key=keys[first // page],
+                    )
+                    taken.append(rows)
+                    first = last
                 if self.stateful:
-                    taken.append(self._take(key, end, end, rows, has_state=True))
+                    end = start + len(ids)
+                    taken.append(self._take(keys[-1], end, end, rows))
             except RamTierFullError as full:
                 self.ram.stats.capture_refused += 1
-                for segment in taken:
+                for segment in reversed(taken):
                     self.ram.fail(segment, full)
                 return False
             # The index cannot hold a whole boundary here: the caller has looked, and whoever else
             # publishes has read it from disk, which makes this copy the newer one.
             for segment in taken:
                 self.ram.publish(segment, replace=True)
-        self._copy.submit(self._fill, taken, np.asarray(tokens, dtype="<u4"), read, on_done)
+        self._copy.submit(self._fill, taken, ids, read, on_done)
         return True
 
+    def _cuts(self, keys: Sequence[str], tokens: np.ndarray) -> list[int]:
+        """Where rows of these tokens end, the last of them at the end of the tokens."""
+        page = len(tokens) // len(keys)
+        row_bytes = sum(spec.length for spec in self._buffers(keys[0], 0, 1, False))
+        least = max(1, MIN_SHARED_BYTES // row_bytes)
+        cuts, first = [], 0
+        while first < len(tokens):
+            common = self.ram.twins.common(keys[first // page], tokens[first:]) // page * page
+            if common < least:
+                break
+            first += common
+            cuts.append(first)
+        return cuts if first == len(tokens) else [*cuts, len(tokens)]
+
     def _take(
-        self, key: str, start: int, end: int, parent: Segment | None, *, has_state: bool
+        self,
+        key: str,
+        start: int,
+        end: int,
+        parent: Segment | None,
+        *,
+        first_key: str | None = None,
     ) -> Segment:
+        """Room for rows, or with `start` = `end` for a state."""
+        has_state = start == end
         buffers = self._buffers(key, start, end, has_state)
-        return self.ram.reserve(key, start, end, parent, buffers, has_state=has_state)
+        return self.ram.reserve(
+            key, start, end, parent, buffers, has_state=has_state, first_key=first_key
+        )
 
     def _fill(
         self,
@@ -151,15 +194,15 @@ class TierManager:
     ) -> None:
         try:
             payloads = []
-            targets: dict[str, torch.Tensor] = {}
+            check = StateCheck(norm=self.health.interval > 0)
             for segment in taken:
                 payload = self.ram.allocate(segment.nbytes)
                 zero_padding(payload, segment.buffers)
-                targets.update(views(payload, segment.buffers))
+                first, last = segment.start - taken[0].start, segment.end - taken[0].start
+                if not segment.has_state:
+                    tokens_of(payload, segment.buffers)[:] = tokens[first:last]
+                read(views(payload, segment.buffers), first, last, check)
                 payloads.append(payload)
-            tokens_of(payloads[0], taken[0].buffers)[:] = tokens
-            check = StateCheck(norm=self.health.interval > 0)
-            read(targets, check)
             self._judge(taken, check.result())
         except BaseException as error:
             if isinstance(error, StateUnhealthyError):
@@ -200,18 +243,35 @@ class TierManager:
         )
 
     def _norm_before(self, rows: Segment) -> float | None:
-        """The norm of the state `interval` boundaries before the one that stands on `rows`."""
-        before: Segment | None = rows
-        for _ in range(self.health.interval):
-            before = before.parent if before is not None else None
-        state = self.boundary(before.key) if before is not None else None
-        return state.norm if state is not None and self.health.interval else None
+        """The norm of the state `interval` boundaries before the one that is captured."""
+        left = self.health.interval
+        before = rows.parent
+        while before is not None and left:
+            state = self.boundary(before.key)
+            left -= state is not None and state.parent is before
+            if state is not None and not left:
+                return state.norm
+            before = before.parent
+        return None
 
     # ---- lookup and leases ----
 
     def boundary(self, key: str) -> Segment | None:
         """The segment from which a sequence goes on at `key`: its state there if it has one."""
         return self.ram.get(key, self.stateful)
+
+    def stand(self, keys: Sequence[str]) -> Segment | None:
+        """The rows that end at the last of `keys` from which a sequence can go on, if any do.
+
+        Only there are they known to be the bits that who goes on from there has computed with:
+        other rows of the same tokens may be of another computation.
+        """
+        with self.ram.lock:
+            for key in reversed(keys):
+                boundary = self.boundary(key)
+                if boundary is not None and self.ram.whole(boundary):
+                    return boundary.parent if boundary.has_state else boundary
+        return None
 
     def lookup(self, owner: str, keys: Sequence[str], page_size: int) -> list[int]:
         """Lengths, in pages of `keys`, that can be loaded now; they are leased to `owner`.
@@ -290,27 +350,55 @@ class TierManager:
             # Readers may find a file of the chain damaged at any time and take its segment's id
             # away: what this save relies on is in `refs` and read once.
             parent = refs[-1].segment_id if refs else None
-            header = self._plan(segment.key, segment.start, segment.end, parent, segment.has_state)
-            segment_id = segment.segment_id
-            if segment_id and not self.store.has_segment(
-                self.shard, segment_id, header.file_length
-            ):
-                # Quarantined, cut or deleted: no manifest may name it.
-                self.ram.lose_file(segment)
-                segment_id = None
-            if segment_id is None:
+            file = self._file_of(segment) or self._twin_of(segment, parent)
+            if file is None:
                 try:
-                    segment_id = self._write_segment(segment, header)
+                    file = self._write_segment(segment, parent)
                 except CaptureLostError as lost:
                     lost.details["boundary"] = write.chain[-1].end
                     raise
-                written += header.file_length
-            refs.append(_ref(header, segment_id))
+                written += file[1]
+            refs.append(_ref(segment, *file))
             self._writes.let_go(write, segment)
         nbytes = sum(ref.bytes for ref in refs)
         return Persisted(tuple(refs), nbytes, written, write.chain[-1].health)
 
-    def _write_segment(self, segment: Segment, header: SegmentHeader) -> str:
+    def _file_of(self, segment: Segment) -> tuple[str, int] | None:
+        """Name and length of the file that holds a segment, if there is one."""
+        segment_id, length = segment.segment_id, segment.file_bytes
+        if segment_id is None:
+            return None
+        if self.store.has_segment(self.shard, segment_id, length):
+            return segment_id, length
+        # Quarantined, cut or deleted: no manifest may name it.
+        self.ram.lose_file(segment)
+        return None
+
+    def _twin_of(self, rows: Segment, parent: str | None) -> tuple[str, int] | None:
+        """The file of other rows on the same parent that begin with the very bits of these.
+
+        Keys name tokens, not bits, and a snapshot comes back with the bits it was taken with.
+        """
+        with self.ram.lock:
+            if not rows.resident:
+                return None
+            held = self.ram.hold(self.ram.twins.of(rows))
+        try:
+            for other in held:
+                below = other.parent.segment_id if other.parent is not None else None
+                if below != parent or other.end < rows.end:
+                    continue
+                file = self._file_of(other)
+                if file is not None and begins_with(other, rows):
+                    with self.ram.lock:
+                        self.ram.mark_durable(rows, *file)
+                        self.ram.twins.remove(rows)  # whoever is their twin is the other's too
+                    return file
+        finally:
+            self.ram.release(held)
+        return None
+
+    def _write_segment(self, segment: Segment, parent: str | None) -> tuple[str, int]:
         try:
             segment.filled.result(FILL_TIMEOUT_S)
         except StateUnhealthyError:
@@ -323,11 +411,12 @@ class TierManager:
         if payload is None:
             # Evicted between being found and being held.
             raise CaptureLostError(f"the state at token {segment.end} has left memory")
+        header = self._plan(segment.key, segment.start, segment.end, parent, segment.has_state)
         segment_id = self.store.put_segment(header, bytes_of(payload))
-        self.ram.mark_durable(segment, segment_id)
+        self.ram.mark_durable(segment, segment_id, header.file_length)
         self.ram.stats.persisted_segments += 1
         self.ram.stats.persisted_bytes += header.file_length
-        return segment_id
+        return segment_id, header.file_length
 
     # ---- promote ----
 
@@ -426,16 +515,26 @@ class TierManager:
     def _fetch(self, ref: SegmentRef, below: _Below | None, exact: bool) -> tuple[Segment, int]:
         parent = below.segment if below else None
         segment: Segment | None = None
+        whole: torch.Tensor | None = None
 
         def into(header: SegmentHeader) -> memoryview:
-            nonlocal segment
+            nonlocal segment, whole
             self._check(header, ref, below.segment_id if below else None)
-            segment = self._reserve(ref, header, parent)
-            segment.payload = self.ram.allocate(segment.nbytes)
-            return bytes_of(segment.payload)
+            segment = self._reserve(ref, parent)
+            segment.payload = whole = self.ram.allocate(segment.nbytes)
+            if header.end > ref.end:
+                # The digest is of the whole file, so it is read to its end, into passing memory.
+                whole = torch.empty(header.payload_length, dtype=torch.uint8)
+            return bytes_of(whole)
 
         try:
-            self.store.read_segment(self.shard, ref.segment_id, into)
+            header = self.store.read_segment(self.shard, ref.segment_id, into)
+            assert segment is not None
+            assert segment.payload is not None
+            assert whole is not None
+            if header.end > ref.end:
+                zero_padding(segment.payload, segment.buffers)
+                copy_beginning(whole, header.buffers, segment)
         except BaseException as error:
             if isinstance(error, SnapshotCorruptError):
                 self.ram.stats.corrupt += 1
@@ -443,9 +542,8 @@ class TierManager:
             if segment is not None:
                 self.ram.fail(segment, error)
             raise
-        assert segment is not None
         with self.ram.lock:
-            self.ram.mark_durable(segment, ref.segment_id)
+            self.ram.mark_durable(segment, ref.segment_id, ref.bytes)
             self.ram.hold((segment,))
             known = self.ram.get(ref.key, ref.has_state)
             stale = known is not None and not self.ram.loadable(known, 0)
@@ -455,37 +553,43 @@ class TierManager:
         self.ram.stats.promoted_bytes += ref.bytes
         return segment, ref.bytes
 
-    def _reserve(self, ref: SegmentRef, header: SegmentHeader, parent: Segment | None) -> Segment:
+    def _reserve(self, ref: SegmentRef, parent: Segment | None) -> Segment:
         """Room for a segment that is read, at the cost of the oldest leases if need be."""
         with self.ram.lock:
             self._expire()
             while True:
                 try:
-                    return self.ram.reserve(
-                        ref.key,
-                        ref.start,
-                        ref.end,
-                        parent,
-                        header.buffers,
-                        has_state=header.has_state,
-                    )
+                    return self._take(ref.key, ref.start, ref.end, parent)
                 except RamTierFullError:
                     oldest = next((o for o, at in self._leases.items() if not at.promised), None)
-                    if oldest is None or header.payload_length > self.ram.capacity:
+                    if oldest is None or self._payload_bytes(ref) > self.ram.capacity:
                         raise
                     self.release(oldest)
 
+    def _payload_bytes(self, ref: SegmentRef) -> int:
+        last = self._buffers(ref.key, ref.start, ref.end, ref.has_state)[-1]
+        return last.offset + last.length
+
     def _check(self, header: SegmentHeader, ref: SegmentRef, parent: str | None) -> None:
         """The file must be the segment that the manifest speaks of, on top of its parent."""
-        expected = self._plan(ref.key, ref.start, ref.end, parent, ref.has_state)
-        if header == expected:
+        # Rows may be used in part: then the file ends later, under another key.
+        longer = not ref.has_state and header.end > ref.end
+        key, end = (header.key, header.end) if longer else (ref.key, ref.end)
+        expected = self._plan(key, ref.start, end, parent, ref.has_state)
+        if header == expected and header.file_length == ref.bytes:
             return
+        if header == expected:
+            raise SnapshotCorruptError(
+                f"segment {ref.segment_id} has {header.file_length} bytes, its manifest says "
+                f"{ref.bytes}",
+                hint=OTHER_HAND,
+            )
         found = header.model_dump()
         name, wanted = next((n, v) for n, v in expected.model_dump().items() if found[n] != v)
         raise SnapshotCorruptError(
             f"segment {ref.segment_id} is not the one its manifest speaks of: "
             f"{name} is {found[name]!r}, expected {wanted!r}",
-            hint="restore another snapshot; the store was changed by something else than Engram",
+            hint=OTHER_HAND,
         )
 
     # ---- drop ----
@@ -559,12 +663,12 @@ class TierManager:
         )
 
 
-def _ref(header: SegmentHeader, segment_id: str) -> SegmentRef:
+def _ref(segment: Segment, segment_id: str, file_bytes: int) -> SegmentRef:
     return SegmentRef(
         segment_id=segment_id,
-        key=header.key,
-        start=header.start,
-        end=header.end,
-        has_state=header.has_state,
-        bytes=header.file_length,
+        key=segment.key,
+        start=segment.start,
+        end=segment.end,
+        has_state=segment.has_state,
+        bytes=file_bytes,
     )

@@ -22,6 +22,7 @@ import torch
 from engram.errors import RamTierFullError
 from engram.snapshot.segment import BufferSpec
 from engram.tiers.base import Fill, Segment, TierStats
+from engram.tiers.twins import Twins
 
 MAX_COLD_ENTRIES: Final = 65_536
 """Durable segments remembered without their bytes; a few hundred bytes each."""
@@ -45,6 +46,7 @@ class RamTier:
         self.used = 0
         self.stats = stats or TierStats()
         self.lock = RLock()
+        self.twins = Twins()
         self._index: dict[Place, Segment] = {}
         # What has room here, least recently used first.
         self._unwanted: OrderedDict[Segment, None] = OrderedDict()
@@ -73,12 +75,15 @@ class RamTier:
         buffers: Sequence[BufferSpec],
         *,
         has_state: bool,
+        first_key: str | None = None,
     ) -> Segment:
         """Take room for a new segment, to be published and filled.
 
         Raises `RamTierFullError` when everything that could make room is held.
         """
-        segment = Segment(key, start, end, parent, tuple(buffers), has_state, holders=1)
+        segment = Segment(
+            key, start, end, parent, tuple(buffers), has_state, first_key=first_key, holders=1
+        )
         with self.lock:
             self._take_room(segment)
         return segment
@@ -110,6 +115,7 @@ class RamTier:
         with self.lock:
             segment.fill = Fill.READY
             segment.holders -= 1
+            self.twins.add(segment)
         segment.filled.set_result(None)
 
     def fail(self, segment: Segment, error: BaseException) -> None:
@@ -132,15 +138,6 @@ class RamTier:
     def loadable(self, segment: Segment, after: int) -> bool:
         """True when the bytes past token `after` are in RAM."""
         return all(node.resident for node in segment.chain(after))
-
-    def longest(self, keys: Sequence[str]) -> Segment | None:
-        """The rows that end at the last key at which a new segment may stand."""
-        with self.lock:
-            for key in reversed(keys):
-                segment = self._index.get((key, False))
-                if segment is not None and self.whole(segment):
-                    return segment
-        return None
 
     def hold(self, segments: Iterable[Segment]) -> tuple[Segment, ...]:
         """Keep segments in RAM until `release`; counts as a use."""
@@ -176,10 +173,11 @@ class RamTier:
                     del self._unwanted[node]
                     self._wanted[node] = None
 
-    def mark_durable(self, segment: Segment, segment_id: str) -> None:
-        """The segment file of this segment is on disk under `segment_id`."""
+    def mark_durable(self, segment: Segment, segment_id: str, file_bytes: int) -> None:
+        """The bytes of this segment are on disk, in the file `segment_id` of this length."""
         with self.lock:
             segment.segment_id = segment_id
+            segment.file_bytes = file_bytes
 
     def forget_files(self, segment_ids: frozenset[str]) -> None:
         """These segment files are gone: their segments live on only where bytes are in RAM."""
@@ -274,6 +272,7 @@ class RamTier:
     def _drop_payload(self, segment: Segment) -> None:
         if not segment.in_ram:
             return
+        self.twins.remove(segment)
         segment.in_ram = False
         segment.payload = None
         self.used -= segment.nbytes

@@ -19,6 +19,7 @@ from engram.errors import (
     StoreFullError,
 )
 from engram.snapshot.listing import manifest_name
+from engram.snapshot.manifest import encode_manifest
 from engram.store.layout import Layout
 from engram.testing.faults import SimulatedCrash
 from engram.testing.tamper import DAMAGES
@@ -436,3 +437,22 @@ async def test_what_was_damaged_since_is_not_acknowledged_again(
     assert server.service.context.stats.corrupt == 2
     row = server.catalog.get(saved.snapshot_id)
     await server.service.delete(row)
+
+
+@on_a_loop
+async def test_many_branches_take_no_more_room_than_one(server: Server) -> None:
+    """A branch is a manifest: no state is copied, whatever its length."""
+    await server.serve(server.random_tokens(8192), Tag("c"))
+    first = await server.service.save(tenant="", conversation_id="c")
+    before = server.files()
+    for number in range(100):
+        branch = await server.service.save(
+            tenant="", conversation_id="c", turn_number=1, branch_name=f"b{number}"
+        )
+        assert (branch.unique_bytes, branch.token_count) == (0, first.token_count)
+    assert server.files() == before
+    assert sum(s.bytes for s in server.store.iter_segments()) == first.bytes
+    assert server.catalog.counts().segment_bytes == first.bytes
+    assert len(server.catalog.branches("", "c")) == 101
+    names = [server.store.get_manifest(row.snapshot_id) for row in server.catalog.all_snapshots()]
+    assert max(len(encode_manifest(manifest)) for manifest in names) < 4096

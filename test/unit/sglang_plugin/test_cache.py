@@ -432,11 +432,11 @@ def raising(*_: Any, **__: Any) -> Any:
     "break_it",
     [
         lambda rank, patch: patch.setattr(type(rank.tiers), "capture", raising),
-        lambda rank, patch: patch.setattr(rank.tiers.ram, "longest", raising),
+        lambda rank, patch: patch.setattr(type(rank.tiers), "stand", raising),
         lambda rank, patch: patch.setattr(rank.tiers.ram, "reserve", raising),
         lambda rank, patch: patch.setattr(rank.cache._stream, "fence", raising),
     ],
-    ids=["capture", "longest", "reserve", "fence"],
+    ids=["capture", "stand", "reserve", "fence"],
 )
 def test_a_bug_in_capture_costs_the_snapshot_and_never_the_request(
     rank: Rank, rng: Random, break_it: Callable[[Rank, pytest.MonkeyPatch], None]

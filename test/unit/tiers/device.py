@@ -61,10 +61,14 @@ class FakeDevice:
         }
 
     def reader(self, kv_slots: Sequence[int], state_slot: int) -> DeviceReader:
-        def read(targets: dict[str, torch.Tensor], check: StateCheck) -> None:
-            for name, rows in self.rows(kv_slots, state_slot).items():
-                targets[name].copy_(rows)
-            check.look("ssm.1", targets["ssm.1"])
+        def read(
+            targets: dict[str, torch.Tensor], first: int, last: int, check: StateCheck
+        ) -> None:
+            rows = self.rows(kv_slots[first:last], state_slot)
+            for name, target in targets.items():
+                target.copy_(rows[name])
+                if name == "ssm.1":
+                    check.look(name, target)
 
         return read
 
@@ -105,7 +109,7 @@ def capture(
         slots, state = rng.sample(range(SLOTS), end - start), rng.randrange(STATES)
         done = threading.Event()
         queued = manager.capture(
-            run.keys[end - 1],
+            run.keys[start:end],
             start,
             run.tokens[start:end],
             parent,

@@ -139,7 +139,8 @@ class Setup:
         key = run.keys[run.ends[number] - 1]
         tokens = run.tokens[start : run.ends[number]]
         read: DeviceReader = self.device.reader(slots, slot)
-        assert self.manager.capture(key, start, tokens, parent, read, on_done=done.set)
+        keys = run.keys[start : run.ends[number]]
+        assert self.manager.capture(keys, start, tokens, parent, read, on_done=done.set)
         boundary = self.manager.boundary(key)
         assert done.wait(WAIT_S)
         return boundary

@@ -228,12 +228,12 @@ def test_nothing_is_promised_while_it_is_filled(
     go, reached = threading.Event(), threading.Event()
     read = device.reader(range(4), 0)
 
-    def slow(targets: dict, check: StateCheck) -> None:
+    def slow(targets: dict, first: int, last: int, check: StateCheck) -> None:
         reached.set()
         assert go.wait(WAIT_S)
-        read(targets, check)
+        read(targets, first, last, check)
 
-    assert manager.capture(run.keys[-1], 0, run.tokens, None, slow, on_done=lambda: None)
+    assert manager.capture(run.keys, 0, run.tokens, None, slow, on_done=lambda: None)
     assert reached.wait(WAIT_S)
     assert manager.lookup("rid", run.keys, 1) == []
     boundary = manager.boundary(run.keys[-1])
@@ -258,11 +258,11 @@ def test_a_capture_that_fails_is_forgotten_and_lets_go_of_the_device(
 ) -> None:
     manager, run = new_manager(), random_run(rng, (4,))
 
-    def broken(targets: dict, check: StateCheck) -> None:
+    def broken(targets: dict, first: int, last: int, check: StateCheck) -> None:
         raise RuntimeError("the device is gone")
 
     done = threading.Event()
-    assert manager.capture(run.keys[-1], 0, run.tokens, None, broken, on_done=done.set)
+    assert manager.capture(run.keys, 0, run.tokens, None, broken, on_done=done.set)
     assert done.wait(WAIT_S)
     assert manager.ram.stats.capture_failed == 1
     assert manager.ram.used == 0
@@ -277,11 +277,11 @@ def test_persisting_a_capture_that_fails_says_that_its_state_is_lost(
     manager, run = new_manager(), random_run(rng, (4,))
     go = threading.Event()
 
-    def broken(targets: dict, check: StateCheck) -> None:
+    def broken(targets: dict, first: int, last: int, check: StateCheck) -> None:
         assert go.wait(WAIT_S)
         raise RuntimeError("the device is gone")
 
-    manager.capture(run.keys[-1], 0, run.tokens, None, broken, on_done=lambda: None)
+    manager.capture(run.keys, 0, run.tokens, None, broken, on_done=lambda: None)
     boundary = manager.boundary(run.keys[-1])
     assert boundary is not None
     future = manager.persist(boundary)
@@ -302,7 +302,7 @@ def test_a_capture_without_room_is_refused(
     called: list[str] = []
     held = manager.ram.hold(first.chain())
     queued = manager.capture(
-        run.keys[-1],
+        run.keys[4:],
         4,
         run.tokens[4:],
         rows_of(first),
@@ -327,7 +327,7 @@ def test_a_capture_leaves_the_parent_it_stands_on(
     capture(manager, device, rng, other)
     done = threading.Event()
     assert manager.capture(
-        run.keys[-1],
+        run.keys[4:],
         4,
         run.tokens[4:],
         rows_of(parent),
@@ -438,8 +438,8 @@ def test_a_file_found_damaged_in_the_middle_of_a_save_is_no_bug_of_the_clients(
     parent, child = capture(manager, device, rng, run)
     mark = manager.ram.mark_durable
 
-    def mark_and_lose(segment: Segment, segment_id: str) -> None:
-        mark(segment, segment_id)
+    def mark_and_lose(segment: Segment, segment_id: str, file_bytes: int) -> None:
+        mark(segment, segment_id, file_bytes)
         if segment is rows_of(parent):
             manager.ram.lose_file(segment)
 
@@ -528,7 +528,7 @@ def test_a_lease_keeps_a_chain_in_ram_until_it_runs_out(
 
     def capture_other() -> bool:
         read = device.reader(range(4), 0)
-        return manager.capture(other.keys[-1], 0, other.tokens, None, read, on_done=done.set)
+        return manager.capture(other.keys, 0, other.tokens, None, read, on_done=done.set)
 
     clock.now += 29
     assert not capture_other()
@@ -745,7 +745,7 @@ def test_a_save_that_stands_on_nothing_any_more_says_so(
         manager.persist(child).result(WAIT_S)
     assert caught.value.details == {"boundary": 7}, "who asked can compute it again"
     assert not manager.ram.whole(child), "so that it is captured anew"
-    assert manager.ram.longest(run.keys) is None
+    assert manager.stand(run.keys) is None
 
 
 # ---- a slow store ----

@@ -1,0 +1,221 @@
+"""Conversations that begin alike: what is common is stored once, bit by bit what each has."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+
+from engram.snapshot.manifest import SegmentRef, rows_of
+from engram.store.disk import DiskStore
+from engram.testing.samples import SHARD, seeded_random
+from engram.tiers import manager as manager_module
+from engram.tiers.base import Segment
+from engram.tiers.health import StateCheck
+from engram.tiers.manager import TierManager
+from engram.tiers.payload import tokens_of
+from engram.tiers.ram import RamTier
+from unit.tiers.device import FakeDevice, page_keys, same_bits
+
+WAIT_S = 60
+
+
+@pytest.fixture
+def rng() -> Random:
+    return seeded_random()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[DiskStore]:
+    with DiskStore.open(tmp_path / "store") as store:
+        yield store
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manager_module, "MIN_SHARED_BYTES", 1)
+
+
+class Talks:
+    """Sequences whose rows are what was computed for their tokens, anew in each `epoch`."""
+
+    def __init__(self, rng: Random, store: DiskStore) -> None:
+        self.rng, self.store = rng, store
+        self.manager = self.new_manager()
+        self.epoch = 0
+        self._rows: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
+
+    def new_manager(self) -> TierManager:
+        return TierManager(RamTier(1 << 20), self.store, SHARD, FakeDevice.layout, True)
+
+    def tokens(self, count: int) -> list[int]:
+        return [self.rng.randrange(2**32) for _ in range(count)]
+
+    def bits(self, key: str) -> dict[str, torch.Tensor]:
+        """The rows and the state at a page key, [1, ...] each."""
+        place = (self.epoch, key)
+        if place not in self._rows:
+            device = FakeDevice(self.rng)
+            self._rows[place] = {name: tensor[:1] for name, tensor in device.buffers.items()}
+        return self._rows[place]
+
+    def expected(self, tokens: list[int]) -> dict[str, torch.Tensor]:
+        found = [self.bits(key) for key in page_keys(tokens)]
+        rows = {name: torch.cat([one[name] for one in found]) for name in ("k.0", "v.0")}
+        return {**rows, "ssm.1": found[-1]["ssm.1"]}
+
+    def capture(self, tokens: list[int]) -> Segment:
+        """Capture a sequence as the cache does; its boundary, once the copy is done."""
+        keys = page_keys(tokens)
+        expected = self.expected(tokens)
+        parent = self.manager.stand(keys[:-1])
+        start = parent.end if parent is not None else 0
+
+        def read(
+            targets: dict[str, torch.Tensor], first: int, last: int, check: StateCheck
+        ) -> None:
+            for name, target in targets.items():
+                rows = expected[name]
+                target.copy_(rows if name == "ssm.1" else rows[start + first : start + last])
+
+        done = threading.Event()
+        assert self.manager.capture(
+            keys[start:], start, tokens[start:], parent, read, on_done=done.set
+        )
+        assert done.wait(WAIT_S)
+        boundary = self.manager.boundary(keys[-1])
+        assert boundary is not None
+        return boundary
+
+    def save(self, tokens: list[int]) -> tuple[SegmentRef, ...]:
+        return self.manager.persist(self.capture(tokens)).result(WAIT_S).refs
+
+    def restored(self, refs: tuple[SegmentRef, ...]) -> tuple[list[int], dict[str, torch.Tensor]]:
+        """Tokens and bits that another process reads."""
+        fresh = self.new_manager()
+        fresh.promote(refs, "owner", seconds=60, exact=True).result(WAIT_S)
+        boundary = fresh.boundary(refs[-1].key)
+        assert boundary is not None
+        *rows, state = boundary.chain()
+        tokens: list[int] = []
+        for segment in rows:
+            assert segment.payload is not None
+            tokens += tokens_of(segment.payload, segment.buffers).tolist()
+        found = {
+            name: torch.cat([fresh.views(segment)[name] for segment in rows])
+            for name in ("k.0", "v.0")
+        }
+        found["ssm.1"] = fresh.views(state)["ssm.1"].clone()
+        fresh.close()
+        return tokens, found
+
+    def check(self, tokens: list[int], refs: tuple[SegmentRef, ...]) -> None:
+        found, bits = self.restored(refs)
+        assert found == tokens
+        assert same_bits(bits, self.expected(tokens))
+
+    def stored_rows(self) -> int:
+        """KV rows on disk, over all files."""
+        count = 0
+        for segment in self.store.iter_segments():
+            header = self.store.verify_segment(segment.shard, segment.segment_id)
+            count += header.end - header.start
+        return count
+
+
+@pytest.fixture
+def talks(rng: Random, store: DiskStore) -> Iterator[Talks]:
+    talks = Talks(rng, store)
+    yield talks
+    talks.manager.close()
+
+
+def test_a_common_prefix_is_stored_once(talks: Talks) -> None:
+    prefix = talks.tokens(20)
+    saved = []
+    for _ in range(5):
+        tokens = [*prefix, *talks.tokens(talks.rng.randrange(1, 9))]
+        saved.append((tokens, talks.save(tokens)))
+    alone = sum(len(tokens) - 20 for tokens, _ in saved)
+    assert talks.stored_rows() == 20 + alone
+    for tokens, refs in saved:
+        talks.check(tokens, refs)
+    first = saved[0][1][0]
+    for _, refs in saved[1:]:
+        assert (refs[0].segment_id, refs[0].bytes, refs[0].end) == (
+            first.segment_id,
+            first.bytes,
+            20,
+        )
+
+
+def test_other_bits_of_the_same_tokens_are_stored_as_they_are(talks: Talks) -> None:
+    """The prefix of the second was computed anew: it comes back as it was, not as the first's."""
+    prefix = talks.tokens(20)
+    first = [*prefix, *talks.tokens(4)]
+    refs = talks.save(first)
+    talks.check(first, refs)
+    talks.epoch += 1
+    second = [*prefix, *talks.tokens(4)]
+    others = talks.save(second)
+    assert others[0].segment_id != refs[0].segment_id
+    talks.check(second, others)
+    talks.epoch -= 1
+    talks.check(first, refs)
+
+
+def test_prefixes_of_different_length_and_later_turns(talks: Talks) -> None:
+    """A tree: branches anywhere, turns on top of them; each token's rows lie on disk once."""
+    roots = talks.tokens(30)
+    known = [roots]
+    distinct: set[str] = set()
+    saved = []
+    for _ in range(12):
+        base = talks.rng.choice(known)
+        cut = talks.rng.randrange(1, len(base) + 1)
+        tokens = [*base[:cut], *talks.tokens(talks.rng.randrange(2, 12))]
+        known.append(tokens)
+        saved.append((tokens, talks.save(tokens)))
+        distinct.update(page_keys(tokens))
+    for tokens, refs in saved:
+        talks.check(tokens, refs)
+        assert sum(ref.end - ref.start for ref in rows_of(refs)) == len(tokens)
+    assert talks.stored_rows() == len(distinct)
+
+
+def test_what_is_too_small_is_not_cut(talks: Talks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manager_module, "MIN_SHARED_BYTES", 28 * 21)
+    prefix = talks.tokens(20)
+    for _ in range(2):
+        tokens = [*prefix, *talks.tokens(4)]
+        refs = talks.save(tokens)
+        assert len(refs) == 2
+        talks.check(tokens, refs)
+    longer = [*prefix, talks.tokens(1)[0]]
+    for _ in range(2):
+        refs = talks.save([*longer, *talks.tokens(4)])
+    assert [ref.end for ref in refs] == [21, 25, 25]
+
+
+def test_a_twin_whose_file_is_gone_is_no_twin(talks: Talks) -> None:
+    prefix = talks.tokens(20)
+    first = talks.save([*prefix, *talks.tokens(4)])
+    talks.store.delete_segment(SHARD, first[0].segment_id)
+    tokens = [*prefix, *talks.tokens(4)]
+    refs = talks.save(tokens)
+    assert refs[0].segment_id != first[0].segment_id
+    talks.check(tokens, refs)
+
+
+def test_rows_of_another_salt_are_never_shared(talks: Talks) -> None:
+    """The first page's key tells them apart, whatever the tokens."""
+    tokens = talks.tokens(20)
+    array = np.array(tokens, dtype="<u4")
+    talks.capture(tokens)
+    assert talks.manager.ram.twins.common(page_keys(tokens)[0], array) == 20
+    assert talks.manager.ram.twins.common("00" * 32, array) == 0

@@ -31,11 +31,16 @@ file's, but nothing in it may be trusted until `SegmentStore.read_segment` retur
 
 @dataclass(frozen=True)
 class StoredSegment:
-    """A segment found by a listing. ``bytes`` is the length of its file."""
+    """A segment found by a listing.
+
+    ``bytes`` is the length of its file, ``written_at`` when that was written, in seconds since the
+    epoch.
+    """
 
     shard: Shard
     segment_id: str
     bytes: int
+    written_at: float
 
 
 class SegmentStore(ABC):
@@ -76,6 +81,18 @@ class SegmentStore(ABC):
     @abstractmethod
     def verify_segment(self, shard: Shard, segment_id: str) -> SegmentHeader:
         """`read_segment` without keeping the payload, in bounded memory."""
+
+    @abstractmethod
+    def read_header(self, shard: Shard, segment_id: str) -> SegmentHeader:
+        """The header only: cheap, well formed, and not verified by the segment's digest."""
+
+    @abstractmethod
+    def iter_payload(self, shard: Shard, segment_id: str) -> Iterator[memoryview]:
+        """The payload in pieces of bounded size, each valid until the next is asked for.
+
+        Nothing of it may be relied on until the iterator has ended: it raises
+        `SegmentCorruptError` where it would, if the digest is another.
+        """
 
     @abstractmethod
     def read_tokens(self, shard: Shard, segment_id: str) -> tuple[SegmentHeader, TokenArray]:

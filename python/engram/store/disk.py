@@ -21,7 +21,7 @@ from engram.store.filesystem import FileSystem
 from engram.store.layout import Layout
 from engram.store.lock import StoreLock
 from engram.store.marker import Marker, check_marker, write_marker
-from engram.store.quarantine import Quarantine
+from engram.store.quarantine import Quarantine, QuarantinedFile
 from engram.store.record_files import DiskManifests, DiskNamespaces
 from engram.store.segment_files import DiskSegments
 
@@ -122,6 +122,10 @@ class DiskStore(DiskSegments, DiskNamespaces, DiskManifests, Store):
             self.removed_temps,
             self.free_bytes(),
         )
+
+    def quarantined(self) -> list[QuarantinedFile]:
+        """The damaged files that are held, oldest first."""
+        return self._quarantine.entries()
 
     def quarantined_names(self) -> frozenset[str]:
         """The names that files had before they were found damaged and moved aside."""

@@ -11,7 +11,7 @@ processes at once; manifests are written by the one process that holds the store
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -179,6 +179,15 @@ class StoreHealth:
 
 class Store(SegmentStore, NamespaceStore, ManifestStore):
     """All three: what a server keeps its snapshots in."""
+
+    @abstractmethod
+    def remains_of_manifests(self, names: Iterable[str] = ()) -> Iterator[bytes]:
+        """What can be read of the manifests in quarantine, and of the stored ones of these names:
+        however damaged, at most `MAX_MANIFEST_BYTES` of each."""
+
+    @abstractmethod
+    def remove_abandoned_temps(self) -> int:
+        """Remove temporary files that crashes have left; how many. Those being written stay."""
 
     @abstractmethod
     def health(self) -> StoreHealth:

@@ -55,6 +55,9 @@ class ReadOnlyFileSystem(SweepingFileSystem):
     def mkdir(self, path: Path) -> None:
         _refuse(path)
 
+    def rmdir(self, path: Path) -> None:
+        _refuse(path)
+
 
 class ReadOnlyStore(DiskStore):
     """A `DiskStore` for looking: damage is found and told as ever, and stays where it is.

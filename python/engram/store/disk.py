@@ -153,6 +153,10 @@ class DiskStore(DiskSegments, DiskNamespaces, DiskManifests, Store):
                 removed += 1
         return removed
 
+    def find_quarantined(self, name: str) -> Path | None:
+        """Where the newest file in quarantine lies that had this name; None if there is none."""
+        return self._quarantine.find(name)
+
     def quarantined(self) -> list[QuarantinedFile]:
         """The damaged files that are held, oldest first."""
         return self._quarantine.entries()

@@ -77,11 +77,7 @@ class NamedSegments(Container[SegmentKey]):
                 self._named.update(segments_of(manifest))
             else:
                 unreadable.append(entry.name)
-        self._mentioned = {
-            digest.decode()
-            for remains in store.remains_of_manifests(unreadable)
-            for digest in _DIGEST.findall(remains)
-        }
+        self._mentioned = mentioned_segments(store, unreadable)
 
     def __contains__(self, key: object) -> bool:
         assert isinstance(key, tuple)
@@ -91,6 +87,15 @@ class NamedSegments(Container[SegmentKey]):
             or segment_id in self._mentioned
             or (self._catalog is not None and self._catalog.is_referenced(shard, segment_id))
         )
+
+
+def mentioned_segments(store: Store, names: Iterable[str] = ()) -> set[str]:
+    """Every digest in what is left of the manifests in quarantine, and of those of these names."""
+    return {
+        digest.decode()
+        for remains in store.remains_of_manifests(names)
+        for digest in _DIGEST.findall(remains)
+    }
 
 
 class Sweep:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from engram.catalog.catalog import Catalog, move_aside
@@ -35,18 +37,15 @@ class RebuiltCatalog:
         """Where another catalog of the store is wrong."""
         return differences(found, self.catalog, self._store.quarantined_names())
 
-    def look(self, *, in_use: bool) -> tuple[str, list[CatalogDifference], dict[str, str]]:
-        """The state of the store's catalog, where it is wrong, and the snapshot ids it has by the
-        names of their manifests. Changes nothing."""
+    @contextmanager
+    def stored(self, *, in_use: bool) -> Iterator[Catalog | str | None]:
+        """A copy of the store's catalog as it is, why it cannot be used, or None without one."""
         path = self._store.catalog_path
         if not path.exists():
-            return "missing", [], {}
+            yield None
+            return
         with copied_catalog(path, in_use=in_use) as found:
-            if isinstance(found, str):
-                return f"damaged: {found}", [], {}
-            wrong = self.compare(found)
-            ids = {name: entry[1] for name, entry in found.manifest_entries().items()}
-            return ("differs" if wrong else "intact"), wrong, ids
+            yield found
 
     def repair(self) -> OpenReport:
         """Bring the store's catalog in line, building it anew if opening it is not enough."""

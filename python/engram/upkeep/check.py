@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+from engram.catalog.catalog import Catalog
 from engram.core.tokens import TOKEN_BYTES, TokenArray
 from engram.errors import EngramError, NotFoundError, SegmentCorruptError, StoreError
 from engram.snapshot.archive import segments_of
@@ -51,6 +52,7 @@ class StoreChecker:
         self._named: set[SegmentKey] = set()
         self._tokens = _Tokens(store)
         self._undescribed: dict[str, list[str]] = {}
+        self._orphans: list[StoredSegment] = []
         # Before the segments: whatever these manifests name has been written by now.
         self._entries = store.list_manifests()
         self._found = list(store.iter_segments())
@@ -77,8 +79,11 @@ class StoreChecker:
         for entry in self._entries:
             self._check_manifest(entry.name)
         self._tell_of_segments()
-        self._tell_of_orphans()
+        self._orphans = self._unnamed()
         self._check_catalog()
+        check.orphans = [
+            Orphan(str(self._layout.segment(s.shard, s.segment_id)), s.bytes) for s in self._orphans
+        ]
         return check
 
     def _problem(self, kind: Kind, what: str, file: Path, snapshots: tuple[str, ...] = ()) -> None:
@@ -121,15 +126,14 @@ class StoreChecker:
             hurt = tuple(self._hurt.get(key, ()))
             self.check.problems.append(replace(finding, snapshots=hurt))
 
-    def _tell_of_orphans(self) -> None:
+    def _unnamed(self) -> list[StoredSegment]:
+        """Whole segments that no manifest names, as far as those can be read."""
         mentioned = mentioned_segments(self._store)
         named = self._named | {
             (s.shard, s.segment_id) for s in self._found if s.segment_id in mentioned
         }
         whole = [s for s in self._found if (s.shard, s.segment_id) in self._links]
-        for orphan in plan_collection(whole, named, time.time(), GRACE_SECONDS).remove:
-            path = self._layout.segment(orphan.shard, orphan.segment_id)
-            self.check.orphans.append(Orphan(str(path), orphan.bytes))
+        return list(plan_collection(whole, named, time.time(), GRACE_SECONDS).remove)
 
     # ---- records ----
 
@@ -232,14 +236,29 @@ class StoreChecker:
                 here = path.exists() or damaged.quarantined_to is not None
                 if here and str(path) not in self._told():
                     self._problem(Kind.MANIFEST, f"manifest {path}: {damaged.reason}", path)
-            state, wrong, ids = rebuilt.look(in_use=check.in_use_by is not None)
-            check.catalog_state, check.catalog_differences = state.partition(":")[0], wrong
-            if check.catalog_state == "damaged":
-                what = f"the catalog is {state}; the next start rebuilds it"
-                self._problem(Kind.CATALOG, what, self._store.catalog_path)
+            with rebuilt.stored(in_use=check.in_use_by is not None) as found:
+                ids = self._look_at_catalog(found, rebuilt)
             if self._repair:
                 check.catalog_opened = rebuilt.repair()
         return ids
+
+    def _look_at_catalog(
+        self, found: Catalog | str | None, rebuilt: RebuiltCatalog
+    ) -> dict[str, str]:
+        check = self.check
+        if isinstance(found, Catalog):
+            check.catalog_differences = rebuilt.compare(found)
+            check.catalog_state = "differs" if check.catalog_differences else "intact"
+            # Of a damaged manifest it may be the catalog alone that knows what it names.
+            referenced = found.is_referenced
+            self._orphans = [s for s in self._orphans if not referenced(s.shard, s.segment_id)]
+            return {name: entry[1] for name, entry in found.manifest_entries().items()}
+        check.catalog_state = "missing"
+        if found is not None:
+            check.catalog_state = "damaged"
+            what = f"the catalog is damaged ({found}); the next start rebuilds it"
+            self._problem(Kind.CATALOG, what, self._store.catalog_path)
+        return {}
 
     def _tell_of_manifests(self, ids: dict[str, str]) -> None:
         """Whose the damaged manifests are, which only the catalog knows."""

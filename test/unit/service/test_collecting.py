@@ -175,7 +175,7 @@ async def test_rows_without_a_file_are_forgotten(server: Server) -> None:
     server.store.delete_manifest(saved.snapshot_id)
     server.catalog.delete(saved.snapshot_id)
     first = await collect(server)
-    assert first.removed == 2  # one a rank
+    assert first.removed == 4  # rows and a state on each rank
     assert server.catalog.unreferenced_segments() == []
 
 

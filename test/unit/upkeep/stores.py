@@ -5,11 +5,19 @@ from pathlib import Path
 from random import Random
 
 from engram.catalog.catalog import Catalog
+from engram.core.canonical import blake3_hex
 from engram.core.namespace import Namespace
+from engram.core.tokens import tokens_to_bytes
 from engram.snapshot.manifest import Manifest
 from engram.snapshot.segment import Shard
 from engram.store.disk import DiskStore
-from engram.testing.samples import SampleSegment, sample_chain, sample_manifest
+from engram.testing.samples import (
+    SampleSegment,
+    sample_manifest,
+    sample_segment,
+    sample_state,
+    sample_turns,
+)
 
 NAMESPACE = Namespace({"model": "a model", "page_size": 1})
 LENGTHS = (5, 3, 4)
@@ -20,21 +28,37 @@ def put_chain(store: DiskStore, chain: list[SampleSegment]) -> None:
         store.put_segment(segment.header, memoryview(segment.payload), segment.segment_id)
 
 
+def branch_inside(rng: Random, chain: list[SampleSegment]) -> list[SampleSegment]:
+    """The chain of a turn that leaves ``chain`` one token before its second rows end."""
+    first, second, shard = chain[0], chain[1], chain[0].header.shard
+    tokens = second.tokens[:-1]
+    key = blake3_hex(bytes.fromhex(first.header.key) + tokens_to_bytes(tokens))
+    header = second.header.model_copy(update={"end": second.header.end - 1, "key": key})
+    part = SampleSegment(header, second.payload, tokens, second.segment_id)
+    own = sample_segment(rng, shard=shard, parent=part, length=4)
+    return [first, part, own, sample_state(rng, own)]
+
+
 def add_conversation(
     store: DiskStore, rng: Random, name: str = "talk", *, ranks: int = 1, tenant: str = ""
 ) -> list[Manifest]:
-    """Three turns on main, each on the one before, and a branch from the second."""
+    """Three turns on main, each on the one before, and a branch from within the second."""
     seed = rng.randrange(2**32)
-    chains = []
+    turns: list[list[list[SampleSegment]]] = [[] for _ in range(4)]
     for rank in range(ranks):
         # The same tokens, and so the same keys, on every rank.
-        chain = sample_chain(Random(seed), LENGTHS, shard=Shard(NAMESPACE.id, rank, ranks))
-        put_chain(store, chain)
-        chains.append(chain)
+        own = Random(seed)
+        chains = sample_turns(own, LENGTHS, shard=Shard(NAMESPACE.id, rank, ranks))
+        chains.append(branch_inside(own, chains[1]))
+        for chain in chains[:3]:
+            put_chain(store, chain)
+        put_chain(store, chains[3][2:])
+        for turn, chain in zip(turns, chains, strict=True):
+            turn.append(chain)
     store.put_namespace(NAMESPACE)
     manifests = [
         sample_manifest(
-            [chain[:length] for chain in chains],
+            chains,
             snapshot_id=f"{name}-{branch}-{turn}",
             conversation_id=name,
             branch_name=branch,
@@ -44,11 +68,15 @@ def add_conversation(
             tenant=tenant,
             rid=f"rid-{name}-{turn}",
         )
-        for branch, turn, length, parent in (
-            ("main", 1, 1, None),
-            ("main", 2, 2, "main-1"),
-            ("main", 3, 3, "main-2"),
-            ("other", 3, 2, "main-2"),
+        for chains, (branch, turn, parent) in zip(
+            turns,
+            (
+                ("main", 1, None),
+                ("main", 2, "main-1"),
+                ("main", 3, "main-2"),
+                ("other", 3, "main-2"),
+            ),
+            strict=True,
         )
     ]
     for manifest in manifests:

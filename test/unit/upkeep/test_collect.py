@@ -264,7 +264,9 @@ def test_rows_go_when_their_files_have_gone(root: Path, manifests: list[Manifest
         early = collect_store(store, catalog, time.time(), 10_000)
         assert (early.segments, early.rows) == (0, 0)
         done = collect_store(store, catalog, time.time(), 3600)
-        assert done.rows == len(rows)
+        # A segment that is used in part has a row for each part.
+        ends = {(ref.segment_id, ref.end) for m in manifests for ref in m.segments[0]}
+        assert done.rows == len(ends) > len(rows)
         assert catalog.unreferenced_segments() == []
         assert list(store.iter_segments()) == []
         catalog.close()

@@ -11,8 +11,10 @@ from random import Random
 import pytest
 import torch
 from safetensors import safe_open
+from typer.testing import CliRunner, Result
 
 from engram.catalog.catalog import Catalog
+from engram.cli.main import app
 from engram.core.namespace import Namespace
 from engram.core.tokens import tokens_digest
 from engram.errors import (
@@ -135,7 +137,7 @@ class TestThereAndBack:
 
     def test_one_snapshot_brings_only_what_it_stands_on(self, root: Path, tmp_path: Path) -> None:
         archive = exported(root, tmp_path / "one", "talk-main-1")
-        assert len(archive.segments) == 2  # one a rank
+        assert len(archive.segments) == 4  # rows and a state on each rank
         imported(tmp_path / "new", tmp_path / "one")
         assert listed(tmp_path / "new") == {"talk-main-1": "talk"}
 
@@ -152,11 +154,13 @@ class TestThereAndBack:
     ) -> None:
         exported(root, tmp_path / "one", "talk-main-1")
         exported(root, tmp_path / "three", "talk-main-3")
-        first = imported(tmp_path / "new", tmp_path / "one")
+        imported(tmp_path / "new", tmp_path / "one")
         second = imported(tmp_path / "new", tmp_path / "three")
-        assert (second.segments, second.new_segments) == (6, 4)
         (manifest,) = second.manifests
-        assert manifest.unique_bytes == second.new_bytes == manifest.bytes - first.bytes
+        shared = [chain[0] for chain in manifest.segments]  # the first turn's rows
+        assert (second.segments, second.new_segments) == (8, 6)
+        new_bytes = manifest.bytes - sum(ref.bytes for ref in shared)
+        assert manifest.unique_bytes == second.new_bytes == new_bytes
 
     def test_exporting_changes_nothing_and_works_beside_a_server(
         self, root: Path, tmp_path: Path
@@ -582,3 +586,70 @@ def test_the_program_in_the_document_reads_an_archive(
     assert isinstance(snapshots, list)
     assert [s["snapshot_id"] for s in snapshots][:2] == ["talk-main-1", "talk-main-2"]
     assert isinstance(names["tensor"], torch.Tensor)
+
+
+class TestCommands:
+    def run(self, *arguments: object) -> Result:
+        return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+    def test_there_and_back(self, root: Path, tmp_path: Path) -> None:
+        file = tmp_path / "file"
+        out = self.run("export", "--dir", root, "--conversation", "talk", "-o", file, "--json")
+        assert out.exit_code == 0, out.output
+        report = json.loads(out.stdout)
+        assert report["bytes"] == file.stat().st_size
+        assert len(report["snapshots"]) == 4
+        missing = self.run("import", file, "--dir", tmp_path / "new")
+        assert missing.exit_code == 2
+        assert "--create" in missing.output
+        into = self.run("import", file, "--dir", tmp_path / "new", "--create", "--json")
+        assert into.exit_code == 0, into.output
+        assert json.loads(into.stdout)["new_segments"] == report["segments"]
+        again = self.run("import", file, "--dir", tmp_path / "new")
+        assert again.exit_code == 2
+        assert "exists already" in again.output
+        copy = self.run("import", file, "--dir", tmp_path / "new", "--as", "copy")
+        assert copy.exit_code == 0
+        assert "turn 3 of branch 'other' of conversation 'copy'" in copy.output
+        assert f"0 of {report['segments']} segments were new" in copy.output
+        one = self.run("export", "--dir", root, "talk-main-1", "-o", tmp_path / "one")
+        assert "1 snapshots, 4 segments" in one.output
+        named = self.run(
+            "import", tmp_path / "one", "--dir", tmp_path / "n", "--create", "--as-snapshot", "x"
+        )
+        assert named.exit_code == 0
+        assert listed(tmp_path / "n") == {"x": "talk"}
+
+    def test_a_store_in_use_is_refused(self, root: Path, file: Path) -> None:
+        with DiskStore.open(root):
+            before = contents(root)
+            result = self.run("import", file, "--dir", root, "--as", "copy")
+            assert result.exit_code == 2
+            assert "another server uses" in result.output
+            assert contents(root) == before
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ([], "either a snapshot or a --conversation"),
+            (["talk-main-1", "--conversation", "talk"], "either a snapshot or a --conversation"),
+            (["talk-main-1", "--branch", "main"], "--branch needs a --conversation"),
+            (["no-such"], "no snapshot 'no-such'"),
+            (["../x"], "SNAPSHOT is not a valid id"),
+            (["--conversation", "talk", "--branch", ".x"], "--branch is not a valid id"),
+            (["--conversation", "talk", "--tenant", "/"], "tenant is not a valid id"),
+        ],
+    )
+    def test_what_cannot_be_exported(
+        self, root: Path, tmp_path: Path, arguments: list[str], message: str
+    ) -> None:
+        result = self.run("export", "--dir", root, "-o", tmp_path / "file", *arguments)
+        assert result.exit_code == 2
+        assert message in result.output
+        assert not (tmp_path / "file").exists()
+
+    def test_what_is_no_store(self, tmp_path: Path) -> None:
+        result = self.run("export", "--dir", tmp_path, "x", "-o", tmp_path / "file")
+        assert result.exit_code == 2
+        assert "is no snapshot store" in result.output
+        assert list(tmp_path.iterdir()) == []

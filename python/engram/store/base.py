@@ -83,10 +83,6 @@ class SegmentStore(ABC):
         """`read_segment` without keeping the payload, in bounded memory."""
 
     @abstractmethod
-    def read_header(self, shard: Shard, segment_id: str) -> SegmentHeader:
-        """The header only: cheap, well formed, and not verified by the segment's digest."""
-
-    @abstractmethod
     def iter_payload(self, shard: Shard, segment_id: str) -> Iterator[memoryview]:
         """The payload in pieces of bounded size, each valid until the next is asked for.
 

@@ -112,10 +112,6 @@ class DiskSegments(SegmentStore):
                     raise SegmentCorruptError("segment has bytes between its buffers")
             return header
 
-    def read_header(self, shard: Shard, segment_id: str) -> SegmentHeader:
-        with self._opened(shard, segment_id) as segment:
-            return segment.header
-
     def iter_payload(self, shard: Shard, segment_id: str) -> Iterator[memoryview]:
         with self._opened(shard, segment_id) as segment:
             header = segment.header

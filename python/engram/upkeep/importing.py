@@ -141,7 +141,11 @@ class ArchiveFile:
                 )
 
     def payload(self, segment: ArchivedSegment) -> memoryview:
-        """A segment's payload, mapped: its pages are the system's to load and to drop again."""
+        """A segment's payload, mapped: its pages are the system's to load and to drop again.
+
+        If somebody cuts the file short meanwhile, touching what is gone ends the process (SIGBUS);
+        a server imports files that are its own.
+        """
         start = self._start(segment.offset)
         first = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
         length = start - first + segment.header.payload_length

@@ -9,7 +9,7 @@ from engram.core.canonical import blake3_hex
 from engram.core.namespace import Namespace
 from engram.core.tokens import tokens_to_bytes
 from engram.snapshot.manifest import Manifest
-from engram.snapshot.segment import Shard
+from engram.snapshot.segment import TOKENS, SegmentHeader, Shard
 from engram.store.disk import DiskStore
 from engram.testing.samples import (
     SampleSegment,
@@ -100,3 +100,23 @@ def contents(root: Path) -> dict[str, str]:
         )
         for path in root.rglob("*")
     }
+
+
+def make_large_store(root: Path, size: int = 96 << 20) -> int:
+    """A store of one snapshot, ``large``, whose one segment has ``size`` bytes; returns that."""
+    header = SegmentHeader.plan(
+        shard=Shard(NAMESPACE.id, 0, 1),
+        key="ab" * 32,
+        start=0,
+        end=3,
+        parent=None,
+        has_state=False,
+        buffers=[("kv.0", "U8", (3, size // 3))],
+    )
+    payload = memoryview(bytearray(header.payload_length))
+    header.view(payload, TOKENS)[:] = tokens_to_bytes([1, 2, 3])
+    with DiskStore.open(root) as store:
+        segment = SampleSegment(header, b"", (1, 2, 3), store.put_segment(header, payload))
+        store.put_namespace(NAMESPACE)
+        store.put_manifest(sample_manifest([[segment]], snapshot_id="large"))
+    return size

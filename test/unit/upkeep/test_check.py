@@ -1,8 +1,10 @@
 """Whatever is wrong with a store is found, and told with who suffers; nothing is changed."""
 
 import json
+import os
 import shutil
 import sqlite3
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -27,7 +29,7 @@ from engram.testing.samples import sample_chain
 from engram.testing.tamper import DAMAGES, read_payload, remove_catalog
 from engram.upkeep import check as check_module
 from engram.upkeep.check import StoreChecker
-from unit.upkeep.stores import NAMESPACE, contents, make_store
+from unit.upkeep.stores import NAMESPACE, contents, make_large_store, make_store
 from unit.upkeep.test_collect import age
 
 ALL = ["talk-main-1", "talk-main-2", "talk-main-3", "talk-other-3"]
@@ -471,3 +473,23 @@ def test_another_namespace_than_the_file_is_named_after(root: Path) -> None:
     Layout(root).namespace(NAMESPACE.id).write_bytes(Namespace({"other": 1}).canonical)
     (problem,) = checked(root, healthy=False)["problems"]
     assert problem["kind"] == "namespace"
+
+
+def test_no_segment_is_ever_whole_in_memory_nor_left_in_the_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = make_large_store(tmp_path / "large")
+    dropped: list[int] = []
+
+    def advise(fd: int, offset: int, length: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_DONTNEED
+        dropped.append(length)
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    tracemalloc.start()
+    check = StoreChecker(open_for_reading(tmp_path / "large"), repair=False, marker="intact").run()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (check.problems, check.segments) == ([], 1)
+    assert peak < size // 3
+    assert sum(dropped) >= size

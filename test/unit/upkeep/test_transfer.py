@@ -16,7 +16,6 @@ from typer.testing import CliRunner, Result
 from engram.catalog.catalog import Catalog
 from engram.cli.main import app
 from engram.core.namespace import Namespace
-from engram.core.tokens import tokens_digest
 from engram.errors import (
     AlreadyExistsError,
     EngramError,
@@ -29,21 +28,25 @@ from engram.errors import (
     StoreFullError,
 )
 from engram.snapshot.archive import Archive, plan_archive, segments_of
-from engram.snapshot.digest import seal
-from engram.snapshot.manifest import Manifest, SegmentRef, change_manifest
-from engram.snapshot.segment import SegmentHeader, Shard
+from engram.snapshot.manifest import Manifest, change_manifest
+from engram.snapshot.segment import Shard
 from engram.store import disk
 from engram.store.disk import DiskStore
 from engram.store.filesystem import FileSystem
 from engram.store.layout import Layout
 from engram.store.reading import open_for_reading
 from engram.testing.faults import WRITE_OPERATIONS, FaultyFileSystem
-from engram.testing.samples import sample_manifest, sample_segment
 from engram.testing.tamper import DAMAGES, read_payload
 from engram.upkeep.exporting import plan_export, snapshots_of, write_archive
 from engram.upkeep.importing import ArchiveFile, ImportReport, Names, import_archive
 from fences import blocks
-from unit.upkeep.stores import NAMESPACE, add_conversation, contents, make_store
+from unit.upkeep.stores import (
+    NAMESPACE,
+    add_conversation,
+    contents,
+    make_large_store,
+    make_store,
+)
 
 
 def exported(root: Path, file: Path, *ids: str) -> Archive:
@@ -170,34 +173,8 @@ class TestThereAndBack:
             exported(root, tmp_path / "file")
             assert contents(root) == before
 
-    def test_no_segment_is_ever_whole_in_memory(self, tmp_path: Path, rng: Random) -> None:
-        size = 96 << 20
-        header = SegmentHeader.plan(
-            shard=Shard(NAMESPACE.id, 0, 1),
-            key="ab" * 32,
-            start=0,
-            end=3,
-            parent=None,
-            has_state=False,
-            buffers=[("kv.0", "U8", (3, size // 3))],
-        )
-        payload = bytearray(header.payload_length)
-        payload[:12] = bytes(range(12))
-        segment_id = seal(header, memoryview(payload)).hex()
-        with DiskStore.open(tmp_path / "store") as store:
-            store.put_segment(header, memoryview(payload), segment_id)
-            store.put_namespace(NAMESPACE)
-            ref = SegmentRef(
-                segment_id=segment_id,
-                key=header.key,
-                start=0,
-                end=3,
-                has_state=False,
-                bytes=header.file_length,
-            )
-            tokens = [int.from_bytes(bytes(range(n, n + 4)), "little") for n in (0, 4, 8)]
-            store.put_manifest(large_manifest(ref, tokens))
-        del payload
+    def test_no_segment_is_ever_whole_in_memory(self, tmp_path: Path) -> None:
+        size = make_large_store(tmp_path / "store")
         tracemalloc.start()
         exported(tmp_path / "store", tmp_path / "file", "large")
         imported(tmp_path / "new", tmp_path / "file")
@@ -205,20 +182,6 @@ class TestThereAndBack:
         tracemalloc.stop()
         assert stored(tmp_path / "new") == stored(tmp_path / "store")
         assert peak < size // 3
-
-
-def large_manifest(ref: SegmentRef, tokens: list[int]) -> Manifest:
-    model = sample_manifest([[sample_segment(Random(0), length=3)]])
-    return change_manifest(
-        model,
-        snapshot_id="large",
-        namespace=NAMESPACE.id,
-        segments=((ref,),),
-        bytes=ref.bytes,
-        unique_bytes=ref.bytes,
-        pending_tokens=(),
-        tokens_digest=tokens_digest(tokens),
-    )
 
 
 class TestOthersCanReadIt:

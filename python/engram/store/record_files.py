@@ -139,8 +139,8 @@ class DiskManifests(ManifestStore):
                             entries.append(ManifestEntry(file.name, _stamp(file.stat())))
         return sorted(entries, key=lambda entry: entry.name)
 
-    def find_manifest(self, name: str) -> ManifestEntry | None:
-        """The listing's entry of one manifest; None if there is none of that name."""
+    def manifest_entry(self, name: str) -> ManifestEntry | None:
+        """One manifest as `list_manifests` has it; None if there is none."""
         try:
             return ManifestEntry(name, _stamp(self._layout.manifest(name).stat()))
         except FileNotFoundError:

@@ -151,7 +151,7 @@ class StoreChecker:
 
     def _check_manifest(self, name: str) -> None:
         path = self._layout.manifest(name)
-        entry = self._store.find_manifest(name)
+        entry = self._store.manifest_entry(name)
         if entry is None:
             return  # deleted meanwhile
         try:
@@ -166,7 +166,7 @@ class StoreChecker:
         self.check.manifests += 1
         keys = segments_of(manifest)
         missing = [key for key in keys if not self._has(key)]
-        if missing and self._store.find_manifest(name) is None:
+        if missing and self._store.manifest_entry(name) is None:
             return  # deleted, and its segments with it
         self._named.update(keys)
         for key in missing:

@@ -9,7 +9,7 @@ compares, so that nothing else can be in one.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
@@ -17,7 +17,7 @@ from typing import Final
 import msgspec
 
 from engram.core.canonical import canonical_json
-from engram.core.namespace import Namespace
+from engram.core.namespace import MAX_NAMESPACE_BYTES, Namespace
 from engram.errors import (
     InvalidRequestError,
     SegmentCorruptError,
@@ -234,18 +234,25 @@ def _check_closed(archive: Archive) -> None:
         raise SnapshotCorruptError("the archive's namespaces are not those of its snapshots")
 
 
-def _lines(text: str) -> list[bytes]:
-    """The lines of a record list, each of which ends in a line feed."""
-    *lines, rest = text.split("\n")
-    if rest:
-        raise SnapshotCorruptError("the archive's metadata is cut short")
+def _lines(text: str) -> Iterator[bytes]:
+    """The lines of a record list, each of which ends in a line feed; one at a time, since there
+    may be millions and the first be wrong."""
     try:
-        return [line.encode() for line in lines]
+        data = text.encode()
     except UnicodeEncodeError:
         raise SnapshotCorruptError("the archive's metadata is no valid Unicode") from None
+    start = 0
+    while start < len(data):
+        end = data.find(b"\n", start)
+        if end < 0:
+            raise SnapshotCorruptError("the archive's metadata is cut short")
+        yield data[start:end]
+        start = end + 1
 
 
 def _namespace(line: bytes) -> Namespace:
+    if len(line) > MAX_NAMESPACE_BYTES:
+        raise SnapshotCorruptError(f"a namespace of the archive has {len(line)} bytes")
     try:
         return Namespace.from_canonical(line)
     except ValueError as error:

@@ -7,9 +7,8 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
 
-from engram.core.namespace import Namespace
+from engram.core.namespace import MAX_NAMESPACE_BYTES, Namespace
 from engram.errors import (
     AlreadyExistsError,
     InternalError,
@@ -37,8 +36,6 @@ from engram.store.filesystem import FileSystem
 from engram.store.layout import Layout
 from engram.store.lock import StoreLock
 from engram.store.quarantine import Quarantine
-
-MAX_NAMESPACE_BYTES: Final = 1 << 20
 
 
 class DiskNamespaces(NamespaceStore):

@@ -616,3 +616,38 @@ class TestCommands:
         assert result.exit_code == 2
         assert "is no snapshot store" in result.output
         assert list(tmp_path.iterdir()) == []
+
+
+def _metadata(manifests: bytes = b"", namespaces: bytes = b"", segments: bytes = b"") -> bytes:
+    return (
+        b'{"__metadata__":{"engram_archive":"1","manifests":"%s","namespaces":"%s","segments":"%s"}'
+        % (manifests, namespaces, segments)
+    )
+
+
+N = 8 << 20
+LARGE = {
+    "lists around it": _metadata() + b',"x":[' + b"[]," * (N // 3) + b"[]]}",
+    "empty manifests": _metadata(manifests=b"\\n" * (N // 2)) + b"}",
+    "empty segments": _metadata(segments=b"\\n" * (N // 2)) + b"}",
+    "a large namespace": _metadata(
+        namespaces=b'{\\"a\\":[' + b"0," * (N // 2) + b"0]}\\n",
+    )
+    + b"}",
+    "a record of lists": _metadata(manifests=b"[]," * (N // 3) + b"\\n") + b"}",
+    "many keys": b'{"__metadata__":{'
+    + b",".join(b'"%d":""' % n for n in range(N // 12))
+    + b',"engram_archive":"1"}}',
+}
+
+
+@pytest.mark.parametrize("kind", LARGE)
+def test_a_large_hostile_header_takes_a_few_times_its_size(kind: str, tmp_path: Path) -> None:
+    text = LARGE[kind]
+    (tmp_path / "file").write_bytes(len(text).to_bytes(8, "little") + text)
+    tracemalloc.start()
+    with pytest.raises(SnapshotCorruptError):
+        ArchiveFile(tmp_path / "file")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * len(text)

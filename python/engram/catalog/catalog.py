@@ -45,7 +45,7 @@ class Catalog(SnapshotTable, SegmentTable):
             database = Database.open(path)
         except CatalogDamagedError as damage:
             report.rebuilt_because = str(damage)
-            _move_aside(path, source, str(damage))
+            move_aside(path, source, str(damage))
             database = Database.open(path)
         catalog = cls(database, report)
         try:
@@ -122,7 +122,7 @@ class Catalog(SnapshotTable, SegmentTable):
         )
 
 
-def _move_aside(path: Path, source: ManifestSource, reason: str) -> None:
+def move_aside(path: Path, source: ManifestSource, reason: str) -> None:
     """Quarantine the database with its companions, or they would be played into the new one."""
     for suffix in _COMPANIONS:
         part = path.with_name(path.name + suffix)

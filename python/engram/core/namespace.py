@@ -15,6 +15,8 @@ Scalar: TypeAlias = str | int | float | bool | None
 FieldValue: TypeAlias = Scalar | Sequence[Scalar]
 
 ABSENT: Final = "<absent>"
+MAX_NAMESPACE_BYTES: Final = 1 << 20
+"""Of the canonical form, where it is read from outside."""
 
 
 class Namespace:

@@ -7,9 +7,8 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
 
-from engram.core.namespace import Namespace
+from engram.core.namespace import MAX_NAMESPACE_BYTES, Namespace
 from engram.errors import (
     AlreadyExistsError,
     InternalError,
@@ -37,8 +36,6 @@ from engram.store.filesystem import FileSystem
 from engram.store.layout import Layout
 from engram.store.lock import StoreLock
 from engram.store.quarantine import Quarantine
-
-MAX_NAMESPACE_BYTES: Final = 1 << 20
 
 
 class DiskNamespaces(NamespaceStore):
@@ -138,6 +135,13 @@ class DiskManifests(ManifestStore):
                         with contextlib.suppress(FileNotFoundError):
                             entries.append(ManifestEntry(file.name, _stamp(file.stat())))
         return sorted(entries, key=lambda entry: entry.name)
+
+    def manifest_entry(self, name: str) -> ManifestEntry | None:
+        """One manifest as `list_manifests` has it; None if there is none."""
+        try:
+            return ManifestEntry(name, _stamp(self._layout.manifest(name).stat()))
+        except FileNotFoundError:
+            return None
 
     def load_manifest(self, entry: ManifestEntry) -> Manifest | DamagedManifest:
         path = self._layout.manifest(entry.name)

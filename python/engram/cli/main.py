@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from engram.cli import doctor, retention, size
+from engram.cli import doctor, keys, retention, size
 from engram.version import __version__
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
 app.command("doctor")(doctor.doctor)
 app.command("retention")(retention.retention)
 app.command("size")(size.size)
+app.add_typer(keys.app, name="key")
 
 
 def _version(asked: bool) -> None:

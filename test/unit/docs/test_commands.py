@@ -18,6 +18,9 @@ NOT_RUN = {
     "git clone <address of this repository> engram && cd engram": "the demo has its own test",
     "scripts/test": "it would run itself",
     'pip install -e "python/"': "the tests run in what it made",
+    "python -m sglang.launch_server --model-path tiny-model --enable-snapshot-persistence "
+    "--snapshot-dir ./snapshots \\": "e2e/test_encryption.py launches so",
+    "engram key new new.key": "unit/cli/test_keys.py rotates; here is no store",
     "import torch": "unit/conditional_memory/test_document.py runs it",
     "state = memory.new_state(batch_size=1)": "the same test goes on with it",
 }

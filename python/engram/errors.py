@@ -25,7 +25,9 @@
     `-- StoreError                   500  store_error         the disk or its driver failed
         |-- StoreFullError           507  store_full          needed and free bytes
         |-- StoreFormatError         500  store_format        written by a newer version
-        `-- StoreBusyError           409  store_busy          another server holds the directory
+        |-- StoreBusyError           409  store_busy          another server holds the directory
+        |-- EncryptionKeyError       500  encryption_key      no key, another one, or unfit for use
+        `-- KeyringCorruptError      500  keyring_corrupt     without it nothing encrypted is read
 
 Every class takes ``(message, hint=, details=)``, so that an error survives pickling and the way
 from a rank to the HTTP process (`to_dict`, `error_from_dict`). ``details`` holds JSON values only.
@@ -41,11 +43,13 @@ __all__ = [
     "BodyTooLargeError",
     "CaptureLostError",
     "DeadlineError",
+    "EncryptionKeyError",
     "EngramError",
     "GenerationAbortedError",
     "InternalError",
     "InvalidIdError",
     "InvalidRequestError",
+    "KeyringCorruptError",
     "ManifestCorruptError",
     "NamespaceChangedError",
     "NamespaceMismatchError",
@@ -274,6 +278,20 @@ class StoreBusyError(StoreError):
 
     code = "store_busy"
     http_status = 409
+
+
+class EncryptionKeyError(StoreError):
+    """A key for encryption at rest is missing, malformed, readable by others or not the store's."""
+
+    code = "encryption_key"
+    http_status = 500
+
+
+class KeyringCorruptError(StoreError):
+    """The store's keyring is damaged or missing: no encrypted segment can be read without it."""
+
+    code = "keyring_corrupt"
+    http_status = 500
 
 
 def walk_error_classes(root: type[EngramError] = EngramError) -> Iterator[type[EngramError]]:

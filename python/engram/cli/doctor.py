@@ -98,6 +98,7 @@ def _store_rows(store: StoreHealth | None) -> list[tuple[str, str]]:
     return [
         *rows,
         ("", f"marker {store.marker}; in use by {store.in_use_by or 'no server'}"),
+        ("", f"keyring: {store.keyring}"),
         ("", f"{store.snapshots or 0} snapshots of {store.conversations or 0} conversations"),
         (
             "",

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from engram.cli.failing import told
+from engram.cli.keys import KeyFileOption, key_of
 from engram.cli.options import JsonOption, StoreOption, progress
 from engram.cli.size import shown
 from engram.errors import NotFoundError
@@ -44,7 +45,12 @@ class Meter:
         self.on_bytes(count)
 
 
-def fsck(directory: StoreOption, repair: RepairOption = False, as_json: JsonOption = False) -> None:
+def fsck(
+    directory: StoreOption,
+    repair: RepairOption = False,
+    key_file: KeyFileOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Verify every file of a store and how they fit together; exit with 1 if one is damaged."""
     root = directory.absolute()
     with told():
@@ -52,11 +58,12 @@ def fsck(directory: StoreOption, repair: RepairOption = False, as_json: JsonOpti
             raise NotFoundError(f"{root} is no snapshot store", hint="name a --snapshot-dir")
         marker = check_marker(Layout(root), FileSystem()).value
         meter = Meter()
+        key = key_of(key_file)
         if repair:
-            with DiskStore.open(root, fs=SweepingFileSystem(meter)) as store:
+            with DiskStore.open(root, fs=SweepingFileSystem(meter), key=key) as store:
                 check = _run(StoreChecker(store, repair=True, marker=marker), meter)
         else:
-            store = open_for_reading(root, meter)
+            store = open_for_reading(root, meter, key=key)
             check = _run(StoreChecker(store, repair=False, marker=marker), meter)
     if as_json:
         typer.echo(json.dumps({"healthy": check.healthy, **asdict(check)}, indent=2))

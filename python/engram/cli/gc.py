@@ -15,11 +15,13 @@ import typer
 from engram.catalog.catalog import Catalog
 from engram.catalog.inspection import copied_catalog
 from engram.cli.failing import told
+from engram.cli.keys import KeyFileOption, key_of
 from engram.cli.options import JsonOption, StoreOption
 from engram.cli.size import shown
 from engram.errors import NotFoundError
 from engram.store.disk import DiskStore
 from engram.store.inspection import is_store, lock_holder
+from engram.store.keys import Key
 from engram.store.reading import open_for_reading
 from engram.upkeep.collect import GRACE_SECONDS, StoreCollection, collect_store, survey
 
@@ -35,11 +37,13 @@ def gc(
     directory: StoreOption,
     dry_run: DryRunOption = False,
     grace: GraceOption = GRACE_SECONDS,
+    key_file: KeyFileOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Remove what no snapshot names; a running server does the same by itself."""
     with told():
-        done = _dry(directory, grace) if dry_run else _collect(directory, grace)
+        key = key_of(key_file)
+        done = _dry(directory, grace, key) if dry_run else _collect(directory, grace, key)
     if as_json:
         typer.echo(json.dumps({"dry_run": dry_run, **asdict(done)}, indent=2))
         return
@@ -53,11 +57,11 @@ def gc(
         )
 
 
-def _collect(directory: Path, grace: float) -> StoreCollection:
+def _collect(directory: Path, grace: float, key: Key | None) -> StoreCollection:
     root = directory.absolute()
     if not root.is_dir() or not is_store(root):
         raise NotFoundError(f"{root} is no snapshot store", hint="name a --snapshot-dir")
-    with DiskStore.open(root) as store, _opened(store) as catalog:
+    with DiskStore.open(root, key=key) as store, _opened(store) as catalog:
         return collect_store(store, catalog, time.time(), grace)
 
 
@@ -70,8 +74,8 @@ def _opened(store: DiskStore) -> Iterator[Catalog]:
         catalog.close()
 
 
-def _dry(directory: Path, grace: float) -> StoreCollection:
-    store = open_for_reading(directory)
+def _dry(directory: Path, grace: float, key: Key | None) -> StoreCollection:
+    store = open_for_reading(directory, key=key)
     done = StoreCollection()
     in_use = lock_holder(store.root) is not None
     with copied_catalog(store.catalog_path, in_use=in_use) as catalog:

@@ -21,6 +21,7 @@ class StoreHealth:
 
     directory: str
     marker: str = ""
+    keyring: str = "none"
     in_use_by: str | None = None
     snapshots: int | None = None
     conversations: int | None = None
@@ -46,6 +47,8 @@ def store_health(directory: Path) -> StoreHealth:
         problems.append("the store was written by a newer Engram; this one cannot serve it")
     elif found.marker != "intact":
         problems.append(f"the store's marker is {found.marker}; the next start rebuilds it")
+    if found.keyring_damaged:
+        problems.append(found.keyring)
     problems += [
         f"manifest {name} is damaged; the next start quarantines it"
         for name in found.damaged_manifests
@@ -70,6 +73,7 @@ def store_health(directory: Path) -> StoreHealth:
     return StoreHealth(
         directory=str(root),
         marker=found.marker,
+        keyring=found.keyring,
         in_use_by=found.holder,
         snapshots=snapshots,
         conversations=conversations,

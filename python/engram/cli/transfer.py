@@ -10,6 +10,7 @@ import typer
 
 from engram.catalog.catalog import Catalog
 from engram.cli.failing import told
+from engram.cli.keys import KeyFileOption, key_of
 from engram.cli.options import JsonOption, StoreOption, TenantOption, progress
 from engram.cli.size import shown
 from engram.core.ids import check_id, check_tenant
@@ -51,11 +52,12 @@ def export(
     branch: BranchOption = None,
     tenant: TenantOption = "",
     force: ForceOption = False,
+    key_file: KeyFileOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write snapshots, with all they stand on, to one file; a server may be using the store."""
     with told():
-        store = open_for_reading(directory)
+        store = open_for_reading(directory, key=key_of(key_file))
         manifests = _chosen(store, check_tenant(tenant), snapshot, conversation, branch)
         archive = plan_export(store, manifests)
         total = sum(segment.header.payload_length for segment in archive.segments)
@@ -83,6 +85,7 @@ def import_(
     as_conversation: AsOption = None,
     as_snapshot: AsSnapshotOption = None,
     create: CreateOption = False,
+    key_file: KeyFileOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Store the snapshots of a file, verified; no server may be using the store."""
@@ -97,7 +100,8 @@ def import_(
                 f"{directory} is no snapshot store", hint="name a --snapshot-dir, or say --create"
             )
         # The lock first: what is verified is then stored, and nobody waits for nothing.
-        with DiskStore.open(directory) as store, ArchiveFile(file) as opened:
+        key = key_of(key_file)
+        with DiskStore.open(directory, key=key) as store, ArchiveFile(file) as opened:
             total = sum(segment.header.payload_length for segment in opened.archive.segments)
             with progress("verifying", total) as on_bytes:
                 opened.verify(on_bytes)

@@ -19,7 +19,10 @@ from pydantic import ValidationError
 
 from engram.core.settings import Settings
 from engram.core.weights import weight_files
+from engram.errors import EngramError
 from engram.sglang_plugin.cpu import is_active as cpu_is_active
+from engram.store.disk import DiskStore
+from engram.store.keys import KEY_VARIABLE, find_key, publish_in_memory, read_key_file
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +91,10 @@ FLAGS: Final = (
         "snapshot_promote_timeout",
         "Seconds a request waits for its stored prefix; then it is recomputed.",
     ),
-    Flag("snapshot_encryption_key_file", "Key for encryption at rest.", active=False),
+    Flag(
+        "snapshot_encryption_key_file",
+        "File with the key for encryption at rest; else ENGRAM_SNAPSHOT_KEY, if set.",
+    ),
     Flag("snapshot_link_by_prefix", "Link untagged chats to conversations.", active=False),
     Flag("snapshot_tenants", "File that maps API keys to tenants.", active=False),
     Flag("agent_tools_module", "Python module with tools for agents.", active=False),
@@ -97,7 +103,7 @@ FLAGS: Final = (
 )
 
 
-UNSAFE_TO_IGNORE: Final = frozenset({"snapshot_encryption_key_file", "snapshot_tenants"})
+UNSAFE_TO_IGNORE: Final = frozenset({"snapshot_tenants"})
 """Flags of machinery still to come whom an operator trusts with secrets: refused, not ignored."""
 
 
@@ -161,6 +167,17 @@ def settings_of(server_args: Any) -> Settings | None:
     if not isinstance(config, dict) or config.get("linker_module_path") != LINKER_MODULE:
         return None
     return Settings.model_validate(config["linker_extra_config"]["settings"])
+
+
+def open_store(server_args: Any, *, lock: bool) -> DiskStore:
+    """The snapshot store of a server whose persistence is on, under its key if it has one.
+
+    Raises as `DiskStore.open` does, and `EncryptionKeyError` for a key that cannot be read.
+    """
+    extra = server_args.unified_cache_external_linker_config["linker_extra_config"]
+    path = extra["key_file"]
+    key = None if path is None else read_key_file(path)
+    return DiskStore.open(extra["settings"]["snapshot_dir"], lock=lock, key=key)
 
 
 def _settings(args: argparse.Namespace) -> Settings:
@@ -291,8 +308,28 @@ def _switch_on(args: argparse.Namespace, settings: Settings) -> None:
             "settings": settings.model_dump(mode="json"),
             # The same in every process of this server, and in no other server.
             "launch_id": uuid.uuid4().hex,
+            "key_file": _key_file(settings),
         },
     }
+
+
+def _key_file(settings: Settings) -> str | None:
+    """Where every process of this server reads the key from; None if nothing is to be encrypted.
+
+    A key of the environment is taken out of it, so that no child inherits it, and handed on in
+    memory: what is returned is pickled, logged and shown, and must be no secret.
+    """
+    given = settings.snapshot_encryption_key_file
+    try:
+        key = find_key(given)
+    except EngramError as error:
+        _exit(str(error))
+    if key is None:
+        return None
+    if given is not None:
+        return os.path.abspath(given)
+    del os.environ[KEY_VARIABLE]
+    return publish_in_memory(key)
 
 
 def _kind(flag: Flag) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from engram.server.memory import memory_router
 from engram.server.refusing import RefusingMiddleware
 from engram.server.tagging import CURRENT_TAG, TaggingMiddleware
 from engram.service import SnapshotService
-from engram.sglang_plugin.args import settings_of
+from engram.sglang_plugin.args import open_store, settings_of
 from engram.sglang_plugin.control import RankClient
 from engram.sglang_plugin.engine import SglangGenerator, SglangRanks
 from engram.sglang_plugin.messages import EngramReply
@@ -58,7 +58,7 @@ def around_launch_server(
     if settings is None:
         return original(server_args, *args, **kw)
     try:
-        store = DiskStore.open(settings.snapshot_dir)
+        store = open_store(server_args, lock=True)
         catalog = Catalog.open(store.catalog_path, store)
     except EngramError as error:
         raise SystemExit(f"engram: error: {error}") from None

@@ -20,10 +20,10 @@ from engram.core.canonical import blake3_hex, canonical_json
 from engram.core.namespace import FieldValue, Namespace
 from engram.core.settings import Settings
 from engram.core.weights import Checkpoint, config_digest
+from engram.sglang_plugin.args import open_store
 from engram.sglang_plugin.pools import DevicePools
 from engram.snapshot.segment import VERSION as SEGMENT_VERSION
 from engram.snapshot.segment import Shard
-from engram.store.disk import DiskStore
 from engram.tiers.health import HealthPolicy
 from engram.tiers.manager import TierManager
 from engram.tiers.ram import RamTier
@@ -172,7 +172,7 @@ def open_rank(
     shard = Shard(namespace.id, rank, world_size)
     tiers = TierManager(
         RamTier(settings.max_warm_bytes, pinned=pools.device.type == "cuda"),
-        DiskStore.open(settings.snapshot_dir, lock=False),
+        open_store(server_args, lock=False),
         shard,
         pools.layout,
         pools.has_state,

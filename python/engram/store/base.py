@@ -33,8 +33,8 @@ file's, but nothing in it may be trusted until `SegmentStore.read_segment` retur
 class StoredSegment:
     """A segment found by a listing.
 
-    ``bytes`` is the length of its file, ``written_at`` when that was written, in seconds since the
-    epoch.
+    ``bytes`` is what it takes there, encryption included, ``written_at`` when it was written, in
+    seconds since the epoch.
     """
 
     shard: Shard
@@ -47,7 +47,8 @@ class SegmentStore(ABC):
     """Content-addressed segments.
 
     Errors of all methods: `StoreError` (and `StoreFullError` when writing) for what the device
-    refuses, `StoreFormatError` for an intact segment of a newer version.
+    refuses, `StoreFormatError` for an intact segment of a newer version, `EncryptionKeyError` when
+    reading one that is encrypted under a key the store does not have.
     """
 
     @abstractmethod
@@ -66,7 +67,8 @@ class SegmentStore(ABC):
     def has_segment(self, shard: Shard, segment_id: str, length: int | None = None) -> bool:
         """Whether the segment is there, and if given, whether its file has ``length`` bytes.
 
-        Cheap: says nothing about its bytes being intact.
+        That is the length a manifest has, of the segment file in the clear. Cheap: says nothing
+        about its bytes being intact.
         """
 
     @abstractmethod

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from engram.errors import StoreError
+from engram.errors import EncryptionKeyError, KeyringCorruptError, StoreError
 from engram.snapshot.manifest import MAX_MANIFEST_BYTES
 from engram.snapshot.segment import Shard
 from engram.store.base import Store, StoreHealth
@@ -21,8 +21,11 @@ from engram.store.durable import (
     store_error,
     sync_directory,
 )
+from engram.store.encryption import MAGIC, is_encrypted
 from engram.store.filesystem import FileSystem
-from engram.store.layout import MANIFEST_SUFFIX, Layout
+from engram.store.keyring import Keyring, load_keyring, sealed_by, write_keyring
+from engram.store.keys import KEY_VARIABLE, Key
+from engram.store.layout import MANIFEST_SUFFIX, SEGMENT_SUFFIX, Layout
 from engram.store.lock import StoreLock
 from engram.store.marker import Marker, check_marker, write_marker
 from engram.store.quarantine import Quarantine, QuarantinedFile
@@ -47,10 +50,17 @@ class DiskStore(DiskSegments, DiskNamespaces, DiskManifests, Store):
     Made by `open`. ``marker_rebuilt`` and ``removed_temps`` tell what opening had to heal.
     """
 
-    def __init__(self, root: Path, fs: FileSystem, lock: StoreLock | None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        fs: FileSystem,
+        lock: StoreLock | None,
+        keyring: Keyring | None = None,
+    ) -> None:
         self._layout = Layout(root)
         self._fs = fs
         self._lock = lock
+        self._keyring = keyring
         self._directories = DirectoryMaker(root, fs)
         self._quarantine = Quarantine(self._layout, self._directories, fs)
         self._manifest_lock = threading.Lock()
@@ -59,13 +69,24 @@ class DiskStore(DiskSegments, DiskNamespaces, DiskManifests, Store):
 
     @classmethod
     def open(
-        cls, root: Path | str, *, lock: bool = True, fs: FileSystem | None = None
+        cls,
+        root: Path | str,
+        *,
+        lock: bool = True,
+        fs: FileSystem | None = None,
+        key: Key | None = None,
     ) -> DiskStore:
         """Open a store, making the directory if need be.
 
         The one server opens it with ``lock``: that writes or rebuilds the marker and removes what
         crashes left half-written. Its scheduler ranks open it without: they read and write
-        segments only. Raises `StoreBusyError`, `StoreFormatError` or `StoreError`.
+        segments only.
+
+        With ``key`` new segments are encrypted; those that lie there in the clear stay readable.
+        A store that has a keyring is opened with its key or not at all.
+
+        Raises `StoreBusyError`, `StoreFormatError`, `EncryptionKeyError`, `KeyringCorruptError`
+        or `StoreError`.
         """
         root = Path(root).absolute()
         fs = fs or FileSystem()
@@ -74,7 +95,7 @@ class DiskStore(DiskSegments, DiskNamespaces, DiskManifests, Store):
         held = StoreLock.acquire(layout.lock) if lock else None
         try:
             marker = check_marker(layout, fs)
-            store = cls(root, fs, held)
+            store = cls(root, fs, held, open_keyring(layout, key, fs, make=lock))
             if lock:
                 store._heal(marker)
         except BaseException:
@@ -191,6 +212,43 @@ class DiskStore(DiskSegments, DiskNamespaces, DiskManifests, Store):
             write_marker(self._layout, self._fs)
             self.marker_rebuilt = marker is Marker.DAMAGED or in_use
         self.removed_temps = remove_abandoned_temps(self.root, self._fs)
+
+
+def open_keyring(layout: Layout, key: Key | None, fs: FileSystem, *, make: bool) -> Keyring | None:
+    """The store's keyring; one is made where there is none yet and a key is given."""
+    if key is None:
+        fingerprint = sealed_by(layout, fs)
+        if fingerprint is not None:
+            raise EncryptionKeyError(
+                f"the snapshot directory {layout.root} is encrypted, and no key is given",
+                hint=f"give key {fingerprint}, in a file or in {KEY_VARIABLE}",
+                details={"sealed_by": fingerprint},
+            )
+        return None
+    keyring = load_keyring(layout, key, fs)
+    if keyring is None and make:
+        _require_nothing_encrypted(layout, fs)
+        keyring = Keyring.new()
+        write_keyring(layout, keyring, key, fs)
+    if keyring is None:
+        raise KeyringCorruptError(
+            f"the snapshot directory {layout.root} has no keyring",
+            hint="the server makes one when it opens the directory with a key",
+        )
+    return keyring
+
+
+def _require_nothing_encrypted(layout: Layout, fs: FileSystem) -> None:
+    """A new keyring beside segments that only a lost one can open would look like all is well."""
+    for _, shard in layout.shards():
+        for path in shard.rglob("*" + SEGMENT_SUFFIX):
+            if is_encrypted(read_small_file(path, len(MAGIC), fs) or b""):
+                raise KeyringCorruptError(
+                    f"the keyring {layout.keyring} is missing, and {path} is encrypted",
+                    hint="put the file back from a backup: without it no encrypted segment can be "
+                    "read; to do without them, use another snapshot directory",
+                    details={"file": str(layout.keyring), "segment": str(path)},
+                )
 
 
 def _make_root(root: Path, fs: FileSystem) -> None:

@@ -7,12 +7,13 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from engram.errors import EngramError, StoreFormatError
+from engram.errors import EngramError, KeyringCorruptError, StoreFormatError
 from engram.snapshot.manifest import Manifest, decode_manifest
 from engram.snapshot.segment import Shard
 from engram.store.disk import DiskStore
 from engram.store.durable import TEMP_SUFFIX
 from engram.store.filesystem import FileSystem
+from engram.store.keyring import sealed_by
 from engram.store.layout import Layout
 from engram.store.lock import holder_in, lock_directory
 from engram.store.marker import check_marker
@@ -24,7 +25,8 @@ class StoreInspection:
 
     ``marker`` is "intact", "missing", "damaged" or "newer format"; ``holder`` names the server that
     holds the lock, None if none does. ``damaged_manifests`` and ``incomplete`` are file names, the
-    latter of manifests that name a segment which is not there.
+    latter of manifests that name a segment which is not there. ``keyring`` is "none", "sealed by
+    key ..." or what is wrong with it.
     """
 
     root: str
@@ -37,6 +39,8 @@ class StoreInspection:
     segment_bytes: int
     quarantined: int
     free_bytes: int | None
+    keyring: str = "none"
+    keyring_damaged: bool = False
 
 
 def inspect_store(root: Path) -> StoreInspection:
@@ -52,6 +56,7 @@ def inspect_store(root: Path) -> StoreInspection:
         return StoreInspection(
             str(root), "newer format", lock_holder(root), 0, (), (), 0, 0, 0, None
         )
+    keyring, keyring_damaged = _keyring(layout, fs)
     store = DiskStore(root, fs, None)
     stats = store.stats()
     present = {(found.shard, found.segment_id) for found in store.iter_segments()}
@@ -77,6 +82,8 @@ def inspect_store(root: Path) -> StoreInspection:
         segment_bytes=stats.segment_bytes,
         quarantined=stats.quarantined,
         free_bytes=stats.free_bytes,
+        keyring=keyring,
+        keyring_damaged=keyring_damaged,
     )
 
 
@@ -139,6 +146,14 @@ def is_store(root: Path) -> bool:
     layout = Layout(root)
     parts = (layout.marker, layout.segments, layout.manifests, layout.namespaces)
     return any(path.exists() for path in parts)
+
+
+def _keyring(layout: Layout, fs: FileSystem) -> tuple[str, bool]:
+    try:
+        fingerprint = sealed_by(layout, fs)
+    except (KeyringCorruptError, StoreFormatError) as error:
+        return str(error), True
+    return "none" if fingerprint is None else f"sealed by key {fingerprint}", False
 
 
 def _shards_of(manifest: Manifest) -> set[tuple[Shard, str]]:

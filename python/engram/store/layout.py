@@ -28,6 +28,10 @@ class Layout:
         return self.root / "engram-store.json"
 
     @property
+    def keyring(self) -> Path:
+        return self.root / "keyring.json"
+
+    @property
     def lock(self) -> Path:
         return self.root / "lock"
 

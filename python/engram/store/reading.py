@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from engram.errors import NotFoundError
-from engram.store.disk import DiskStore
+from engram.store.disk import DiskStore, open_keyring
 from engram.store.filesystem import FileSystem
 from engram.store.inspection import is_store
+from engram.store.keyring import Keyring, sealed_by
+from engram.store.keys import Key
 from engram.store.layout import Layout
 from engram.store.marker import check_marker
 from engram.store.quarantine import Quarantine
@@ -65,9 +67,9 @@ class ReadOnlyStore(DiskStore):
     A server may be using the directory meanwhile.
     """
 
-    def __init__(self, root: Path, on_read: OnRead | None = None) -> None:
+    def __init__(self, root: Path, on_read: OnRead | None, keyring: Keyring | None) -> None:
         fs = ReadOnlyFileSystem(on_read)
-        super().__init__(root, fs, None)
+        super().__init__(root, fs, None, keyring)
         self._quarantine = _NothingIsMoved(self._layout, self._directories, fs)
 
 
@@ -76,17 +78,22 @@ class _NothingIsMoved(Quarantine):
         return None
 
 
-def open_for_reading(root: Path, on_read: OnRead | None = None) -> ReadOnlyStore:
-    """The store in a directory.
+def open_for_reading(
+    root: Path, on_read: OnRead | None = None, *, key: Key | None = None
+) -> ReadOnlyStore:
+    """The store in a directory; ``key`` is that of an encrypted one, and not needed by others.
 
-    Raises `NotFoundError` for a directory that is none, `StoreFormatError` for a newer one.
+    Raises `NotFoundError` for a directory that is none, `StoreFormatError` for a newer one,
+    `EncryptionKeyError` without the right key, or `KeyringCorruptError`.
     """
     root = root.absolute()
     if not root.is_dir() or not is_store(root):
         raise NotFoundError(f"{root} is no snapshot store", hint="name a --snapshot-dir")
-    store = ReadOnlyStore(root, on_read)
-    check_marker(Layout(root), ReadOnlyFileSystem())
-    return store
+    layout, fs = Layout(root), ReadOnlyFileSystem()
+    check_marker(layout, fs)
+    encrypted = sealed_by(layout, fs) is not None
+    keyring = open_keyring(layout, key, fs, make=False) if encrypted else None
+    return ReadOnlyStore(root, on_read, keyring)
 
 
 def _refuse(path: Path | None) -> NoReturn:

@@ -1,4 +1,7 @@
-"""Segments as files: written once through the durable writer, read into the caller's memory."""
+"""Segments as files: written once through the durable writer, read into the caller's memory.
+
+A store with a keyring writes them encrypted; whatever lies there is read, encrypted or not.
+"""
 
 from __future__ import annotations
 
@@ -33,14 +36,25 @@ from engram.store.durable import (
     unlink_durable,
     write_durable,
 )
+from engram.store.encryption import (
+    MAGIC,
+    DecryptingReader,
+    ReadExactly,
+    encrypt,
+    encrypted_length,
+    is_encrypted,
+)
 from engram.store.filesystem import FileSystem
+from engram.store.keyring import Keyring
 from engram.store.layout import SEGMENT_SUFFIX, Layout, is_digest
 from engram.store.quarantine import Quarantine
 
 
 @dataclass(frozen=True)
 class _OpenSegment:
-    fd: int
+    """``read`` reads the segment file, decrypted where it is stored encrypted."""
+
+    read: ReadExactly
     header: SegmentHeader
 
 
@@ -51,6 +65,7 @@ class DiskSegments(SegmentStore):
     _directories: DirectoryMaker
     _quarantine: Quarantine
     _fs: FileSystem
+    _keyring: Keyring | None
 
     def put_segment(
         self, header: SegmentHeader, payload: memoryview, segment_id: str | None = None
@@ -68,12 +83,11 @@ class DiskSegments(SegmentStore):
             # The name may not be durable yet: an earlier put may have failed at that very step.
             sync_directory(path.parent, self._fs)
         else:
-            write_durable(
-                path,
-                _file_parts(header, payload, segment_id),
-                needed=header.file_length,
-                fs=self._fs,
-            )
+            parts, length = _file_parts(header, payload, segment_id), header.file_length
+            if self._keyring is not None:
+                parts = encrypt(parts, length, self._keyring, header.shard, segment_id)
+                length = encrypted_length(length)
+            write_durable(path, parts, needed=length, fs=self._fs)
         return segment_id
 
     def has_segment(self, shard: Shard, segment_id: str, length: int | None = None) -> bool:
@@ -82,7 +96,10 @@ class DiskSegments(SegmentStore):
             status = path.stat()
         except OSError:
             return False
-        return stat.S_ISREG(status.st_mode) and length in (None, status.st_size)
+        if length is None:
+            return stat.S_ISREG(status.st_mode)
+        fitting = (length, encrypted_length(length))
+        return stat.S_ISREG(status.st_mode) and status.st_size in fitting
 
     def read_segment(self, shard: Shard, segment_id: str, into: BufferProvider) -> SegmentHeader:
         with self._opened(shard, segment_id) as segment:
@@ -93,7 +110,7 @@ class DiskSegments(SegmentStore):
             hasher = SegmentHasher(header.prefix)
             offset = len(header.prefix)
             for piece in pieces(payload):
-                self._read_exactly(segment.fd, piece, offset)
+                segment.read(piece, offset)
                 hasher.update(piece)
                 offset += len(piece)
             check_sealed(header, payload, hasher.digest(), self._trailer(segment, segment_id))
@@ -103,11 +120,11 @@ class DiskSegments(SegmentStore):
         with self._opened(shard, segment_id) as segment:
             trailer = self._trailer(segment, segment_id)
             header = segment.header
-            if self._hash_file(segment.fd, header.file_length - DIGEST_BYTES) != trailer:
+            if _hash(segment.read, header.file_length - DIGEST_BYTES) != trailer:
                 raise SegmentCorruptError("segment does not match its digest")
             for start, end in header.gaps():
                 gap = memoryview(bytearray(end - start))
-                self._read_exactly(segment.fd, gap, len(header.prefix) + start)
+                segment.read(gap, len(header.prefix) + start)
                 if any(gap):
                     raise SegmentCorruptError("segment has bytes between its buffers")
             return header
@@ -120,7 +137,7 @@ class DiskSegments(SegmentStore):
             buffer = memoryview(bytearray(min(header.payload_length, PIECE_BYTES)))
             for start in range(0, header.payload_length, PIECE_BYTES):
                 piece = buffer[: min(PIECE_BYTES, header.payload_length - start)]
-                self._read_exactly(segment.fd, piece, len(header.prefix) + start)
+                segment.read(piece, len(header.prefix) + start)
                 hasher.update(piece)
                 yield piece
             if hasher.digest() != trailer:
@@ -129,7 +146,7 @@ class DiskSegments(SegmentStore):
     def read_tokens(self, shard: Shard, segment_id: str) -> tuple[SegmentHeader, TokenArray]:
         with self._opened(shard, segment_id) as segment:
             data = memoryview(bytearray(segment.header.tokens_length))
-            self._read_exactly(segment.fd, data, len(segment.header.prefix))
+            segment.read(data, len(segment.header.prefix))
             return segment.header, tokens_from_bytes(data)
 
     def delete_segment(self, shard: Shard, segment_id: str) -> None:
@@ -171,7 +188,8 @@ class DiskSegments(SegmentStore):
         except OSError as error:
             raise store_error("open", path, error) from error
         try:
-            yield _OpenSegment(fd, self._read_header(fd, shard, segment_id))
+            read, size = self._reader(fd, shard, segment_id)
+            yield _OpenSegment(read, _read_header(read, size, shard, segment_id))
         except SegmentCorruptError as error:
             moved_to = self._quarantine_open(fd, path, error.message)
             raise _corrupt(path, f"is damaged: {error.message}", moved_to, segment_id) from None
@@ -180,47 +198,27 @@ class DiskSegments(SegmentStore):
         finally:
             self._fs.close(fd)
 
-    def _read_header(self, fd: int, shard: Shard, segment_id: str) -> SegmentHeader:
+    def _reader(self, fd: int, shard: Shard, segment_id: str) -> tuple[ReadExactly, int]:
+        """How to read the segment file that ``fd`` holds, encrypted or not, and its length."""
+
+        def read(buffer: memoryview, offset: int) -> None:
+            self._read_exactly(fd, buffer, offset)
+
         size = os.fstat(fd).st_size
-        preamble = bytearray(min(size, PREAMBLE.size))
-        self._read_exactly(fd, memoryview(preamble), 0)
-        try:
-            length = payload_offset(bytes(preamble))
-        except StoreFormatError:
-            # Every version ends in the digest of all that comes before. If it holds, the file is
-            # a newer Engram's; if not, the version number is what was damaged.
-            if size < DIGEST_BYTES or self._hash_file(fd, size - DIGEST_BYTES).hex() != segment_id:
-                raise SegmentCorruptError("segment version is damaged") from None
-            raise
-        if size < length:
-            raise SegmentCorruptError("segment is cut short in its header")
-        prefix = bytearray(length)
-        self._read_exactly(fd, memoryview(prefix), 0)
-        header = SegmentHeader.decode(bytes(prefix))
-        if size != header.file_length:
-            raise SegmentCorruptError(f"segment has {size} bytes instead of {header.file_length}")
-        if header.shard != shard:
-            raise SegmentCorruptError("segment lies in the directory of another shard")
-        return header
+        beginning = bytearray(min(size, len(MAGIC)))
+        read(memoryview(beginning), 0)
+        if not is_encrypted(bytes(beginning)):
+            return read, size
+        reader = DecryptingReader(read, size, self._keyring, shard, segment_id)
+        return reader, reader.length
 
     def _trailer(self, segment: _OpenSegment, segment_id: str) -> bytes:
         """The file's closing digest, which must be the one it is named after."""
         trailer = bytearray(DIGEST_BYTES)
-        offset = segment.header.file_length - DIGEST_BYTES
-        self._read_exactly(segment.fd, memoryview(trailer), offset)
+        segment.read(memoryview(trailer), segment.header.file_length - DIGEST_BYTES)
         if trailer.hex() != segment_id:
             raise SegmentCorruptError("segment does not end in the digest it is named after")
         return bytes(trailer)
-
-    def _hash_file(self, fd: int, size: int) -> bytes:
-        """BLAKE3 of a file's first ``size`` bytes, in bounded memory."""
-        hasher = SegmentHasher(b"")
-        buffer = memoryview(bytearray(min(size, PIECE_BYTES)))
-        for offset in range(0, size, PIECE_BYTES):
-            piece = buffer[: min(PIECE_BYTES, size - offset)]
-            self._read_exactly(fd, piece, offset)
-            hasher.update(piece)
-        return hasher.digest()
 
     def _read_exactly(self, fd: int, buffer: memoryview, offset: int) -> None:
         while buffer:
@@ -238,6 +236,41 @@ class DiskSegments(SegmentStore):
         except OSError:
             return None
         return self._quarantine.take(path, reason)
+
+
+def _read_header(read: ReadExactly, size: int, shard: Shard, segment_id: str) -> SegmentHeader:
+    """The header of the segment file of ``size`` bytes that ``read`` reads."""
+    preamble = bytearray(min(size, PREAMBLE.size))
+    read(memoryview(preamble), 0)
+    try:
+        length = payload_offset(bytes(preamble))
+    except StoreFormatError:
+        # Every version ends in the digest of all that comes before. If it holds, the file is
+        # a newer Engram's; if not, the version number is what was damaged.
+        if size < DIGEST_BYTES or _hash(read, size - DIGEST_BYTES).hex() != segment_id:
+            raise SegmentCorruptError("segment version is damaged") from None
+        raise
+    if size < length:
+        raise SegmentCorruptError("segment is cut short in its header")
+    prefix = bytearray(length)
+    read(memoryview(prefix), 0)
+    header = SegmentHeader.decode(bytes(prefix))
+    if size != header.file_length:
+        raise SegmentCorruptError(f"segment has {size} bytes instead of {header.file_length}")
+    if header.shard != shard:
+        raise SegmentCorruptError("segment lies in the directory of another shard")
+    return header
+
+
+def _hash(read: ReadExactly, size: int) -> bytes:
+    """BLAKE3 of a segment file's first ``size`` bytes, in bounded memory."""
+    hasher = SegmentHasher(b"")
+    buffer = memoryview(bytearray(min(size, PIECE_BYTES)))
+    for offset in range(0, size, PIECE_BYTES):
+        piece = buffer[: min(PIECE_BYTES, size - offset)]
+        read(piece, offset)
+        hasher.update(piece)
+    return hasher.digest()
 
 
 def _file_parts(

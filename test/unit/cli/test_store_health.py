@@ -12,6 +12,7 @@ from engram.cli.store_health import StoreHealth, store_health
 from engram.snapshot.manifest import Manifest
 from engram.store.disk import DiskStore
 from engram.store.inspection import lock_holder
+from engram.store.keys import new_key
 from engram.store.layout import Layout
 from engram.testing.samples import sample_chain, sample_manifest, seeded_random
 
@@ -162,3 +163,18 @@ def test_a_newer_store_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     health = unchanged(tmp_path)
     assert health.marker == "newer format"
     assert "written by a newer Engram" in health.problems[0]
+
+
+def test_a_keyring_is_told_and_so_is_damage_to_it(tmp_path: Path) -> None:
+    key = new_key()
+    filled(tmp_path)
+    assert unchanged(tmp_path).keyring == "none"
+    DiskStore.open(tmp_path, key=key).close()
+    health = unchanged(tmp_path)
+    assert (health.keyring, health.problems) == (f"sealed by key {key.fingerprint}", ())
+    keyring = Layout(tmp_path).keyring
+    keyring.write_bytes(keyring.read_bytes()[:-5])
+    health = unchanged(tmp_path)
+    assert [("keyring" in problem, "backup" in problem) for problem in health.problems] == [
+        (True, True)
+    ]

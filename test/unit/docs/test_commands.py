@@ -19,6 +19,11 @@ NOT_RUN = {
     "scripts/test": "it would run itself",
     'pip install -e "python/"': "the tests run in what it made",
     "import json": "unit/upkeep/test_transfer.py runs it",
+    "python -m sglang.launch_server --model-path tiny-model --enable-snapshot-persistence "
+    "--snapshot-dir ./snapshots \\": "e2e/test_encryption.py launches so",
+    "engram key new new.key": "unit/cli/test_keys.py rotates; here is no store",
+    "python -m pytest test/faults/test_hostile_files.py -s": "the unit tests run a part of it",
+    "PYTHONPATH=python:test python -m faults.hostile --seed 20261122 --case 4711": "the same",
     "import torch": "unit/conditional_memory/test_document.py runs it",
     "state = memory.new_state(batch_size=1)": "the same test goes on with it",
 }

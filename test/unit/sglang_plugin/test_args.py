@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,18 @@ from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
 
 from engram.core.settings import Settings
 from engram.sglang_plugin import args as args_module
-from engram.sglang_plugin.args import FLAGS, LINKER_MODULE, add_flags, apply_flags, settings_of
+from engram.sglang_plugin.args import (
+    FLAGS,
+    LINKER_MODULE,
+    add_flags,
+    apply_flags,
+    open_store,
+    settings_of,
+)
+from engram.store.filesystem import FileSystem
+from engram.store.keyring import sealed_by
+from engram.store.keys import KEY_VARIABLE, Key, new_key, write_key_file
+from engram.store.layout import Layout
 
 ON = "--enable-snapshot-persistence"
 CONTRACT = {
@@ -260,10 +273,90 @@ def test_every_refusal_is_tested() -> None:
     assert {options[0][2:].replace("-", "_") for options in REFUSALS} == fields
 
 
-@pytest.mark.parametrize("option", ["--snapshot-encryption-key-file", "--snapshot-tenants"])
+@pytest.mark.parametrize("option", ["--snapshot-tenants"])
 def test_what_keeps_secrets_is_never_ignored(parser: argparse.ArgumentParser, option: str) -> None:
     with pytest.raises(SystemExit, match=option):
         apply_flags(parse(parser, ON, option, "file"))
+
+
+# ---- encryption ----
+
+
+@pytest.fixture
+def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No key in the environment, and none left there that a test has set."""
+    monkeypatch.setenv(KEY_VARIABLE, "")
+    monkeypatch.delenv(KEY_VARIABLE)
+
+
+def launched(parser: argparse.ArgumentParser, root: Path, *options: str) -> argparse.Namespace:
+    args = parse(parser, ON, "--snapshot-dir", str(root), *options)
+    apply_flags(args)
+    return args
+
+
+def shown(args: argparse.Namespace) -> str:
+    """All that SGLang logs, shows, pickles or hands on of the command line."""
+    return repr(args) + repr(vars(args)) + repr(pickle.dumps(vars(args))) + repr(os.environ)
+
+
+def is_encrypted_by(args: argparse.Namespace, key: Key) -> None:
+    with open_store(args, lock=True) as store, open_store(args, lock=False):
+        assert sealed_by(Layout(store.root), FileSystem()) == key.fingerprint
+
+
+def test_a_key_of_a_file_reaches_every_process_by_its_path(
+    parser: argparse.ArgumentParser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_key: None
+) -> None:
+    key = new_key()
+    write_key_file(tmp_path / "key", key)
+    monkeypatch.chdir(tmp_path)
+    args = launched(parser, tmp_path / "store", "--snapshot-encryption-key-file", "key")
+    assert key.text().split(":")[1].strip() not in shown(args)
+    monkeypatch.chdir("/")  # another process may be anywhere
+    is_encrypted_by(args, key)
+
+
+def test_a_key_of_the_environment_leaves_it_and_reaches_every_process(
+    parser: argparse.ArgumentParser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_key: None
+) -> None:
+    key = new_key()
+    monkeypatch.setenv(KEY_VARIABLE, key.text().strip())
+    args = launched(parser, tmp_path / "store")
+    assert KEY_VARIABLE not in os.environ
+    assert key.text().split(":")[1].strip() not in shown(args)
+    is_encrypted_by(args, key)
+
+
+def test_a_server_without_a_key_encrypts_nothing(
+    parser: argparse.ArgumentParser, tmp_path: Path, no_key: None
+) -> None:
+    args = launched(parser, tmp_path / "store")
+    with open_store(args, lock=True) as store:
+        assert sealed_by(Layout(store.root), FileSystem()) is None
+
+
+@pytest.mark.parametrize("text", ["", "secret-of-mine", "engram-key-1:" + "0" * 63])
+def test_a_bad_key_ends_the_launch_and_is_not_repeated(
+    parser: argparse.ArgumentParser,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    no_key: None,
+    text: str,
+) -> None:
+    path = tmp_path / "key"
+    path.write_text(text)
+    path.chmod(0o600)
+    with pytest.raises(SystemExit, match="holds no key") as in_file:
+        launched(parser, tmp_path, "--snapshot-encryption-key-file", str(path))
+    monkeypatch.setenv(KEY_VARIABLE, text)
+    with pytest.raises(SystemExit, match=f"{KEY_VARIABLE} holds no key") as in_environment:
+        launched(parser, tmp_path)
+    for caught in (in_file, in_environment):
+        assert not text or text not in str(caught.value)
+    with pytest.raises(SystemExit, match="one of the two"):
+        launched(parser, tmp_path, "--snapshot-encryption-key-file", str(path))
+    launched(parser, tmp_path, "--no-enable-snapshot-persistence")  # it is nobody's business then
 
 
 @pytest.mark.parametrize("flag", [f for f in FLAGS if not f.active], ids=lambda f: f.field)

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from engram.snapshot.listing import manifest_name
-from engram.snapshot.segment import Shard
-from engram.store import segment_files
+from engram.snapshot.segment import SegmentHeader, Shard
+from engram.store import encryption, segment_files
 from engram.store.disk import DiskStore
 from engram.store.filesystem import FileSystem
+from engram.store.keys import Key, new_key
 from engram.store.layout import Layout
 from engram.testing.contracts import (
     Change,
@@ -31,10 +32,11 @@ def rewrite(path: Path, change: Change) -> None:
 
 class _OnDisk:
     fs = FileSystem()
+    key: Key | None = None
 
     @pytest.fixture
     def store(self, tmp_path: Path) -> Iterator[DiskStore]:
-        with DiskStore.open(tmp_path / "store", fs=self.fs) as store:
+        with DiskStore.open(tmp_path / "store", fs=self.fs, key=self.key) as store:
             yield store
 
     @pytest.fixture
@@ -73,3 +75,22 @@ class TestDiskSegmentsInSmallPieces(_OnDisk, SegmentStoreContract):
     def _small_pieces(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("engram.snapshot.digest.PIECE_BYTES", 100)
         monkeypatch.setattr(segment_files, "PIECE_BYTES", 100)
+
+
+class TestEncryptedSegments(_OnDisk, SegmentStoreContract):
+    key = new_key()
+
+    def stored_length(self, header: SegmentHeader) -> int:
+        return encryption.encrypted_length(header.file_length)
+
+
+class TestEncryptedSegmentsInSmallPieces(TestEncryptedSegments):
+    """Chunks, pieces, reads and writes all of another length, none a multiple of another."""
+
+    fs = FaultyFileSystem(short=333)
+
+    @pytest.fixture(autouse=True)
+    def _small_pieces(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("engram.snapshot.digest.PIECE_BYTES", 100)
+        monkeypatch.setattr(segment_files, "PIECE_BYTES", 100)
+        monkeypatch.setattr(encryption, "CHUNK_BYTES", 97)

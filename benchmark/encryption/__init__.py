@@ -1,0 +1,1 @@
+"""What encryption at rest costs."""

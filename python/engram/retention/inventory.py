@@ -62,9 +62,11 @@ def _tip(
     for ref in chain:
         segment = known.get((shard, ref.segment_id))
         if segment is None:
-            segment = Segment(ref.segment_id, parent, ref.end, ref.bytes)
+            # A manifest may name the beginning of a segment: where it ends says nothing of it.
+            is_state = ref.start == ref.end
+            segment = Segment(ref.segment_id, parent, ref.start, ref.bytes, is_state)
             known[shard, ref.segment_id] = segment
-        elif (segment.parent, segment.end, segment.bytes) != (parent, ref.end, ref.bytes):
+        elif (segment.parent, segment.start, segment.bytes) != (parent, ref.start, ref.bytes):
             raise InvalidRequestError(
                 f"two manifests disagree on segment {ref.segment_id}",
                 hint="run engram doctor on the store",

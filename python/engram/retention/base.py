@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Final
 
 from engram.core.settings import Settings
 from engram.errors import InvalidRequestError
+from engram.snapshot.conversation import DEFAULT_PRIORITY, MAX_PRIORITY
 
 if TYPE_CHECKING:
     from engram.retention.demotion import Resident
 
 TRUNK: Final = "main"
 """The branch that is not named: every conversation begins on it."""
-
-DEFAULT_PRIORITY: Final = 50
-MAX_PRIORITY: Final = 100
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -19,7 +19,6 @@ from typing import Final, TypeAlias
 
 from engram.errors import InvalidRequestError
 from engram.retention.base import (
-    DEFAULT_PRIORITY,
     TRUNK,
     Keep,
     Kept,
@@ -31,6 +30,7 @@ from engram.retention.base import (
     check_entries,
 )
 from engram.retention.forest import Forest, Stop
+from engram.snapshot.conversation import DEFAULT_PRIORITY
 
 Branch: TypeAlias = tuple[str, str, str]
 Choice: TypeAlias = tuple[int, Reason, str]

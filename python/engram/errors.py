@@ -243,6 +243,16 @@ class StoreFullError(StoreError):
             details={"needed": needed, "free": free, "where": where},
         )
 
+    @classmethod
+    def over_quota(cls, *, needed: int, used: int, quota: int) -> StoreFullError:
+        """A save of ``needed`` bytes for which no room could be made; all are bytes."""
+        return cls(
+            f"the snapshot store is at its quota: {needed} bytes needed, {used} of {quota} used, "
+            "and nothing more may be removed for it",
+            hint="raise --snapshot-disk-quota-gb, unpin or delete snapshots",
+            details={"needed": needed, "used": used, "quota": quota},
+        )
+
 
 class StoreFormatError(StoreError):
     """Something stored has a format version this build does not know."""

@@ -29,10 +29,14 @@ class EngineInfo:
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """Where the state of a request stands: `boundary` tokens, page key `key`."""
+    """Where the state of a request stands: `boundary` tokens, page key `key`.
+
+    `needed` are the bytes of segment files that making it durable would write, on all ranks.
+    """
 
     boundary: int
     key: str
+    needed: int = 0
 
 
 @dataclass(frozen=True, slots=True)

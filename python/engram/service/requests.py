@@ -39,6 +39,10 @@ class RequestGate:
         """
         context = self._context
         context.tracker.begin(request)
+        if request.tag is not None:
+            context.conversations.used(request.tag.tenant, request.tag.conversation_id)
+            if request.tag.priority is not None:
+                context.start(self._prioritise(request.tag, request.tag.priority))
         if not context.settings.snapshot_auto_restore or self._nothing_to_do(request):
             return
         timeout = context.settings.snapshot_promote_timeout
@@ -66,6 +70,16 @@ class RequestGate:
             )
         finally:
             self.holding -= 1
+
+    async def _prioritise(self, tag: Tag, priority: int) -> None:
+        """Keep what a request says of its conversation; if that fails, the request goes on."""
+        try:
+            await self._context.conversations.set_priority(
+                tag.tenant, tag.conversation_id, priority
+            )
+        except Exception as error:
+            self._context.stats.note(f"priority of {tag.conversation_id}: {error}")
+            logger.error("Engram: the priority of %s is lost: %s", tag.conversation_id, error)
 
     def _nothing_to_do(self, request: RunningRequest) -> bool:
         context = self._context

@@ -63,6 +63,7 @@ class Restorer:
                 await context.in_catalog(context.catalog.get, row.snapshot_id, row.tenant)
             raise
         context.stats.restores += 1
+        context.conversations.used(row.tenant, row.conversation_id)
         elapsed_ms = (time.monotonic() - begun) * 1000
         generation = None
         if continuation is not None:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from engram.catalog.catalog import Catalog
-from engram.catalog.rows import SnapshotRow, UnreferencedSegment
+from engram.catalog.rows import SnapshotRow
 from engram.conversation.turns import Tag
 from engram.core.ids import DEFAULT_BRANCH
 from engram.core.settings import Settings
 from engram.core.tokens import TokenArray
 from engram.errors import NotFoundError
 from engram.service.automatic import AutomaticSaver
+from engram.service.changes import SnapshotChanger
 from engram.service.context import ServiceContext
 from engram.service.finder import TurnFinder, need_place
+from engram.service.housekeeping import Housekeeper
 from engram.service.ports import EngineInfo, Generator, Ranks
+from engram.service.removals import Remover
 from engram.service.requests import RequestGate
 from engram.service.restores import Continuation, Restorer
 from engram.service.results import RestoreResult, SaveResult
@@ -42,13 +44,22 @@ class SnapshotService:
         self._automatic = AutomaticSaver(self.context, self._saver)
         self._finder = TurnFinder(self.context)
         self._restorer = Restorer(self.context)
+        self._remover = Remover(self.context)
+        self._changer = SnapshotChanger(self.context)
+        self.housekeeper = Housekeeper(self.context, self._remover)
         self.gate = RequestGate(self.context, self._automatic)
         self.context.on_turn = self._automatic.finished
+
+    def start(self) -> None:
+        """Begin what is done in the background; on the event loop."""
+        self.housekeeper.start()
 
     async def close(self) -> None:
         """Save what is due, wait for what is under way."""
         self._automatic.close()
+        self.housekeeper.close()
         await self.context.drain()
+        await self.context.conversations.write_down()
 
     async def save(
         self,
@@ -168,38 +179,27 @@ class SnapshotService:
 
     async def delete(self, row: SnapshotRow) -> None:
         """Remove a snapshot, and the segments that no other snapshot names."""
-        # A client that goes away must not let others in between a deletion's steps.
-        await asyncio.shield(self.context.start(self._delete(row)))
+        await self._remover.remove(row)
 
-    async def _delete(self, row: SnapshotRow) -> None:
-        context = self.context
-        async with context.guard.alone():
-            keys = await context.in_catalog(context.boundary_keys, row)
-            await context.in_store(self._remove, row)
-            context.deleted(row, keys)
-            orphans = await context.in_catalog(context.catalog.unreferenced_segments)
-            await context.with_engine(lambda engine: self._drop(engine, orphans))
+    async def change(self, tenant: str, snapshot_id: str, **fields: Any) -> SnapshotRow:
+        """Change `pinned`, `expires_at` or `user_metadata` of a snapshot, durably."""
+        return await self._changer.change(tenant, snapshot_id, fields)
 
-    def _remove(self, row: SnapshotRow) -> None:
-        # The manifest first: a row without its file is healed at the next start, and what was
-        # deleted must not come back.
-        self.context.store.delete_manifest(row.snapshot_id, row.tenant)
-        self.context.catalog.delete(row.snapshot_id, row.tenant)
+    async def set_priority(self, tenant: str, conversation_id: str, priority: int) -> None:
+        """Say what a conversation is worth, from 0 to 100, durably.
 
-    async def _drop(self, engine: EngineInfo, orphans: Sequence[UnreferencedSegment]) -> None:
-        """Files of this engine's namespace go through the ranks, which may hold them in RAM."""
-        context = self.context
-        by_rank: list[list[str]] = [[] for _ in range(engine.world_size)]
-        for orphan in orphans:
-            if orphan.shard.namespace == engine.namespace.id:
-                by_rank[orphan.shard.rank].append(orphan.segment_id)
-            else:
-                await context.in_store(
-                    context.store.delete_segment, orphan.shard, orphan.segment_id
-                )
-        if any(by_rank):
-            await context.ranks.drop(engine.namespace.id, by_rank)
-        await context.in_catalog(context.catalog.forget_segments, orphans)
+        `NotFoundError` for one of which neither a snapshot nor a turn is known.
+        """
+        catalog, tracker = self.context.catalog, self.context.tracker
+        if not await self.context.in_catalog(
+            catalog.count_snapshots, tenant, conversation_id
+        ) and not tracker.knows_conversation(tenant, conversation_id):
+            raise NotFoundError(
+                f"no conversation {conversation_id!r}",
+                hint="a first request can bring its conversation_priority along",
+                details={"conversation_id": conversation_id},
+            )
+        await self.context.conversations.set_priority(tenant, conversation_id, priority)
 
     async def stats(self) -> dict[str, Any]:
         """Counters of the service and of every rank, what waits now, and the store's health."""
@@ -213,6 +213,7 @@ class SnapshotService:
                 "saves_waiting": self.context.saves.waiting,
                 "automatic_saves_waiting": self._automatic.waiting,
             },
+            "housekeeping": self.housekeeper.report(),
             "ranks": await self.context.ranks.stats(),
             "stored_boundaries": len(self.context.boundaries),
             "store": asdict(store),

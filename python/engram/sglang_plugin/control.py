@@ -158,7 +158,8 @@ class RankControl:
         if request.locate:
             # It is asked because it will be saved: until then it is not the first to leave RAM.
             self._tiers.ram.want(boundary)
-            return {"boundary": boundary.end, "key": boundary.key}
+            needed = self._tiers.unsaved_bytes(boundary)
+            return {"boundary": boundary.end, "key": boundary.key, "needed": needed}
 
         def result(done: Persisted) -> Result:
             return {

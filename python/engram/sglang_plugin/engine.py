@@ -53,8 +53,9 @@ class SglangRanks:
 
     async def locate(self, namespace: str, request: FinishedRequest, boundary: int) -> Located:
         """Where a snapshot of the request would end."""
-        answer = (await self._persist(namespace, request, boundary, locate=True))[0]
-        return Located(answer["boundary"], answer["key"])
+        answers = await self._persist(namespace, request, boundary, locate=True)
+        needed = sum(answer["needed"] for answer in answers)
+        return Located(answers[0]["boundary"], answers[0]["key"], needed)
 
     async def persist(self, namespace: str, request: FinishedRequest, boundary: int) -> Stored:
         """Make the state at the request's end durable on every rank."""

@@ -202,6 +202,17 @@ class TierManager:
             self.ram.touch(chain)
             return self._writes.submit(Write(self._persist, chain))
 
+    def unsaved_bytes(self, boundary: Boundary) -> int:
+        """Bytes of the files that making a chain durable would write now."""
+        with self.ram.lock:
+            return sum(
+                self._plan(
+                    node.key, node.start, node.end, node.key if node.start else None, node.has_state
+                ).file_length
+                for node in boundary.chain()
+                if not node.durable
+            )
+
     def _persist(self, write: Write[Persisted]) -> Persisted:
         refs: list[SegmentRef] = []
         written = 0

@@ -122,7 +122,8 @@ class FakeEngine:
     async def locate(self, namespace: str, request: FinishedRequest, boundary: int) -> Located:
         self.check(namespace)
         self.located.append(request.rid)
-        return Located(boundary, self._key(request, boundary))
+        key = self._key(request, boundary)
+        return Located(boundary, key, self._needed(request.tokens[:boundary]))
 
     async def persist(self, namespace: str, request: FinishedRequest, boundary: int) -> Stored:
         self.check(namespace)
@@ -133,6 +134,21 @@ class FakeEngine:
         await self.persist_gate.passed()
         chains = tuple(tuple(chain) for chain in self.durable[key])
         return Stored(boundary, chains, sum(r.bytes for c in chains for r in c), new)
+
+    def _needed(self, tokens: TokenArray) -> int:
+        """Bytes that `_write` would write."""
+        before = self.durable.copy()
+        put, self.store.put_segment = self.store.put_segment, lambda *_: "0" * 64  # type: ignore[method-assign]
+        state = self.rng.getstate()
+        try:
+            return 0 if self._last_key(tokens) in before else self._write(tokens)
+        finally:
+            self.store.put_segment = put  # type: ignore[method-assign]
+            self.rng.setstate(state)
+            self.durable = before
+
+    def _last_key(self, tokens: TokenArray) -> str:
+        return self.page_keys(tokens, self.info.page_size, None, None)[-1]
 
     def _key(self, request: FinishedRequest, boundary: int) -> str:
         keys = self.page_keys(request.tokens[:boundary], self.info.page_size, None, None)

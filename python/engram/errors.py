@@ -18,6 +18,7 @@
     |   `-- ManifestCorruptError     409  snapshot_corrupt
     |-- CaptureLostError             409  capture_lost        bytes gone, cannot be recomputed
     |-- RamTierFullError             503  ram_tier_full
+    |-- PinBudgetError               409  pin_budget          more pinned in VRAM than may be
     |-- SaveQueueFullError           503  save_queue_full     more is saved than the store can write
     |-- GenerationAbortedError       503  generation_aborted  by SGLang, with its reason
     |-- DeadlineError                504  deadline
@@ -49,6 +50,7 @@ __all__ = [
     "NamespaceChangedError",
     "NamespaceMismatchError",
     "NotFoundError",
+    "PinBudgetError",
     "RamTierFullError",
     "SaveQueueFullError",
     "SegmentCorruptError",
@@ -197,6 +199,13 @@ class RamTierFullError(EngramError):
 
     code = "ram_tier_full"
     http_status = 503
+
+
+class PinBudgetError(EngramError):
+    """Pins would hold more of the device's memory than they may."""
+
+    code = "pin_budget"
+    http_status = 409
 
 
 class SaveQueueFullError(EngramError):

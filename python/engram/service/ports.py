@@ -122,6 +122,19 @@ class Ranks(Protocol):
         """Delete segment files, by rank, that no manifest names."""
         ...
 
+    async def pin(
+        self, namespace: str, request: FinishedRequest, boundary: int, owner: str
+    ) -> bool:
+        """Keep the state at the request's end in VRAM for `owner`, in place of what it has there.
+
+        False, and `owner` keeps what it has, if VRAM does not hold it.  `PinBudgetError`.
+        """
+        ...
+
+    async def unpin(self, owner: str) -> bool:
+        """Let go of what `owner` has pinned in VRAM; whether there was anything."""
+        ...
+
     async def stats(self) -> list[dict[str, Any]]: ...
 
     def page_keys(

@@ -118,6 +118,26 @@ class RequestGate:
             self._context.stats.note(f"the number of the turn that {rid} was: {error}")
             logger.error("Engram: the number of the turn that %s was is unknown: %s", rid, error)
 
+    async def tool_called(self, rid: str) -> None:
+        """Called when a reply turns out to contain tool calls, before the client sees its end.
+
+        Whatever goes wrong here costs the save, never the reply.
+        """
+        context = self._context
+        try:
+            unnumbered = context.tracker.unnumbered(rid)
+            if unnumbered is not None:
+                await context.learn(unnumbered)
+            turn = context.tracker.turn_of(rid)
+            if turn is None:
+                return
+            self._automatic.finished(turn, tool_calls=True)
+            if context.settings.snapshot_durability == "sync":
+                await self._automatic.settled(turn)
+        except Exception as error:
+            context.stats.note(f"tool calls of {rid}: {error}")
+            logger.exception("Engram: the turn that %s was is not saved for its tool calls", rid)
+
     async def settled(self, rid: str) -> None:
         """Return when the automatic save of a finished request, if any, is over."""
         turn = self._context.tracker.turn_of(rid)

@@ -37,11 +37,13 @@ from engram.sglang_plugin.messages import (
     EngramReply,
     EngramRequest,
     PersistRequest,
+    PinRequest,
     ProbeRequest,
     PromoteRequest,
     ReleaseRequest,
     StateRequest,
     StatsRequest,
+    UnpinRequest,
 )
 from engram.snapshot.manifest import SegmentRef
 from engram.tiers.base import Boundary, Persisted, Promoted, Tier
@@ -84,6 +86,8 @@ class RankControl:
                 PromoteRequest: self._promote,
                 ProbeRequest: self._probe,
                 DropRequest: self._drop,
+                PinRequest: self._pin,
+                UnpinRequest: self._unpin,
                 ReleaseRequest: self._release,
                 StatsRequest: self._stats,
             }.items()
@@ -260,6 +264,20 @@ class RankControl:
         mine = request.segment_ids[self._rank.shard.rank]
         return _then(self._tiers.drop(mine), lambda count: {"dropped": count})
 
+    def _pin(self, request: PinRequest) -> Result:
+        keys = page_keys(
+            request.tokens, self._rank.page_size, request.extra_key, request.cache_salt
+        )
+        end = self._end(request, keys)
+        tokens = array("q", request.tokens[:end])
+        resident = self._cache.pins.pin(
+            request.owner, tokens, request.extra_key, request.cache_salt
+        )
+        return {"resident": resident, "tokens": end, **self._cache.pins.report()}
+
+    def _unpin(self, request: UnpinRequest) -> Result:
+        return {"unpinned": self._cache.pins.unpin(request.owner)}
+
     def _release(self, request: ReleaseRequest) -> None:
         self._tiers.abandon(request.owner)
 
@@ -271,6 +289,7 @@ class RankControl:
             "ram_held_bytes": ram.held,
             **self._tiers.depths(),
             "tree_locks": self._cache.locks,
+            "vram": self._cache.pins.report(),
             "boundaries": len(ram),
             "weights_changes": self._rank.epoch,
             "stale_tree": self._cache.stale,

@@ -20,10 +20,12 @@ from engram.sglang_plugin.messages import (
     DescribeRequest,
     DropRequest,
     PersistRequest,
+    PinRequest,
     ProbeRequest,
     PromoteRequest,
     ReleaseRequest,
     StatsRequest,
+    UnpinRequest,
 )
 from engram.snapshot.manifest import SegmentRef
 
@@ -144,6 +146,28 @@ class SglangRanks:
             namespace=namespace,
             segment_ids=[list(ids) for ids in segment_ids],
         )
+
+    async def pin(
+        self, namespace: str, request: FinishedRequest, boundary: int, owner: str
+    ) -> bool:
+        """Keep the state at the request's end in every rank's tree; False if not all have it."""
+        answers = await self._client.ask(
+            PinRequest,
+            timeout=ANSWER_TIMEOUT_S,
+            namespace=namespace,
+            request_rid=request.rid or None,
+            tokens=request.tokens.tolist(),
+            boundary=boundary,
+            extra_key=request.extra_key,
+            cache_salt=request.cache_salt,
+            owner=owner,
+        )
+        return all(answer["resident"] for answer in answers)
+
+    async def unpin(self, owner: str) -> bool:
+        """Let go of what `owner` has pinned."""
+        answers = await self._client.ask(UnpinRequest, timeout=ANSWER_TIMEOUT_S, owner=owner)
+        return any(answer["unpinned"] for answer in answers)
 
     async def stats(self) -> list[dict[str, Any]]:
         """The tiers' counters, by rank."""

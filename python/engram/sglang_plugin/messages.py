@@ -80,6 +80,18 @@ class DropRequest(StateRequest, kw_only=True):
     segment_ids: list[list[str]]
 
 
+class PinRequest(PersistRequest, kw_only=True):
+    """Keep the state at the end of a sequence in SGLang's tree, if it is there, for `owner`."""
+
+    owner: str
+
+
+class UnpinRequest(EngramRequest, kw_only=True):
+    """Let go of what its owner has pinned."""
+
+    owner: str
+
+
 class ReleaseRequest(EngramRequest, kw_only=True):
     """Its owner wants no chain any longer, leased or still to be promoted; there is no reply."""
 
@@ -105,6 +117,8 @@ REQUESTS: tuple[type[EngramRequest], ...] = (
     PromoteRequest,
     ProbeRequest,
     DropRequest,
+    PinRequest,
+    UnpinRequest,
     ReleaseRequest,
     StatsRequest,
 )

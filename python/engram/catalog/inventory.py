@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from engram.catalog.database import Database
@@ -59,8 +59,12 @@ class InventoryTable:
         may or may not be there. One whose segments are not all there is left out.
         """
         snapshots = list(self._kept_snapshots())
-        segments = dict(self._kept_segments())
-        whole = [one for one in snapshots if all(tip in segments for tip in one.tips)]
+        segments, files = self._kept_segments()
+        whole = [
+            replace(one, tips=tuple([files[tip] for tip in one.tips]))
+            for one in snapshots
+            if all(tip in files for tip in one.tips)
+        ]
         return KeptInventory(whole, segments)
 
     def _kept_snapshots(self) -> Iterator[KeptSnapshot]:
@@ -90,22 +94,33 @@ class InventoryTable:
                         tuple(found),
                     )
 
-    def _kept_segments(self) -> Iterator[tuple[int, KeptSegment]]:
+    def _kept_segments(self) -> tuple[dict[int, KeptSegment], dict[int, int]]:
+        """The segments by the first row of each, and that row for every row.
+
+        One file has several rows where snapshots name beginnings of it.
+        """
         query = (
-            'SELECT id, start, "end", bytes,'
+            'SELECT id, namespace, rank, segment_id, start, "end", bytes,'
             " (SELECT below.segment FROM snapshot_segments AS here"
             "  JOIN snapshot_segments AS below ON below.snapshot = here.snapshot"
             "   AND below.rank = here.rank AND below.position = here.position - 1"
             "  WHERE here.segment = segments.id LIMIT 1) AS parent"
             " FROM segments WHERE id > ? ORDER BY id LIMIT ?"
         )
+        first: dict[tuple[str, int, str], int] = {}
+        files: dict[int, int] = {}
+        found: dict[int, KeptSegment] = {}
         for rows in self._pages(query):
-            for row in rows:
-                is_state = row["start"] == row["end"]
-                yield (
-                    row["id"],
-                    KeptSegment(row["parent"], row["start"], row["bytes"], is_state),
-                )
+            for number, namespace, rank, segment_id, start, end, size, parent in rows:
+                file = first.setdefault((namespace, rank, segment_id), number)
+                files[number] = file
+                if file == number:
+                    found[number] = KeptSegment(parent, start, size, start == end)
+        for number, one in found.items():
+            if one.parent is not None:
+                parent = files.get(one.parent)
+                found[number] = KeptSegment(parent, one.start, one.bytes, one.is_state)
+        return found, files
 
     def _pages(self, query: str) -> Iterator[list[sqlite3.Row]]:
         last = 0

@@ -7,12 +7,10 @@ from typing import Final
 
 from engram.catalog.database import Database
 from engram.catalog.rows import UnreferencedSegment
+from engram.catalog.segments import FILE_REFERENCED
 from engram.snapshot.segment import Shard
 
-_UNREFERENCED: Final = (
-    "SELECT * FROM segments WHERE id = ?"
-    " AND NOT EXISTS (SELECT 1 FROM snapshot_segments WHERE segment = segments.id)"
-)
+_UNREFERENCED: Final = f"SELECT * FROM segments WHERE id = ? AND NOT {FILE_REFERENCED}"
 
 
 class RemovalTable:
@@ -27,7 +25,7 @@ class RemovalTable:
         gone (`Catalog.forget_segments`). A snapshot that is not there is no error.
         """
         segments: set[int] = set()
-        orphans = []
+        orphans: dict[UnreferencedSegment, None] = {}
         with self._db.atomic():
             for snapshot_id, tenant in names:
                 rows = self._db.rows(
@@ -45,8 +43,8 @@ class RemovalTable:
                 row = self._db.row(_UNREFERENCED, (number,))
                 if row is not None:
                     shard = Shard(row["namespace"], row["rank"], row["world_size"])
-                    orphans.append(UnreferencedSegment(shard, row["segment_id"], row["bytes"]))
-        return orphans
+                    orphans[UnreferencedSegment(shard, row["segment_id"], row["bytes"])] = None
+        return list(orphans)
 
     def count_snapshots(self, tenant: str, conversation_id: str) -> int:
         """How many snapshots a conversation has; 0 for an unknown one."""

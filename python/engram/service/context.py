@@ -132,12 +132,11 @@ class ServiceContext:
         namespace = engine.namespace.id
         if self.boundaries.namespace != namespace or not self.boundaries.complete:
             self.boundaries = boundaries = BoundaryIndex(namespace)
-            rows = await self.in_catalog(self.catalog.of_namespace, namespace)
-            for row in rows:
-                keys = await self.in_catalog(self.boundary_keys, row)
-                boundaries.fill(row.snapshot_id, keys)
+            known = await self.in_catalog(self.catalog.boundary_keys, namespace)
+            for snapshot_id, keys in known.items():
+                boundaries.fill(snapshot_id, keys)
             boundaries.filled()
-            if rows:
+            if known:
                 await self.write_down(engine)
         return engine
 
@@ -155,7 +154,7 @@ class ServiceContext:
         self.changed()
         self.quota.wrote(manifest.unique_bytes)
         if manifest.namespace == self.boundaries.namespace:
-            self.boundaries.add(manifest.snapshot_id, [ref.key for ref in manifest.segments[0]])
+            self.boundaries.add(manifest.snapshot_id, manifest.boundary_keys)
 
     def changed(self) -> None:
         """Something about snapshots is another than it was."""
@@ -185,10 +184,6 @@ class ServiceContext:
         newest = await self.in_catalog(self._newest_saved, tag)
         for turn in self.tracker.learn(tag, newest):
             self.on_turn(turn)
-
-    def boundary_keys(self, row: SnapshotRow) -> list[str]:
-        """The page keys at which the segments of a snapshot end (blocks: SQLite)."""
-        return [ref.key for ref in self.catalog.chain(row.namespace, 0, row.boundary_key)]
 
     def expected_boundary(self, request: FinishedRequest, engine: EngineInfo) -> int:
         """Where the state of a finished request stands if no rank remembers: the last sampled

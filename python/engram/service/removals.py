@@ -103,7 +103,10 @@ class Remover:
     async def _remove(self, rows: Sequence[SnapshotRow]) -> int:
         """Remove snapshots, held alone; the bytes that became free."""
         context = self._context
-        keys = await context.in_catalog(lambda: [context.boundary_keys(row) for row in rows])
+        catalog = context.catalog
+        keys = await context.in_catalog(
+            lambda: [catalog.boundary_keys_of(row.snapshot_id, row.tenant) for row in rows]
+        )
         gone: list[SnapshotRow] = []
         try:
             await context.in_store(self._delete_manifests, rows, gone)

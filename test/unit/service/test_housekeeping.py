@@ -221,9 +221,9 @@ async def test_a_lowered_quota_is_kept_in_the_background(start: Any) -> None:
     await saved(server, "a", 4)
     one = server.catalog.counts().segment_bytes
     server.stop()
-    server = start(snapshot_disk_quota_gb=one / 2 / 1e9, snapshot_retention_count=100)
+    server = start(snapshot_disk_quota_gb=0.7 * one / 1e9, snapshot_retention_count=100)
     await server.service.housekeeper.round()
-    assert server.catalog.counts().segment_bytes <= one / 2
+    assert server.catalog.counts().segment_bytes <= 0.7 * one
     assert server.service.housekeeper.stats.over_quota_bytes == 0
     check_store(server)
 
@@ -322,7 +322,7 @@ async def test_priority_is_durable_and_counts(start: Any) -> None:
     used = server.catalog.counts().segment_bytes
     server.stop()
     server.store.catalog_path.unlink()
-    server = start(snapshot_disk_quota_gb=used * 0.8 / 1e9)
+    server = start(snapshot_disk_quota_gb=used * 0.9 / 1e9)
     assert await server.service.context.conversations.priority("", "high") == 100
     await server.service.housekeeper.round()
     assert len(await turns(server, "high")) == 3

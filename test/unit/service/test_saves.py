@@ -317,7 +317,7 @@ async def test_segments_then_manifest_then_catalog(
     await server.chat("c", turns=2)
     for turn in (1, 2):
         await server.service.save(tenant="", conversation_id="c", turn_number=turn)
-    assert events == ["put_segment", "put_segment", "put_manifest", "insert"] * 2
+    assert events == [*["put_segment"] * 4, "put_manifest", "insert"] * 2
 
 
 @on_a_loop

@@ -129,3 +129,31 @@ class ConversationPatch(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     priority: Priority
+
+
+class MemoryPlace(BaseModel):
+    """`POST /v1/memory/promote` and `/v1/memory/demote`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    conversation_id: Id | None = None
+    snapshot_id: Id | None = None
+    turn_number: TurnNumber | None = None
+    branch_name: Id | None = None
+
+    @model_validator(mode="after")
+    def _names_one_thing(self) -> MemoryPlace:
+        if (self.conversation_id is None) == (self.snapshot_id is None):
+            raise ValueError("give conversation_id or snapshot_id")
+        if self.snapshot_id is not None and (self.turn_number or self.branch_name):
+            raise ValueError("turn_number, branch_name: only with conversation_id")
+        return self
+
+
+class BranchPlace(BaseModel):
+    """`POST /v1/memory/pin` and `/v1/memory/unpin`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    conversation_id: Id
+    branch_name: Id | None = None

@@ -57,7 +57,7 @@ class ServiceContext:
         self.boundaries = BoundaryIndex("")
         self.tracker = ConversationTracker()
         self.on_turn: Callable[[Turn], None] = lambda turn: None
-        """Called for turns that had to wait for their number."""
+        """Called for every turn that has finished and has its number."""
         self.saves = SaveQueue()
         self.conversations = Conversations(self)
         quota = settings.snapshot_disk_quota_gb

@@ -20,6 +20,7 @@ from engram.errors import EngramError
 from engram.retention import Removal, RetentionPlan, RetentionPolicy, Snapshot, plan
 from engram.retention.inventory import snapshots_in
 from engram.service.context import ServiceContext
+from engram.service.demotion import Demoter
 from engram.service.removals import Remover
 from engram.snapshot.conversation import DEFAULT_PRIORITY
 
@@ -56,11 +57,12 @@ class HousekeepingStats:
 class Housekeeper:
     """Rounds of retention, every `--tier-cleanup-interval` seconds or when a save needs room."""
 
-    def __init__(self, context: ServiceContext, remover: Remover) -> None:
+    def __init__(self, context: ServiceContext, remover: Remover, demoter: Demoter) -> None:
         self.stats = HousekeepingStats()
         self.clock = time.time
         self._context = context
         self._remover = remover
+        self._demoter = demoter
         self._policy = RetentionPolicy.of(context.settings)
         self._one_at_a_time = asyncio.Lock()
         self._seen_changes = -1
@@ -94,12 +96,13 @@ class Housekeeper:
                 logger.error("Engram: a clean-up failed: %s", error, exc_info=not expected)
 
     async def round(self) -> None:
-        """Write down what was used, and remove what is to go now."""
+        """Write down what was used, remove what is to go now, and let go of RAM."""
         context = self._context
         self.stats.rounds += 1
         await context.conversations.write_down()
         async with self._one_at_a_time:
             await self._retain(self.clock())
+        await self._demoter.round(self.clock())
 
     async def _retain(self, now: float) -> None:
         if self._context.changes == self._seen_changes and now < self._next_due:
@@ -168,7 +171,8 @@ class Housekeeper:
 
     def report(self) -> dict[str, Any]:
         """The counters, as an operator sees them."""
-        return {**asdict(self.stats), "removed": dict(self.stats.removed)}
+        removed = dict(self.stats.removed)
+        return {**asdict(self.stats), "removed": removed, **self._demoter.report()}
 
 
 def _protect(snapshots: list[Snapshot], tag: Tag) -> list[Snapshot]:

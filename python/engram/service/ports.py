@@ -74,6 +74,15 @@ class Generation:
     meta: Mapping[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class ResidentSegment:
+    """A segment in a rank's RAM that has a file; `held` if something is being done with it."""
+
+    segment_id: str
+    bytes: int
+    held: bool
+
+
 class Ranks(Protocol):
     """The scheduler ranks.  Every call fails with an `EngramError` if any rank fails.
 
@@ -120,6 +129,14 @@ class Ranks(Protocol):
 
     async def drop(self, namespace: str, segment_ids: Sequence[Sequence[str]]) -> None:
         """Delete segment files, by rank, that no manifest names."""
+        ...
+
+    async def residents(self, namespace: str) -> list[list[ResidentSegment]]:
+        """The durable segments in RAM, by rank."""
+        ...
+
+    async def demote(self, namespace: str, segment_ids: Sequence[Sequence[str]]) -> int:
+        """Let durable segments, by rank, leave RAM, but for what is in use; the bytes that left."""
         ...
 
     async def pin(

@@ -100,7 +100,7 @@ class RequestGate:
         try:
             turn = self._context.tracker.finish(rid, output)
             if turn is not None:
-                self._automatic.finished(turn)
+                self._context.on_turn(turn)
                 return
             unnumbered = self._context.tracker.unnumbered(rid)
             if unnumbered is not None:

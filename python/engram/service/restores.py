@@ -21,6 +21,7 @@ from engram.errors import (
     UnsupportedError,
 )
 from engram.service.context import ServiceContext
+from engram.service.demotion import restore_owner
 from engram.service.ports import Brought, EngineInfo
 from engram.service.results import RestoreResult
 from engram.snapshot.manifest import Manifest, rows_of
@@ -94,7 +95,7 @@ class Restorer:
         brought = await self._context.ranks.promote(
             engine.namespace.id,
             manifest.segments,
-            owner=f"snapshot:{row.tenant}/{row.snapshot_id}",
+            owner=restore_owner(row),
             seconds=self._context.settings.conversation_active_timeout,
             exact=True,
             timeout=RESTORE_TIMEOUT_S,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Final
 
 from engram.catalog.catalog import Catalog
 from engram.catalog.rows import SnapshotRow
-from engram.conversation.turns import Tag
+from engram.conversation.turns import Tag, Turn
 from engram.core.ids import DEFAULT_BRANCH
 from engram.core.settings import Settings
 from engram.core.tokens import TokenArray
@@ -16,8 +17,10 @@ from engram.errors import NotFoundError
 from engram.service.automatic import AutomaticSaver
 from engram.service.changes import SnapshotChanger
 from engram.service.context import ServiceContext
+from engram.service.demotion import Demoter
 from engram.service.finder import TurnFinder, need_place
 from engram.service.housekeeping import Housekeeper
+from engram.service.pins import PinResult, VramPinner
 from engram.service.ports import EngineInfo, Generator, Ranks
 from engram.service.removals import Remover
 from engram.service.requests import RequestGate
@@ -26,6 +29,27 @@ from engram.service.results import RestoreResult, SaveResult
 from engram.service.saves import TurnSaver
 from engram.snapshot.manifest import Durability
 from engram.store.base import Store
+
+VRAM_SUMS: Final = (
+    "capacity_bytes",
+    "bytes",
+    "tokens",
+    "states",
+    "pinned_bytes",
+    "pin_budget_bytes",
+)
+RAM_SUMS: Final = {
+    "capacity_bytes": "ram_capacity",
+    "bytes": "ram_bytes",
+    "held_bytes": "ram_held_bytes",
+    "segments": "ram_segments",
+    "captured": "captured",
+    "promoted_bytes": "promoted_bytes",
+    "persisted_bytes": "persisted_bytes",
+    "evicted": "evicted",
+    "demoted": "demoted",
+}
+"""What the RAM tiers of all ranks add up to -> its name in their counters."""
 
 
 class SnapshotService:
@@ -46,9 +70,15 @@ class SnapshotService:
         self._restorer = Restorer(self.context)
         self._remover = Remover(self.context)
         self._changer = SnapshotChanger(self.context)
-        self.housekeeper = Housekeeper(self.context, self._remover)
+        self._demoter = Demoter(self.context)
+        self._pinner = VramPinner(self.context, self._restorer)
+        self.housekeeper = Housekeeper(self.context, self._remover, self._demoter)
         self.gate = RequestGate(self.context, self._automatic)
-        self.context.on_turn = self._automatic.finished
+        self.context.on_turn = self._turn_finished
+
+    def _turn_finished(self, turn: Turn) -> None:
+        self._automatic.finished(turn)
+        self._pinner.follow(turn)
 
     def start(self) -> None:
         """Begin what is done in the background; on the event loop."""
@@ -181,6 +211,10 @@ class SnapshotService:
         """Remove a snapshot, and the segments that no other snapshot names."""
         await self._remover.remove(row)
 
+    async def get(self, tenant: str, snapshot_id: str) -> SnapshotRow:
+        """A snapshot by its id.  `NotFoundError`."""
+        return await self.context.in_catalog(self.context.catalog.get, snapshot_id, tenant)
+
     async def change(self, tenant: str, snapshot_id: str, **fields: Any) -> SnapshotRow:
         """Change `pinned`, `expires_at` or `user_metadata` of a snapshot, durably."""
         return await self._changer.change(tenant, snapshot_id, fields)
@@ -201,6 +235,49 @@ class SnapshotService:
             )
         await self.context.conversations.set_priority(tenant, conversation_id, priority)
 
+    async def pin(self, tag: Tag) -> PinResult:
+        """Keep the newest state of a branch in VRAM, turn after turn."""
+        return await self._pinner.pin(tag)
+
+    async def unpin(self, tag: Tag) -> bool:
+        """Let a branch leave VRAM again; whether it was pinned."""
+        return await self._pinner.unpin(tag)
+
+    async def demote(self, rows: Sequence[SnapshotRow]) -> int:
+        """Let the bytes of snapshots leave RAM now, but for what is in use; how many left."""
+        return await self._demoter.demote(rows)
+
+    async def tiers(self) -> dict[str, Any]:
+        """What each tier holds now, as it is found there; sizes in bytes."""
+        context = self.context
+        ranks = await context.ranks.stats()
+        warm = await context.with_engine(self._demoter.warm)
+        counts = await context.in_catalog(context.catalog.counts)
+        store = await context.in_store(context.store.health)
+        files, size = await context.in_store(_measured, context.store)
+        vram = [rank["vram"] for rank in ranks]
+        resident = set.intersection(*(set(one["pinned"]) for one in vram))
+        return {
+            "vram": {
+                **{name: sum(one[name] for one in vram) for name in VRAM_SUMS},
+                "pins": self._pinner.report(resident),
+            },
+            "ram": {
+                **{name: sum(rank[key] for rank in ranks) for name, key in RAM_SUMS.items()},
+                "conversations": len(warm.conversations),
+                "pinned_bytes": 0,
+            },
+            "disk": {
+                "capacity_bytes": context.quota.limit,
+                "free_bytes": store.free_bytes,
+                "bytes": size,
+                "segments": files,
+                "named_bytes": counts.segment_bytes,
+                "snapshots": counts.snapshots,
+                "conversations": counts.conversations,
+            },
+        }
+
     async def stats(self) -> dict[str, Any]:
         """Counters of the service and of every rank, what waits now, and the store's health."""
         service, catalog = self.context.stats, self.context.catalog
@@ -219,3 +296,9 @@ class SnapshotService:
             "store": asdict(store),
             "catalog": asdict(catalog.report),
         }
+
+
+def _measured(store: Store) -> tuple[int, int]:
+    """How many segment files there are, and their bytes: by a walk over them."""
+    sizes = [segment.bytes for segment in store.iter_segments()]
+    return len(sizes), sum(sizes)

@@ -32,6 +32,7 @@ from engram.errors import (
 )
 from engram.sglang_plugin.keys import page_keys
 from engram.sglang_plugin.messages import (
+    DemoteRequest,
     DescribeRequest,
     DropRequest,
     EngramReply,
@@ -41,6 +42,7 @@ from engram.sglang_plugin.messages import (
     ProbeRequest,
     PromoteRequest,
     ReleaseRequest,
+    ResidentsRequest,
     StateRequest,
     StatsRequest,
     UnpinRequest,
@@ -86,6 +88,8 @@ class RankControl:
                 PromoteRequest: self._promote,
                 ProbeRequest: self._probe,
                 DropRequest: self._drop,
+                ResidentsRequest: self._residents,
+                DemoteRequest: self._demote,
                 PinRequest: self._pin,
                 UnpinRequest: self._unpin,
                 ReleaseRequest: self._release,
@@ -264,6 +268,19 @@ class RankControl:
         mine = request.segment_ids[self._rank.shard.rank]
         return _then(self._tiers.drop(mine), lambda count: {"dropped": count})
 
+    def _residents(self, request: ResidentsRequest) -> Future[Result]:
+        return _then(
+            self._tiers.in_background(self._tiers.ram.durable_residents),
+            lambda found: {"segments": [list(one) for one in found]},
+        )
+
+    def _demote(self, request: DemoteRequest) -> Future[Result]:
+        mine = frozenset(request.segment_ids[self._rank.shard.rank])
+        ram = self._tiers.ram
+        return _then(
+            self._tiers.in_background(lambda: ram.demote(mine)), lambda freed: {"bytes": freed}
+        )
+
     def _pin(self, request: PinRequest) -> Result:
         keys = page_keys(
             request.tokens, self._rank.page_size, request.extra_key, request.cache_salt
@@ -287,6 +304,7 @@ class RankControl:
             "ram_bytes": ram.used,
             "ram_capacity": ram.capacity,
             "ram_held_bytes": ram.held,
+            "ram_segments": ram.residents,
             **self._tiers.depths(),
             "tree_locks": self._cache.locks,
             "vram": self._cache.pins.report(),

@@ -13,10 +13,19 @@ from engram.core.namespace import Namespace
 from engram.core.tokens import TokenArray
 from engram.errors import GenerationAbortedError, InvalidRequestError
 from engram.server.tagging import CURRENT_TAG
-from engram.service.ports import Brought, Chains, EngineInfo, Generation, Located, Stored
+from engram.service.ports import (
+    Brought,
+    Chains,
+    EngineInfo,
+    Generation,
+    Located,
+    ResidentSegment,
+    Stored,
+)
 from engram.sglang_plugin.control import RankClient, Result
 from engram.sglang_plugin.keys import page_keys
 from engram.sglang_plugin.messages import (
+    DemoteRequest,
     DescribeRequest,
     DropRequest,
     PersistRequest,
@@ -24,6 +33,7 @@ from engram.sglang_plugin.messages import (
     ProbeRequest,
     PromoteRequest,
     ReleaseRequest,
+    ResidentsRequest,
     StatsRequest,
     UnpinRequest,
 )
@@ -146,6 +156,23 @@ class SglangRanks:
             namespace=namespace,
             segment_ids=[list(ids) for ids in segment_ids],
         )
+
+    async def residents(self, namespace: str) -> list[list[ResidentSegment]]:
+        """The durable segments in RAM, by rank."""
+        answers = await self._client.ask(
+            ResidentsRequest, timeout=ANSWER_TIMEOUT_S, namespace=namespace
+        )
+        return [[ResidentSegment(*one) for one in answer["segments"]] for answer in answers]
+
+    async def demote(self, namespace: str, segment_ids: Sequence[Sequence[str]]) -> int:
+        """Let durable segments leave RAM."""
+        answers = await self._client.ask(
+            DemoteRequest,
+            timeout=ANSWER_TIMEOUT_S,
+            namespace=namespace,
+            segment_ids=[list(ids) for ids in segment_ids],
+        )
+        return sum(answer["bytes"] for answer in answers)
 
     async def pin(
         self, namespace: str, request: FinishedRequest, boundary: int, owner: str

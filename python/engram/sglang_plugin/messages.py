@@ -80,6 +80,16 @@ class DropRequest(StateRequest, kw_only=True):
     segment_ids: list[list[str]]
 
 
+class ResidentsRequest(StateRequest, kw_only=True):
+    """Ask which durable segments are in RAM."""
+
+
+class DemoteRequest(StateRequest, kw_only=True):
+    """Let segments leave RAM; `segment_ids` has one list a rank."""
+
+    segment_ids: list[list[str]]
+
+
 class PinRequest(PersistRequest, kw_only=True):
     """Keep the state at the end of a sequence in SGLang's tree, if it is there, for `owner`."""
 
@@ -117,6 +127,8 @@ REQUESTS: tuple[type[EngramRequest], ...] = (
     PromoteRequest,
     ProbeRequest,
     DropRequest,
+    ResidentsRequest,
+    DemoteRequest,
     PinRequest,
     UnpinRequest,
     ReleaseRequest,

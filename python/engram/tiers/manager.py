@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 import torch
@@ -40,6 +40,8 @@ from engram.tiers.ram import RamTier
 from engram.tiers.writing import Write, WriteQueue
 
 logger = logging.getLogger(__name__)
+
+Done = TypeVar("Done")
 
 FILL_TIMEOUT_S: Final = 120.0
 """How long a writer waits for a payload that is still being copied from the device."""
@@ -471,6 +473,10 @@ class TierManager:
         for segment_id in segment_ids:
             self.store.delete_segment(self.shard, segment_id)
         return len(segment_ids)
+
+    def in_background(self, work: Callable[[], Done]) -> Future[Done]:
+        """Do what may take long for a scheduler on a thread that reads."""
+        return self._read.submit(work)
 
     # ---- life ----
 

@@ -172,3 +172,40 @@ async def test_over_the_wire(new_rank: NewRank, rng: Random) -> None:
         await ranks.pin(rank.namespace, request, 30, "owner")
     unknown = finished(random_tokens(rng, 9), "b")
     assert not await ranks.pin(rank.namespace, unknown, 8, "owner")
+
+
+@on_a_loop
+async def test_segments_leave_ram_and_come_back_from_disk(new_rank: NewRank, rng: Random) -> None:
+    rank = new_rank()
+    ranks = SglangRanks(Wire(rank).client)
+    tokens = random_tokens(rng, 40)
+    rank.serve(tokens[:20], rid="a")
+    first = await ranks.persist(rank.namespace, finished([*tokens[:20], 7], "a"), 20)
+    rank.serve(tokens, rid="b")
+    rank.serve(random_tokens(rng, 9), rid="c")
+    ram = rank.tiers.ram
+    [found] = await ranks.residents(rank.namespace)
+    assert {one.segment_id for one in found} == {ref.segment_id for ref in first.chains[0]}
+    assert not any(one.held for one in found)
+    # The unsaved turn stands on the rows of the first: they stay, its own state goes.
+    before = ram.used
+    every = [[one.segment_id for one in found]]
+    state = next(one for one in found if one.segment_id == first.chains[0][-1].segment_id)
+    assert await ranks.demote(rank.namespace, every) == state.bytes == before - ram.used
+    second = await ranks.persist(rank.namespace, finished([*tokens, 7], "b"), 40)
+    ids = {ref.segment_id for ref in (*first.chains[0], *second.chains[0])}
+    assert await ranks.demote(rank.namespace, [list(ids)]) > 0
+    assert [one for one in (await ranks.residents(rank.namespace))[0]] == []  # noqa: C416
+    left = sum(node.nbytes for node in [*ram._unwanted, *ram._wanted])
+    assert ram.used == left > 0, "what is on no disk stays"
+    [stats] = await ranks.stats()
+    assert (stats["ram_bytes"], stats["demoted"]) == (left, 4)
+    rank.clear_vram()
+    brought = await ranks.promote(
+        rank.namespace, second.chains, owner="x", seconds=9, exact=True, timeout=60
+    )
+    assert brought.source_tier == "disk"
+    [held] = await ranks.residents(rank.namespace)
+    assert all(one.held for one in held)
+    assert await ranks.demote(rank.namespace, [list(ids)]) == 0, "it is leased"
+    assert rank.serve([*tokens, 1]).loaded == 40

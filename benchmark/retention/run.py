@@ -17,18 +17,26 @@ ROUNDS = 5
 
 
 def conversations(count: int, turns: int, seed: int = 1) -> list[Snapshot]:
-    """Conversations of so many turns: one in twenty goes back a turn, is on a branch, or both."""
+    """Conversations of so many turns: one in twenty goes back a turn, is on a branch, or both.
+
+    Each turn has its rows and, on them, a state of 55 MB.
+    """
     rng = random.Random(seed)
     snapshots = []
     for number in range(count):
         tip: Segment | None = None
+        end = 0
+        ends = [0]
         used = NOW - rng.random() * 1_000_000
         priority = rng.randrange(101)
         for turn in range(1, turns + 1):
             if tip is not None and tip.parent is not None and rng.random() < 0.05:
                 tip = tip.parent
-            end = (tip.end if tip else 0) + rng.randrange(1, 1000)
-            tip = Segment(f"{number}-{turn}", tip, end, rng.randrange(50_000_000, 60_000_000))
+                ends.pop()
+            tip = Segment(f"{number}-{turn}", tip, ends[-1], rng.randrange(4_000_000, 5_000_000))
+            ends.append(ends[-1] + rng.randrange(1, 1000))
+            end = ends[-1]
+            state = Segment(f"{number}-{turn}-state", tip, end, 55_000_000, is_state=True)
             snapshots.append(
                 Snapshot(
                     snapshot_id=f"{number}-{turn}",
@@ -37,7 +45,7 @@ def conversations(count: int, turns: int, seed: int = 1) -> list[Snapshot]:
                     turn_number=turn,
                     token_count=end,
                     used_at=used,
-                    tips=(tip,),
+                    tips=(state,),
                     priority=priority,
                     pinned=rng.random() < 0.01,
                 )

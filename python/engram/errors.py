@@ -19,6 +19,7 @@
     |-- CaptureLostError             409  capture_lost        bytes gone, cannot be recomputed
     |-- StateUnhealthyError          409  state_unhealthy     NaN, infinity, or a norm that ran away
     |-- RamTierFullError             503  ram_tier_full
+    |-- PinBudgetError               409  pin_budget          more pinned in VRAM than may be
     |-- SaveQueueFullError           503  save_queue_full     more is saved than the store can write
     |-- GenerationAbortedError       503  generation_aborted  by SGLang, with its reason
     |-- DeadlineError                504  deadline
@@ -54,6 +55,7 @@ __all__ = [
     "NamespaceChangedError",
     "NamespaceMismatchError",
     "NotFoundError",
+    "PinBudgetError",
     "RamTierFullError",
     "SaveQueueFullError",
     "SegmentCorruptError",
@@ -212,6 +214,13 @@ class RamTierFullError(EngramError):
     http_status = 503
 
 
+class PinBudgetError(EngramError):
+    """Pins would hold more of the device's memory than they may."""
+
+    code = "pin_budget"
+    http_status = 409
+
+
 class SaveQueueFullError(EngramError):
     """Too many saves wait to be written: the store is slower than what is saved."""
 
@@ -254,6 +263,16 @@ class StoreFullError(StoreError):
             f"the snapshot store is full: {needed} bytes needed, {shown} free in {where}",
             hint="free space, delete snapshots, or lower the retention count",
             details={"needed": needed, "free": free, "where": where},
+        )
+
+    @classmethod
+    def over_quota(cls, *, needed: int, used: int, quota: int) -> StoreFullError:
+        """A save of ``needed`` bytes for which no room could be made; all are bytes."""
+        return cls(
+            f"the snapshot store is at its quota: {needed} bytes needed, {used} of {quota} used, "
+            "and nothing more may be removed for it",
+            hint="raise --snapshot-disk-quota-gb, unpin or delete snapshots",
+            details={"needed": needed, "used": used, "quota": quota},
         )
 
 

@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Final
 
 from engram.catalog.database import CatalogDamagedError, Database
+from engram.catalog.inventory import InventoryTable
+from engram.catalog.owners import OwnerTable
+from engram.catalog.removal import RemovalTable
 from engram.catalog.rows import OpenReport
 from engram.catalog.segments import SegmentTable
 from engram.catalog.snapshots import SnapshotTable
 from engram.catalog.source import ManifestSource
+from engram.catalog.usage import UsageTable
 from engram.errors import AlreadyExistsError, StoreError
 from engram.snapshot.listing import DamagedManifest, ManifestEntry, manifest_name
 from engram.snapshot.manifest import Manifest
@@ -19,7 +23,7 @@ from engram.snapshot.manifest import Manifest
 _COMPANIONS: Final = ("", "-wal", "-shm")
 
 
-class Catalog(SnapshotTable, SegmentTable):
+class Catalog(SnapshotTable, SegmentTable, InventoryTable, UsageTable, RemovalTable, OwnerTable):
     """An index over the manifests of one store. Manifests are the truth, this is for finding them.
 
     Made by `open`; ``report`` tells what that had to heal. All methods are thread-safe and

@@ -74,6 +74,21 @@ MIGRATIONS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
             "CREATE INDEX snapshot_segments_by_segment ON snapshot_segments (segment)",
         ),
     ),
+    (
+        # Without checksums: what is damaged here is at worst taken for unused since its snapshots
+        # were made.
+        "when conversations were last used",
+        (
+            """
+            CREATE TABLE usage (
+                tenant TEXT NOT NULL,
+                conversation_id TEXT NOT NULL,
+                used_at REAL NOT NULL,
+                PRIMARY KEY (tenant, conversation_id)
+            ) WITHOUT ROWID
+            """,
+        ),
+    ),
 )
 
 _RECORD = "CREATE TABLE migrations (version INTEGER PRIMARY KEY, name TEXT NOT NULL)"

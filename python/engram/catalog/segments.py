@@ -13,12 +13,12 @@ from engram.snapshot.manifest import SegmentRef
 from engram.snapshot.segment import Shard
 
 _REFERENCED: Final = "EXISTS (SELECT 1 FROM snapshot_segments WHERE segment = segments.id)"
-# A row is a segment as far as some snapshot uses it, so that one file may have several.
-_FILE_REFERENCED: Final = (
+FILE_REFERENCED: Final = (
     "EXISTS (SELECT 1 FROM segments AS same JOIN snapshot_segments ON segment = same.id"
     " WHERE same.namespace = segments.namespace AND same.rank = segments.rank"
     " AND same.segment_id = segments.segment_id)"
 )
+"""A row is a segment as far as some snapshot uses it, so that one file may have several."""
 
 
 class SegmentTable:
@@ -72,7 +72,7 @@ class SegmentTable:
         """
         rows = self._db.rows(
             "SELECT DISTINCT namespace, rank, world_size, segment_id, bytes FROM segments"
-            f" WHERE NOT {_FILE_REFERENCED} ORDER BY id"
+            f" WHERE NOT {FILE_REFERENCED} ORDER BY id"
         )
         return [
             UnreferencedSegment(
@@ -92,7 +92,7 @@ class SegmentTable:
             return sum(
                 self._db.run(
                     "DELETE FROM segments WHERE namespace = ? AND rank = ? AND segment_id = ?"
-                    f" AND NOT {_FILE_REFERENCED}",
+                    f" AND NOT {FILE_REFERENCED}",
                     (segment.shard.namespace, segment.shard.rank, segment.segment_id),
                 )
                 for segment in segments

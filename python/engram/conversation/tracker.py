@@ -112,6 +112,10 @@ class ConversationTracker:
         """Whether turns of the branch can be counted."""
         return tag.branch in self._branches
 
+    def knows_conversation(self, tenant: str, conversation_id: str) -> bool:
+        """Whether a request of the conversation was met on any branch."""
+        return any(key[:2] == (tenant, conversation_id) for key in self._branches)
+
     def learn(self, tag: Tag, newest_saved: int) -> list[Turn]:
         """How far a branch is saved (0: not at all); the turns that waited for their numbers."""
         if not self.knows_branch(tag):

@@ -13,12 +13,14 @@ class Tag:
     """To which conversation and branch a request belongs.
 
     `parent_snapshot` is set where the request continues a snapshot by name (a restore).
+    `priority` is what the request says that its conversation is worth; None if it says nothing.
     """
 
     conversation_id: str
     branch_name: str = DEFAULT_BRANCH
     tenant: str = DEFAULT_TENANT
     parent_snapshot: str | None = None
+    priority: int | None = None
 
     @property
     def branch(self) -> tuple[str, str, str]:

@@ -60,3 +60,10 @@ class Settings(BaseModel):
     def max_warm_bytes(self) -> int:
         """Capacity of the RAM tier in bytes."""
         return int(self.max_warm_memory_gb * 1e9)
+
+    @property
+    def pin_budget_bytes(self) -> int | None:
+        """Bytes of VRAM that pins may hold; None for a share of the pool."""
+        return (
+            None if self.snapshot_pin_budget_gb is None else int(self.snapshot_pin_budget_gb * 1e9)
+        )

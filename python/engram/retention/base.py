@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from engram.core.settings import Settings
 from engram.errors import InvalidRequestError
+from engram.snapshot.conversation import DEFAULT_PRIORITY, MAX_PRIORITY
 
 if TYPE_CHECKING:
     from engram.retention.demotion import Resident
@@ -16,28 +17,27 @@ if TYPE_CHECKING:
 TRUNK: Final = "main"
 """The branch that is not named: every conversation begins on it."""
 
-DEFAULT_PRIORITY: Final = 50
-MAX_PRIORITY: Final = 100
-
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Segment:
-    """One stored segment, the tokens before ``end`` and after its parent's.
+    """One stored segment: rows from the token ``start`` on, or the state at the token ``start``.
 
     Compared by identity: whoever makes the data makes one object for each stored segment.
     """
 
     segment_id: str
     parent: Segment | None
-    end: int
+    start: int
     bytes: int
+    is_state: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """One snapshot. Times are seconds since the epoch.
 
-    ``tips`` are the last segments of its chains, one a rank. ``used_at`` is the last use of its
+    ``tips`` are the last segments of its chains, one a rank: its state, where the model has one.
+    ``used_at`` is the last use of its
     *conversation*, ``priority`` (0 to 100) its conversation's.
     """
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from enum import Enum
 
 from engram.core.settings import Settings
-from engram.retention.base import DEFAULT_PRIORITY, check_entries
+from engram.retention.base import check_entries
 from engram.retention.plan import interest
+from engram.snapshot.conversation import DEFAULT_PRIORITY
 
 
 @dataclass(frozen=True, slots=True)

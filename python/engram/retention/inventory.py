@@ -1,11 +1,13 @@
-"""What to plan over, made from manifests."""
+"""What to plan over, made from manifests or from the catalog."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from engram.catalog.inventory import KeptInventory
 from engram.errors import InvalidRequestError
-from engram.retention.base import DEFAULT_PRIORITY, Segment, Snapshot
+from engram.retention.base import Segment, Snapshot
+from engram.snapshot.conversation import DEFAULT_PRIORITY
 from engram.snapshot.manifest import Manifest, SegmentRef
 
 _Shard = tuple[str, int, int]
@@ -30,16 +32,8 @@ def snapshots_of(
         name = (manifest.tenant, manifest.conversation_id)
         latest[name] = max(manifest.created_at, latest.get(name, manifest.created_at))
     latest.update(used_at or {})
-    # Rows may be used in part: the one who uses most of them knows best where they end.
-    ends: dict[tuple[_Shard, str], int] = {}
-    for manifest in everything:
-        for rank, chain in enumerate(manifest.segments):
-            shard = (manifest.namespace, rank, manifest.world_size)
-            for ref in chain:
-                place = (shard, ref.segment_id)
-                ends[place] = max(ref.end, ends.get(place, 0))
     known: dict[tuple[_Shard, str], Segment] = {}
-    found = []
+    found: list[Snapshot] = []
     for manifest in everything:
         name = (manifest.tenant, manifest.conversation_id)
         found.append(
@@ -51,7 +45,7 @@ def snapshots_of(
                 token_count=manifest.token_count,
                 used_at=latest[name],
                 tips=tuple(
-                    _tip((manifest.namespace, rank, manifest.world_size), chain, known, ends)
+                    _tip((manifest.namespace, rank, manifest.world_size), chain, known)
                     for rank, chain in enumerate(manifest.segments)
                 ),
                 tenant=manifest.tenant,
@@ -63,19 +57,69 @@ def snapshots_of(
     return found
 
 
+def snapshots_in(
+    inventory: KeptInventory,
+    *,
+    used_at: Mapping[tuple[str, str], float],
+    priorities: Mapping[tuple[str, str], int],
+) -> list[Snapshot]:
+    """One `Snapshot` for each of a catalog's; otherwise as `snapshots_of`.
+
+    A conversation was used last when its newest snapshot was made, or later if ``used_at`` says so.
+    """
+    segments = _segments_in(inventory)
+    latest = dict(used_at)
+    for one in inventory.snapshots:
+        name = (one.tenant, one.conversation_id)
+        latest[name] = max(one.created_at, latest.get(name, one.created_at))
+    return [
+        Snapshot(
+            snapshot_id=one.snapshot_id,
+            conversation_id=one.conversation_id,
+            branch_name=one.branch_name,
+            turn_number=one.turn_number,
+            token_count=one.token_count,
+            used_at=latest[one.tenant, one.conversation_id],
+            tips=tuple([segments[tip] for tip in one.tips]),
+            tenant=one.tenant,
+            priority=priorities.get((one.tenant, one.conversation_id), DEFAULT_PRIORITY),
+            pinned=one.pinned,
+            expires_at=one.expires_at,
+        )
+        for one in inventory.snapshots
+    ]
+
+
+def _segments_in(inventory: KeptInventory) -> dict[int, Segment]:
+    """The segments by row id, each made after the one it stands on."""
+    made: dict[int, Segment] = {}
+    for number in inventory.segments:
+        waiting: dict[int, None] = {}
+        below: int | None = number
+        # Read in pages, rows may not fit together: what is there twice ends the way.
+        while below in inventory.segments and below not in made and below not in waiting:
+            assert below is not None
+            waiting[below] = None
+            below = inventory.segments[below].parent
+        for each in reversed(waiting):
+            kept = inventory.segments[each]
+            parent = None if kept.parent is None else made.get(kept.parent)
+            made[each] = Segment(str(each), parent, kept.start, kept.bytes, kept.is_state)
+    return made
+
+
 def _tip(
-    shard: _Shard,
-    chain: tuple[SegmentRef, ...],
-    known: dict[tuple[_Shard, str], Segment],
-    ends: Mapping[tuple[_Shard, str], int],
+    shard: _Shard, chain: tuple[SegmentRef, ...], known: dict[tuple[_Shard, str], Segment]
 ) -> Segment:
     parent: Segment | None = None
     for ref in chain:
         segment = known.get((shard, ref.segment_id))
         if segment is None:
-            segment = Segment(ref.segment_id, parent, ends[shard, ref.segment_id], ref.bytes)
+            # A manifest may name the beginning of a segment: where it ends says nothing of it.
+            is_state = ref.start == ref.end
+            segment = Segment(ref.segment_id, parent, ref.start, ref.bytes, is_state)
             known[shard, ref.segment_id] = segment
-        elif (segment.parent, segment.bytes) != (parent, ref.bytes):
+        elif (segment.parent, segment.start, segment.bytes) != (parent, ref.start, ref.bytes):
             raise InvalidRequestError(
                 f"two manifests disagree on segment {ref.segment_id}",
                 hint="run engram doctor on the store",

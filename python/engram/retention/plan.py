@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, TypeAlias
 
 from engram.errors import InvalidRequestError
 from engram.retention.base import (
-    DEFAULT_PRIORITY,
     TRUNK,
     Keep,
     Kept,
@@ -31,6 +30,7 @@ from engram.retention.base import (
     check_entries,
 )
 from engram.retention.forest import Forest, Stop
+from engram.snapshot.conversation import DEFAULT_PRIORITY
 
 Branch: TypeAlias = tuple[str, str, str]
 Choice: TypeAlias = tuple[int, Reason, str]
@@ -67,6 +67,7 @@ class _Planner:
         self.removals: list[Removal] = []
         self.left = dict.fromkeys(range(len(snapshots)))
         self.of_conversation = Counter(snapshot.conversation for snapshot in snapshots)
+        self.interests: dict[int, float] = {}
         self.turns: defaultdict[Branch, list[int]] = defaultdict(list)
 
     def plan(self) -> RetentionPlan:
@@ -119,28 +120,33 @@ class _Planner:
     def _fit(self, quota: int) -> None:
         """Remove the least valuable, by the bytes that it frees, until everything fits.
 
-        Only ends of chains free anything, so only they are offered. What an end is worth can rise
-        while it waits, when a newer turn of its branch has gone: then it is offered again.
+        Only states and ends of chains free anything, so only they are offered. What one is worth
+        can rise while it waits, when an earlier state of its chain or a newer turn of its branch
+        has gone: then it is offered again.
         """
         heap: list[tuple[float, int, Stop]] = []
 
         def offer(stop: Stop) -> None:
-            freed, tokens = stop.frees()
+            freed = stop.frees()
             if freed and not self._stuck(stop):
-                heapq.heappush(heap, (self._value(stop, tokens) / freed, stop.number, stop))
+                heapq.heappush(heap, (self._density(stop, freed), stop.number, stop))
 
         for stop in self.forest.stops:
-            offer(stop)
+            freed = stop.frees()
+            if freed and not self._stuck(stop):
+                heap.append((self._density(stop, freed), stop.number, stop))
+        heapq.heapify(heap)
         while heap and self.forest.bytes > quota:
             density, _, stop = heapq.heappop(heap)
             if not stop.snapshots or self._stuck(stop):
                 continue
-            freed, tokens = stop.frees()
-            if self._value(stop, tokens) / freed > density:
-                offer(stop)
+            freed = stop.frees()
+            now = self._density(stop, freed)
+            if now > density:
+                heapq.heappush(heap, (now, stop.number, stop))
                 continue
             over = self.forest.bytes - quota
-            facts = self._facts(stop, freed, tokens)
+            facts = self._facts(stop, freed)
             text = f"least valuable while {over} bytes over the quota: {facts}"
             for number in list(stop.snapshots):
                 for changed in self._remove(number, Reason.QUOTA, text):
@@ -160,39 +166,46 @@ class _Planner:
         Once true it stays so: what else there is of a conversation only becomes less.
         """
         snapshots = stop.snapshots.values()
-        if any(map(self._exempt, snapshots)):
-            return True
-        here: Mapping[tuple[str, str], int]
-        if len(stop.snapshots) == 1:
-            here = {next(iter(snapshots)).conversation: 1}
-        else:
-            here = Counter(snapshot.conversation for snapshot in snapshots)
+        for snapshot in snapshots:
+            if self._exempt(snapshot) or self.of_conversation[snapshot.conversation] == 1:
+                return True
+        if len(snapshots) == 1:
+            return False
+        here = Counter(snapshot.conversation for snapshot in snapshots)
         return any(
             self.of_conversation[conversation] <= count for conversation, count in here.items()
         )
 
-    def _value(self, stop: Stop, tokens: int) -> float:
+    def _density(self, stop: Stop, freed: int) -> float:
         """What keeping a stop is worth: the tokens that a turn would have to compute again.
 
-        They count once for each snapshot there, as much as its conversation is likely to go on.
+        They count once for each snapshot there, as much as its conversation is likely to go on, and
+        for each byte that is freed.
         """
-        return tokens * sum(map(self._likelihood, stop.snapshots.values()))
+        return (
+            stop.tokens()
+            / freed
+            * sum([self._likelihood(n, one) for n, one in stop.snapshots.items()])
+        )
 
-    def _likelihood(self, snapshot: Snapshot) -> float:
-        idle = max(0.0, self.now - snapshot.used_at)
-        likely = interest(idle, snapshot.priority, self.policy.half_interest)
+    def _likelihood(self, number: int, snapshot: Snapshot) -> float:
+        likely = self.interests.get(number)
+        if likely is None:
+            idle = max(0.0, self.now - snapshot.used_at)
+            likely = interest(idle, snapshot.priority, self.policy.half_interest)
+            self.interests[number] = likely
         turns = self.turns[_branch(snapshot)]
         while turns[-1] not in self.left:
             turns.pop()
         newest = self.snapshots[turns[-1]].turn_number
         return likely * SUPERSEDED if snapshot.turn_number < newest else likely
 
-    def _facts(self, stop: Stop, freed: int, tokens: int) -> str:
+    def _facts(self, stop: Stop, freed: int) -> str:
         used = max(snapshot.used_at for snapshot in stop.snapshots.values())
         priority = max(snapshot.priority for snapshot in stop.snapshots.values())
         return (
             f"unused for {_duration(self.now - used)}, priority {priority}, "
-            f"{tokens} tokens to compute again, {freed} bytes"
+            f"{stop.tokens()} tokens to compute again, {freed} bytes"
         )
 
     def _named(self, snapshot: Snapshot) -> bool:

@@ -9,14 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel
 
 from engram.catalog.rows import SnapshotRow
 from engram.core.ids import DEFAULT_TENANT
 from engram.core.tokens import TokenArray
 from engram.errors import NotFoundError, SnapshotCorruptError, StoreError
 from engram.server.schemas import ListBody, Place, RestoreBody, SaveBody
-from engram.server.wire import answering, read_body
+from engram.server.wire import answering, body_of, read_body
 from engram.service import SnapshotService
 from engram.service.restores import Continuation
 from engram.service.results import RestoreResult, SaveResult
@@ -39,7 +38,7 @@ def compatible_router(service: SnapshotService) -> APIRouter:
             answering(handler),
             methods=["POST"],
             summary=(handler.__doc__ or "").strip().splitlines()[0],
-            openapi_extra=_body_of(schema),
+            openapi_extra=body_of(schema),
         )
     return router
 
@@ -203,8 +202,3 @@ def _restore_reply(result: RestoreResult) -> dict[str, Any]:
 
 def _shown(row: SnapshotRow) -> str:
     return f"turn {row.turn_number} of {row.conversation_id}/{row.branch_name}"
-
-
-def _body_of(schema: type[BaseModel]) -> dict[str, Any]:
-    content = {"application/json": {"schema": schema.model_json_schema()}}
-    return {"requestBody": {"required": True, "content": content}}

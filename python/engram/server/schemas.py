@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, model
 
 from engram.core.ids import check_id
 from engram.errors import InvalidIdError
+from engram.snapshot.conversation import Priority
 
 TokenId = Annotated[int, Strict(), Field(ge=0, lt=2**32)]
 
@@ -95,3 +96,64 @@ class ListBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     conversation_id: Id
+
+
+MAX_SECONDS: Final = 2.0**40
+"""Tens of thousands of years: of times that clients give."""
+
+
+class SnapshotPatch(BaseModel):
+    """`PATCH /v1/snapshots/{snapshot_id}`: what is not there stays as it is."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    pinned: Annotated[bool, Strict()] = False
+    expires_at: Annotated[float, Strict(), Field(ge=0, le=MAX_SECONDS)] | None = None
+    ttl_seconds: Annotated[float, Strict(), Field(ge=0, le=MAX_SECONDS)] | None = None
+    user_metadata: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _something_is_changed(self) -> SnapshotPatch:
+        if not self.model_fields_set:
+            raise ValueError(f"give one of {', '.join(type(self).model_fields)}")
+        if {"expires_at", "ttl_seconds"} <= self.model_fields_set:
+            raise ValueError("expires_at, ttl_seconds: give one of them")
+        if "ttl_seconds" in self.model_fields_set and self.ttl_seconds is None:
+            raise ValueError("ttl_seconds: null says nothing; expires_at: null is never")
+        return self
+
+
+class ConversationPatch(BaseModel):
+    """`PATCH /v1/conversations/{conversation_id}`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    priority: Priority
+
+
+class MemoryPlace(BaseModel):
+    """`POST /v1/memory/promote` and `/v1/memory/demote`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    conversation_id: Id | None = None
+    snapshot_id: Id | None = None
+    turn_number: TurnNumber | None = None
+    branch_name: Id | None = None
+
+    @model_validator(mode="after")
+    def _names_one_thing(self) -> MemoryPlace:
+        if (self.conversation_id is None) == (self.snapshot_id is None):
+            raise ValueError("give conversation_id or snapshot_id")
+        if self.snapshot_id is not None and (self.turn_number or self.branch_name):
+            raise ValueError("turn_number, branch_name: only with conversation_id")
+        return self
+
+
+class BranchPlace(BaseModel):
+    """`POST /v1/memory/pin` and `/v1/memory/unpin`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    conversation_id: Id
+    branch_name: Id | None = None

@@ -16,8 +16,9 @@ import msgspec
 
 from engram.conversation.turns import Tag
 from engram.core.ids import DEFAULT_TENANT, check_id
-from engram.errors import EngramError, UnsupportedError
+from engram.errors import EngramError, InvalidRequestError, UnsupportedError
 from engram.server.wire import bounded, error_response
+from engram.snapshot.conversation import MAX_PRIORITY
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -44,6 +45,7 @@ class _Fields(msgspec.Struct):
     """What tagging needs of a body; the rest is skipped while decoding."""
 
     conversation_id: Any = None
+    conversation_priority: Any = None
     n: Any = None
     sampling_params: Any = None
     text: Any = None
@@ -103,10 +105,23 @@ def tag_of(body: bytes, header: bytes | None) -> Tag | None:
         given = header.decode("latin-1") if header is not None else None
     if given is None:
         return None
-    tag = Tag(check_id("conversation_id", given), tenant=DEFAULT_TENANT)
+    tag = Tag(
+        check_id("conversation_id", given),
+        tenant=DEFAULT_TENANT,
+        priority=_priority(fields.conversation_priority),
+    )
     _check_single(fields)
     _check_text_only(fields)
     return tag
+
+
+def _priority(given: Any) -> int | None:
+    if given is None or (type(given) is int and 0 <= given <= MAX_PRIORITY):
+        return given
+    raise InvalidRequestError(
+        f"conversation_priority must be an integer from 0 to {MAX_PRIORITY}",
+        details={"field": "conversation_priority"},
+    )
 
 
 def _decode(body: bytes) -> _Fields | None:

@@ -110,6 +110,12 @@ def error_response(error: EngramError) -> JSONResponse:
     return JSONResponse(error.to_dict(), status_code=error.http_status)
 
 
+def body_of(schema: type[BaseModel]) -> dict[str, Any]:
+    """What OpenAPI says of a route with this body."""
+    content = {"application/json": {"schema": schema.model_json_schema()}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
 Handler = Callable[[Request], Awaitable[dict[str, Any]]]
 
 

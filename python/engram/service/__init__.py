@@ -13,6 +13,13 @@
 | `finder.py` | which turn a save means |
 | `guard.py` | saves together, deletions alone |
 | `saves.py` | `TurnSaver`: segments, manifest, catalog, in that order |
+| `removals.py` | `Remover`: manifest, catalog, segments, in that order; by request and by plan |
+| `changes.py` | `SnapshotChanger`: pin, expiry and metadata of what is saved |
+| `conversations.py` | when conversations were used, and what they are worth |
+| `housekeeping.py` | `Housekeeper`: plans and removes in the background, makes room for saves |
+| `quota.py` | `DiskQuota`: bytes on disk, and those that saves will write |
+| `demotion.py` | `Demoter`: who leaves the ranks' RAM |
+| `pins.py` | `VramPinner`: who stays in VRAM |
 | `restores.py` | `Restorer`: a snapshot into RAM, and the generation that continues it |
 | `snapshots.py` | `SnapshotService`: the whole |
 """

@@ -58,13 +58,17 @@ class AutomaticSaver:
         """Turns that wait for their save."""
         return sum(len(line) for line in self._due.values())
 
-    def finished(self, turn: Turn) -> None:
-        """A turn has just finished: see to its save if it is due."""
+    def finished(self, turn: Turn, *, tool_calls: bool = False) -> None:
+        """A turn has just finished: see to its save if it is due.
+
+        Said again `tool_calls` when its reply turns out to contain some, before its client has it.
+        """
         settings = self._context.settings
         branch = turn.tag.branch
         now = time.monotonic()
         last = self._last.get(branch)
-        trigger = decide(settings, turn.number, None if last is None else now - last)
+        since = None if last is None else now - last
+        trigger = decide(settings, turn.number, since, tool_calls=tool_calls)
         if trigger.when is When.NEVER:
             return
         # Whoever asked that a reply ends when its snapshot is durable does not want it put off.

@@ -15,9 +15,11 @@ from engram.conversation.turns import FinishedRequest, Tag, Turn
 from engram.core.settings import Settings
 from engram.errors import NamespaceChangedError, NotFoundError
 from engram.service.boundaries import BoundaryIndex
+from engram.service.conversations import Conversations
 from engram.service.guard import SharedLock
 from engram.service.ports import EngineInfo, Generator, Ranks
 from engram.service.queue import SaveQueue
+from engram.service.quota import DiskQuota
 from engram.service.results import ServiceStats
 from engram.snapshot.manifest import Manifest
 from engram.store.base import Store
@@ -56,8 +58,13 @@ class ServiceContext:
         self.boundaries = BoundaryIndex("")
         self.tracker = ConversationTracker()
         self.on_turn: Callable[[Turn], None] = lambda turn: None
-        """Called for turns that had to wait for their number."""
+        """Called for every turn that has finished and has its number."""
         self.saves = SaveQueue()
+        self.conversations = Conversations(self)
+        quota = settings.snapshot_disk_quota_gb
+        self.quota = DiskQuota(self, None if quota is None else int(quota * 1e9))
+        self.changes = 0
+        """Counts what changes about snapshots: saved, removed, pinned, worth more or less."""
         # Saves share it, a deletion has it alone: between segments that are durable and the
         # manifest that names them, a deletion would take them for orphans.
         self.guard = SharedLock()
@@ -146,11 +153,22 @@ class ServiceContext:
 
     def stored(self, manifest: Manifest) -> None:
         """A snapshot is durable: requests may start from it, if its namespace is the engine's."""
+        self.changed()
+        self.quota.wrote(manifest.unique_bytes)
         if manifest.namespace == self.boundaries.namespace:
             self.boundaries.add(manifest.snapshot_id, manifest.boundary_keys)
 
+    def changed(self) -> None:
+        """Something about snapshots is another than it was."""
+        self.changes += 1
+
+    def freed(self, nbytes: int) -> None:
+        """Segments of so many bytes are gone."""
+        self.quota.wrote(-nbytes)
+
     def deleted(self, row: SnapshotRow, keys: list[str]) -> None:
         """A snapshot is gone."""
+        self.changed()
         if row.namespace == self.boundaries.namespace:
             self.boundaries.remove(row.snapshot_id, keys)
 

@@ -29,10 +29,14 @@ class EngineInfo:
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """Where the state of a request stands: `boundary` tokens, page key `key`."""
+    """Where the state of a request stands: `boundary` tokens, page key `key`.
+
+    `needed` are the bytes of segment files that making it durable would write, on all ranks.
+    """
 
     boundary: int
     key: str
+    needed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +76,15 @@ class Generation:
     text: str | None
     cached_tokens: int
     meta: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ResidentSegment:
+    """A segment in a rank's RAM that has a file; `held` if something is being done with it."""
+
+    segment_id: str
+    bytes: int
+    held: bool
 
 
 class Ranks(Protocol):
@@ -120,6 +133,27 @@ class Ranks(Protocol):
 
     async def drop(self, namespace: str, segment_ids: Sequence[Sequence[str]]) -> None:
         """Delete segment files, by rank, that no manifest names."""
+        ...
+
+    async def residents(self, namespace: str) -> list[list[ResidentSegment]]:
+        """The durable segments in RAM, by rank."""
+        ...
+
+    async def demote(self, namespace: str, segment_ids: Sequence[Sequence[str]]) -> int:
+        """Let durable segments, by rank, leave RAM, but for what is in use; the bytes that left."""
+        ...
+
+    async def pin(
+        self, namespace: str, request: FinishedRequest, boundary: int, owner: str
+    ) -> bool:
+        """Keep the state at the request's end in VRAM for `owner`, in place of what it has there.
+
+        False, and `owner` keeps what it has, if VRAM does not hold it.  `PinBudgetError`.
+        """
+        ...
+
+    async def unpin(self, owner: str) -> bool:
+        """Let go of what `owner` has pinned in VRAM; whether there was anything."""
         ...
 
     async def stats(self) -> list[dict[str, Any]]: ...

@@ -39,6 +39,10 @@ class RequestGate:
         """
         context = self._context
         context.tracker.begin(request)
+        if request.tag is not None:
+            context.conversations.used(request.tag.tenant, request.tag.conversation_id)
+            if request.tag.priority is not None:
+                context.start(self._prioritise(request.tag, request.tag.priority))
         if not context.settings.snapshot_auto_restore or self._nothing_to_do(request):
             return
         timeout = context.settings.snapshot_promote_timeout
@@ -67,6 +71,16 @@ class RequestGate:
         finally:
             self.holding -= 1
 
+    async def _prioritise(self, tag: Tag, priority: int) -> None:
+        """Keep what a request says of its conversation; if that fails, the request goes on."""
+        try:
+            await self._context.conversations.set_priority(
+                tag.tenant, tag.conversation_id, priority
+            )
+        except Exception as error:
+            self._context.stats.note(f"priority of {tag.conversation_id}: {error}")
+            logger.error("Engram: the priority of %s is lost: %s", tag.conversation_id, error)
+
     def _nothing_to_do(self, request: RunningRequest) -> bool:
         context = self._context
         known = request.tag is None or context.tracker.knows_branch(request.tag)
@@ -86,7 +100,7 @@ class RequestGate:
         try:
             turn = self._context.tracker.finish(rid, output)
             if turn is not None:
-                self._automatic.finished(turn)
+                self._context.on_turn(turn)
                 return
             unnumbered = self._context.tracker.unnumbered(rid)
             if unnumbered is not None:
@@ -103,6 +117,26 @@ class RequestGate:
         except Exception as error:
             self._context.stats.note(f"the number of the turn that {rid} was: {error}")
             logger.error("Engram: the number of the turn that %s was is unknown: %s", rid, error)
+
+    async def tool_called(self, rid: str) -> None:
+        """Called when a reply turns out to contain tool calls, before the client sees its end.
+
+        Whatever goes wrong here costs the save, never the reply.
+        """
+        context = self._context
+        try:
+            unnumbered = context.tracker.unnumbered(rid)
+            if unnumbered is not None:
+                await context.learn(unnumbered)
+            turn = context.tracker.turn_of(rid)
+            if turn is None:
+                return
+            self._automatic.finished(turn, tool_calls=True)
+            if context.settings.snapshot_durability == "sync":
+                await self._automatic.settled(turn)
+        except Exception as error:
+            context.stats.note(f"tool calls of {rid}: {error}")
+            logger.exception("Engram: the turn that %s was is not saved for its tool calls", rid)
 
     async def settled(self, rid: str) -> None:
         """Return when the automatic save of a finished request, if any, is over."""

@@ -21,6 +21,7 @@ from engram.errors import (
     UnsupportedError,
 )
 from engram.service.context import ServiceContext
+from engram.service.demotion import restore_owner
 from engram.service.ports import Brought, EngineInfo
 from engram.service.results import RestoreResult
 from engram.snapshot.manifest import Manifest, rows_of
@@ -63,6 +64,7 @@ class Restorer:
                 await context.in_catalog(context.catalog.get, row.snapshot_id, row.tenant)
             raise
         context.stats.restores += 1
+        context.conversations.used(row.tenant, row.conversation_id)
         elapsed_ms = (time.monotonic() - begun) * 1000
         generation = None
         if continuation is not None:
@@ -93,7 +95,7 @@ class Restorer:
         brought = await self._context.ranks.promote(
             engine.namespace.id,
             manifest.segments,
-            owner=f"snapshot:{row.tenant}/{row.snapshot_id}",
+            owner=restore_owner(row),
             seconds=self._context.settings.conversation_active_timeout,
             exact=True,
             timeout=RESTORE_TIMEOUT_S,

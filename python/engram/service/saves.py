@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -228,7 +228,7 @@ class TurnSaver:
         # So that `reached` below meets a branch that is known.
         await context.learn(found.tag)
         recomputed = False
-        async with context.guard.shared():
+        async with self._room(found) as again, context.guard.shared():
             if found.turn is not None:
                 request = found.turn.request
                 engine, stored, recomputed = await context.with_engine(
@@ -240,12 +240,43 @@ class TurnSaver:
             await context.in_store(self._commit, manifest)
             context.stored(manifest)
         context.stats.saves += 1
+        recomputed = recomputed or again
         context.stats.recomputed_saves += recomputed
         context.tracker.reached(found.tag, found.number)
         if found.turn is not None and found.turn.tag.branch == found.tag.branch:
             context.tracker.saved(found.turn, manifest.snapshot_id)
         row = await context.in_catalog(context.catalog.get, manifest.snapshot_id, manifest.tenant)
         return _result(row, begun, recomputed=recomputed)
+
+    @contextlib.asynccontextmanager
+    async def _room(self, found: Found) -> AsyncIterator[bool]:
+        """Room on the disk within; whether the state had to be computed again to know how much."""
+        if found.turn is None or self._context.quota.limit is None:
+            yield False
+            return
+        needed, again = await self._needed(found.turn.request)
+        async with self._context.quota.reserved(needed, found.tag):
+            yield again
+
+    async def _needed(self, request: FinishedRequest) -> tuple[int, bool]:
+        """Bytes that a save of the request will write."""
+        context = self._context
+
+        async def ask(engine: EngineInfo) -> tuple[int, bool]:
+            expected = context.expected_boundary(request, engine)
+            again = False
+            while True:
+                try:
+                    located = await context.ranks.locate(engine.namespace.id, request, expected)
+                    return located.needed, again
+                except CaptureLostError as lost:
+                    boundary = lost.details.get("boundary")
+                    if again or not isinstance(boundary, int) or boundary < 1:
+                        raise
+                    expected, again = boundary, True
+                    await self._recompute(request, boundary)
+
+        return await context.with_engine(ask)
 
     def _commit(self, manifest: Manifest) -> None:
         """Manifest durable, then its row.  A crash in between is healed at the next start."""

@@ -3,27 +3,53 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Final
 
 from engram.catalog.catalog import Catalog
 from engram.catalog.rows import SnapshotRow
-from engram.conversation.turns import Tag
+from engram.conversation.turns import Tag, Turn
 from engram.core.ids import DEFAULT_BRANCH
 from engram.core.settings import Settings
 from engram.core.tokens import TokenArray
 from engram.errors import NotFoundError
 from engram.service.automatic import AutomaticSaver
-from engram.service.collecting import drop_segments
+from engram.service.changes import SnapshotChanger
 from engram.service.context import ServiceContext
+from engram.service.demotion import Demoter
 from engram.service.finder import TurnFinder, need_place
+from engram.service.housekeeping import Housekeeper
+from engram.service.pins import PinResult, VramPinner
 from engram.service.ports import EngineInfo, Generator, Ranks
+from engram.service.removals import Remover
 from engram.service.requests import RequestGate
 from engram.service.restores import Continuation, Restorer
 from engram.service.results import RestoreResult, SaveResult
 from engram.service.saves import TurnSaver
 from engram.snapshot.manifest import Durability
 from engram.store.base import Store
+
+VRAM_SUMS: Final = (
+    "capacity_bytes",
+    "bytes",
+    "tokens",
+    "states",
+    "pinned_bytes",
+    "pin_budget_bytes",
+)
+RAM_SUMS: Final = {
+    "capacity_bytes": "ram_capacity",
+    "bytes": "ram_bytes",
+    "held_bytes": "ram_held_bytes",
+    "segments": "ram_segments",
+    "captured": "captured",
+    "promoted_bytes": "promoted_bytes",
+    "persisted_bytes": "persisted_bytes",
+    "evicted": "evicted",
+    "demoted": "demoted",
+}
+"""What the RAM tiers of all ranks add up to -> its name in their counters."""
 
 
 class SnapshotService:
@@ -42,13 +68,28 @@ class SnapshotService:
         self._automatic = AutomaticSaver(self.context, self._saver)
         self._finder = TurnFinder(self.context)
         self._restorer = Restorer(self.context)
+        self._remover = Remover(self.context)
+        self._changer = SnapshotChanger(self.context)
+        self._demoter = Demoter(self.context)
+        self._pinner = VramPinner(self.context, self._restorer)
+        self.housekeeper = Housekeeper(self.context, self._remover, self._demoter)
         self.gate = RequestGate(self.context, self._automatic)
-        self.context.on_turn = self._automatic.finished
+        self.context.on_turn = self._turn_finished
+
+    def _turn_finished(self, turn: Turn) -> None:
+        self._automatic.finished(turn)
+        self._pinner.follow(turn)
+
+    def start(self) -> None:
+        """Begin what is done in the background; on the event loop."""
+        self.housekeeper.start()
 
     async def close(self) -> None:
         """Save what is due, wait for what is under way."""
         self._automatic.close()
+        self.housekeeper.close()
         await self.context.drain()
+        await self.context.conversations.write_down()
 
     async def save(
         self,
@@ -168,25 +209,74 @@ class SnapshotService:
 
     async def delete(self, row: SnapshotRow) -> None:
         """Remove a snapshot, and the segments that no other snapshot names."""
-        # A client that goes away must not let others in between a deletion's steps.
-        await asyncio.shield(self.context.start(self._delete(row)))
+        await self._remover.remove(row)
 
-    async def _delete(self, row: SnapshotRow) -> None:
-        context = self.context
-        async with context.guard.alone():
-            keys = await context.in_catalog(
-                context.catalog.boundary_keys_of, row.snapshot_id, row.tenant
+    async def get(self, tenant: str, snapshot_id: str) -> SnapshotRow:
+        """A snapshot by its id.  `NotFoundError`."""
+        return await self.context.in_catalog(self.context.catalog.get, snapshot_id, tenant)
+
+    async def change(self, tenant: str, snapshot_id: str, **fields: Any) -> SnapshotRow:
+        """Change `pinned`, `expires_at` or `user_metadata` of a snapshot, durably."""
+        return await self._changer.change(tenant, snapshot_id, fields)
+
+    async def set_priority(self, tenant: str, conversation_id: str, priority: int) -> None:
+        """Say what a conversation is worth, from 0 to 100, durably.
+
+        `NotFoundError` for one of which neither a snapshot nor a turn is known.
+        """
+        catalog, tracker = self.context.catalog, self.context.tracker
+        if not await self.context.in_catalog(
+            catalog.count_snapshots, tenant, conversation_id
+        ) and not tracker.knows_conversation(tenant, conversation_id):
+            raise NotFoundError(
+                f"no conversation {conversation_id!r}",
+                hint="a first request can bring its conversation_priority along",
+                details={"conversation_id": conversation_id},
             )
-            await context.in_store(self._remove, row)
-            context.deleted(row, keys)
-            orphans = await context.in_catalog(context.catalog.unreferenced_segments)
-            await context.with_engine(lambda engine: drop_segments(context, engine, orphans))
+        await self.context.conversations.set_priority(tenant, conversation_id, priority)
 
-    def _remove(self, row: SnapshotRow) -> None:
-        # The manifest first: a row without its file is healed at the next start, and what was
-        # deleted must not come back.
-        self.context.store.delete_manifest(row.snapshot_id, row.tenant)
-        self.context.catalog.delete(row.snapshot_id, row.tenant)
+    async def pin(self, tag: Tag) -> PinResult:
+        """Keep the newest state of a branch in VRAM, turn after turn."""
+        return await self._pinner.pin(tag)
+
+    async def unpin(self, tag: Tag) -> bool:
+        """Let a branch leave VRAM again; whether it was pinned."""
+        return await self._pinner.unpin(tag)
+
+    async def demote(self, rows: Sequence[SnapshotRow]) -> int:
+        """Let the bytes of snapshots leave RAM now, but for what is in use; how many left."""
+        return await self._demoter.demote(rows)
+
+    async def tiers(self) -> dict[str, Any]:
+        """What each tier holds now, as it is found there; sizes in bytes."""
+        context = self.context
+        ranks = await context.ranks.stats()
+        warm = await context.with_engine(self._demoter.warm)
+        counts = await context.in_catalog(context.catalog.counts)
+        store = await context.in_store(context.store.health)
+        files, size = await context.in_store(_measured, context.store)
+        vram = [rank["vram"] for rank in ranks]
+        resident = set.intersection(*(set(one["pinned"]) for one in vram))
+        return {
+            "vram": {
+                **{name: sum(one[name] for one in vram) for name in VRAM_SUMS},
+                "pins": self._pinner.report(resident),
+            },
+            "ram": {
+                **{name: sum(rank[key] for rank in ranks) for name, key in RAM_SUMS.items()},
+                "conversations": len(warm.conversations),
+                "pinned_bytes": 0,
+            },
+            "disk": {
+                "capacity_bytes": context.quota.limit,
+                "free_bytes": store.free_bytes,
+                "bytes": size,
+                "segments": files,
+                "named_bytes": counts.segment_bytes,
+                "snapshots": counts.snapshots,
+                "conversations": counts.conversations,
+            },
+        }
 
     async def stats(self) -> dict[str, Any]:
         """Counters of the service and of every rank, what waits now, and the store's health."""
@@ -200,8 +290,15 @@ class SnapshotService:
                 "saves_waiting": self.context.saves.waiting,
                 "automatic_saves_waiting": self._automatic.waiting,
             },
+            "housekeeping": self.housekeeper.report(),
             "ranks": await self.context.ranks.stats(),
             "stored_boundaries": len(self.context.boundaries),
             "store": asdict(store),
             "catalog": asdict(catalog.report),
         }
+
+
+def _measured(store: Store) -> tuple[int, int]:
+    """How many segment files there are, and their bytes: by a walk over them."""
+    sizes = [segment.bytes for segment in store.iter_segments()]
+    return len(sizes), sum(sizes)

@@ -24,14 +24,21 @@ class Trigger:
     delay: float = 0.0
 
 
-def decide(settings: Settings, turn_number: int, since_last_save: float | None) -> Trigger:
+def decide(
+    settings: Settings,
+    turn_number: int,
+    since_last_save: float | None,
+    *,
+    tool_calls: bool = False,
+) -> Trigger:
     """Whether to save turn `turn_number`; `since_last_save` is None if none was saved yet.
 
+    With `tool_calls` its reply is known to contain some.
     The least interval puts a save off, it never drops the last turn: whoever carries this out
     saves, when the delay is over, the newest turn that was due by then.
     """
     policy = settings.snapshot_trigger_policy
-    if policy in ("manual_only", "on_tool_call"):
+    if policy == "manual_only" or (policy == "on_tool_call" and not tool_calls):
         return Trigger(When.NEVER)
     if policy == "every_n_turns" and turn_number % settings.snapshot_every_n_turns:
         return Trigger(When.NEVER)

@@ -36,6 +36,7 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from engram.sglang_plugin.contain import Containment, contained
 from engram.sglang_plugin.linker import EngramLinker
 from engram.sglang_plugin.streams import SideStream
+from engram.sglang_plugin.vram import VramPins
 from engram.tiers.health import StateCheck
 from engram.tiers.manager import TierManager
 
@@ -101,6 +102,7 @@ class EngramRadixCache(UnifiedRadixCache):
         self._next_lock = 0
         self._empty = True
         self._stale = False
+        self.pins = VramPins(self, self._pools, self.rank.pin_budget)
 
     @property
     def tiers(self) -> TierManager:
@@ -169,6 +171,7 @@ class EngramRadixCache(UnifiedRadixCache):
         if getattr(self, "_locks", None) is not None:
             self._locks.clear()
             self._copied.clear()
+            self.pins.forget()
 
     # ---- capture ----
 
@@ -262,6 +265,28 @@ class EngramRadixCache(UnifiedRadixCache):
             value = self._state_slot(result.last_device_node)
             slot = None if value is None else int(value[0])
         return Resident(result.device_prefix_len, slot)
+
+    def path_of(
+        self, token_ids: Any, extra_key: str | None, cache_salt: str | None
+    ) -> tuple[Any, torch.Tensor, int | None] | None:
+        """Node, KV slots and state slot of a sequence that the tree holds to its last token; None
+        if it does not."""
+        if self._stale:
+            return None
+        result = self._match(token_ids, extra_key, cache_salt)
+        node = result.last_device_node
+        state = self._state_slot(node)
+        if result.device_prefix_len != len(token_ids) or (self._has_state and state is None):
+            return None
+        slot = None if state is None else int(state[0])
+        return node, self.path_device_indices(node).long(), slot
+
+    def resident_sizes(self) -> tuple[int, int]:
+        """How many tokens' KV and how many states the tree holds."""
+        tokens = self.full_evictable_size() + self.full_protected_size()
+        if not self._has_state:
+            return tokens, 0
+        return tokens, self.mamba_evictable_size() + self.mamba_protected_size()
 
     def capture_resident(
         self, token_ids: Any, extra_key: str | None, cache_salt: str | None

@@ -32,16 +32,20 @@ from engram.errors import (
 )
 from engram.sglang_plugin.keys import page_keys
 from engram.sglang_plugin.messages import (
+    DemoteRequest,
     DescribeRequest,
     DropRequest,
     EngramReply,
     EngramRequest,
     PersistRequest,
+    PinRequest,
     ProbeRequest,
     PromoteRequest,
     ReleaseRequest,
+    ResidentsRequest,
     StateRequest,
     StatsRequest,
+    UnpinRequest,
 )
 from engram.snapshot.manifest import SegmentRef
 from engram.tiers.base import Persisted, Promoted, Segment, Tier
@@ -84,6 +88,10 @@ class RankControl:
                 PromoteRequest: self._promote,
                 ProbeRequest: self._probe,
                 DropRequest: self._drop,
+                ResidentsRequest: self._residents,
+                DemoteRequest: self._demote,
+                PinRequest: self._pin,
+                UnpinRequest: self._unpin,
                 ReleaseRequest: self._release,
                 StatsRequest: self._stats,
             }.items()
@@ -158,7 +166,8 @@ class RankControl:
         if request.locate:
             # It is asked because it will be saved: until then it is not the first to leave RAM.
             self._tiers.ram.want(boundary)
-            return {"boundary": boundary.end, "key": boundary.key}
+            needed = self._tiers.unsaved_bytes(boundary)
+            return {"boundary": boundary.end, "key": boundary.key, "needed": needed}
 
         def result(done: Persisted) -> Result:
             return {
@@ -260,6 +269,33 @@ class RankControl:
         mine = request.segment_ids[self._rank.shard.rank]
         return _then(self._tiers.drop(mine), lambda count: {"dropped": count})
 
+    def _residents(self, request: ResidentsRequest) -> Future[Result]:
+        return _then(
+            self._tiers.in_background(self._tiers.ram.durable_residents),
+            lambda found: {"segments": [list(one) for one in found]},
+        )
+
+    def _demote(self, request: DemoteRequest) -> Future[Result]:
+        mine = frozenset(request.segment_ids[self._rank.shard.rank])
+        ram = self._tiers.ram
+        return _then(
+            self._tiers.in_background(lambda: ram.demote(mine)), lambda freed: {"bytes": freed}
+        )
+
+    def _pin(self, request: PinRequest) -> Result:
+        keys = page_keys(
+            request.tokens, self._rank.page_size, request.extra_key, request.cache_salt
+        )
+        end = self._end(request, keys)
+        tokens = array("q", request.tokens[:end])
+        resident = self._cache.pins.pin(
+            request.owner, tokens, request.extra_key, request.cache_salt
+        )
+        return {"resident": resident, "tokens": end, **self._cache.pins.report()}
+
+    def _unpin(self, request: UnpinRequest) -> Result:
+        return {"unpinned": self._cache.pins.unpin(request.owner)}
+
     def _release(self, request: ReleaseRequest) -> None:
         self._tiers.abandon(request.owner)
 
@@ -269,8 +305,10 @@ class RankControl:
             "ram_bytes": ram.used,
             "ram_capacity": ram.capacity,
             "ram_held_bytes": ram.held,
+            "ram_segments": ram.residents,
             **self._tiers.depths(),
             "tree_locks": self._cache.locks,
+            "vram": self._cache.pins.report(),
             "segments": len(ram),
             "weights_changes": self._rank.epoch,
             "stale_tree": self._cache.stale,

@@ -13,17 +13,29 @@ from engram.core.namespace import Namespace
 from engram.core.tokens import TokenArray
 from engram.errors import GenerationAbortedError, InvalidRequestError
 from engram.server.tagging import CURRENT_TAG
-from engram.service.ports import Brought, Chains, EngineInfo, Generation, Located, Stored
+from engram.service.ports import (
+    Brought,
+    Chains,
+    EngineInfo,
+    Generation,
+    Located,
+    ResidentSegment,
+    Stored,
+)
 from engram.sglang_plugin.control import RankClient, Result
 from engram.sglang_plugin.keys import page_keys
 from engram.sglang_plugin.messages import (
+    DemoteRequest,
     DescribeRequest,
     DropRequest,
     PersistRequest,
+    PinRequest,
     ProbeRequest,
     PromoteRequest,
     ReleaseRequest,
+    ResidentsRequest,
     StatsRequest,
+    UnpinRequest,
 )
 from engram.snapshot.manifest import SegmentRef
 
@@ -53,8 +65,9 @@ class SglangRanks:
 
     async def locate(self, namespace: str, request: FinishedRequest, boundary: int) -> Located:
         """Where a snapshot of the request would end."""
-        answer = (await self._persist(namespace, request, boundary, locate=True))[0]
-        return Located(answer["boundary"], answer["key"])
+        answers = await self._persist(namespace, request, boundary, locate=True)
+        needed = sum(answer["needed"] for answer in answers)
+        return Located(answers[0]["boundary"], answers[0]["key"], needed)
 
     async def persist(self, namespace: str, request: FinishedRequest, boundary: int) -> Stored:
         """Make the state at the request's end durable on every rank."""
@@ -144,6 +157,45 @@ class SglangRanks:
             namespace=namespace,
             segment_ids=[list(ids) for ids in segment_ids],
         )
+
+    async def residents(self, namespace: str) -> list[list[ResidentSegment]]:
+        """The durable segments in RAM, by rank."""
+        answers = await self._client.ask(
+            ResidentsRequest, timeout=ANSWER_TIMEOUT_S, namespace=namespace
+        )
+        return [[ResidentSegment(*one) for one in answer["segments"]] for answer in answers]
+
+    async def demote(self, namespace: str, segment_ids: Sequence[Sequence[str]]) -> int:
+        """Let durable segments leave RAM."""
+        answers = await self._client.ask(
+            DemoteRequest,
+            timeout=ANSWER_TIMEOUT_S,
+            namespace=namespace,
+            segment_ids=[list(ids) for ids in segment_ids],
+        )
+        return sum(answer["bytes"] for answer in answers)
+
+    async def pin(
+        self, namespace: str, request: FinishedRequest, boundary: int, owner: str
+    ) -> bool:
+        """Keep the state at the request's end in every rank's tree; False if not all have it."""
+        answers = await self._client.ask(
+            PinRequest,
+            timeout=ANSWER_TIMEOUT_S,
+            namespace=namespace,
+            request_rid=request.rid or None,
+            tokens=request.tokens.tolist(),
+            boundary=boundary,
+            extra_key=request.extra_key,
+            cache_salt=request.cache_salt,
+            owner=owner,
+        )
+        return all(answer["resident"] for answer in answers)
+
+    async def unpin(self, owner: str) -> bool:
+        """Let go of what `owner` has pinned."""
+        answers = await self._client.ask(UnpinRequest, timeout=ANSWER_TIMEOUT_S, owner=owner)
+        return any(answer["unpinned"] for answer in answers)
 
     async def stats(self) -> list[dict[str, Any]]:
         """The tiers' counters, by rank."""

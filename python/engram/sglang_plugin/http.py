@@ -23,7 +23,9 @@ from engram.errors import EngramError, InvalidRequestError
 from engram.server.compatible import compatible_router
 from engram.server.memory import memory_router
 from engram.server.refusing import RefusingMiddleware
+from engram.server.resources import resources_router
 from engram.server.tagging import CURRENT_TAG, TaggingMiddleware
+from engram.server.tool_calls import ToolCallMiddleware
 from engram.service import SnapshotService
 from engram.sglang_plugin.args import open_store, settings_of
 from engram.sglang_plugin.control import RankClient
@@ -92,8 +94,10 @@ def before_setup_and_run_http_server(
     )
     _watch_requests(tokenizer_manager, service)
     _watch_weights(tokenizer_manager, service)
-    for router in (compatible_router(service), memory_router(service)):
+    for router in (compatible_router(service), resources_router(service), memory_router(service)):
         app.include_router(_marked(router))
+    if _opened.settings.snapshot_trigger_policy == "on_tool_call":
+        app.add_middleware(ToolCallMiddleware, tool_called=service.gate.tool_called)
     app.add_middleware(TaggingMiddleware)
     app.add_middleware(RefusingMiddleware)
     _save_before_the_end(app, tokenizer_manager, service)
@@ -126,8 +130,9 @@ def _marked(router: Any) -> Any:
 
 
 def _save_before_the_end(app: Any, manager: Any, service: SnapshotService) -> None:
-    """Finish the saves while the ranks still answer.
+    """Begin the work in the background with the server, and finish the saves before its end.
 
+    They need ranks that still answer.
     On SIGTERM upstream waits for the running requests and then ends the schedulers, in one
     coroutine; ours runs before it.  On Ctrl-C only the web server is told: it ends the app's
     lifespan while the schedulers still run.
@@ -153,6 +158,7 @@ def _save_before_the_end(app: Any, manager: Any, service: SnapshotService) -> No
     @asynccontextmanager
     async def lifespan(running: Any) -> AsyncIterator[Any]:
         async with serve(running) as state:
+            service.start()
             try:
                 yield state
             finally:

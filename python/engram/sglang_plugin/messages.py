@@ -80,6 +80,28 @@ class DropRequest(StateRequest, kw_only=True):
     segment_ids: list[list[str]]
 
 
+class ResidentsRequest(StateRequest, kw_only=True):
+    """Ask which durable segments are in RAM."""
+
+
+class DemoteRequest(StateRequest, kw_only=True):
+    """Let segments leave RAM; `segment_ids` has one list a rank."""
+
+    segment_ids: list[list[str]]
+
+
+class PinRequest(PersistRequest, kw_only=True):
+    """Keep the state at the end of a sequence in SGLang's tree, if it is there, for `owner`."""
+
+    owner: str
+
+
+class UnpinRequest(EngramRequest, kw_only=True):
+    """Let go of what its owner has pinned."""
+
+    owner: str
+
+
 class ReleaseRequest(EngramRequest, kw_only=True):
     """Its owner wants no chain any longer, leased or still to be promoted; there is no reply."""
 
@@ -105,6 +127,10 @@ REQUESTS: tuple[type[EngramRequest], ...] = (
     PromoteRequest,
     ProbeRequest,
     DropRequest,
+    ResidentsRequest,
+    DemoteRequest,
+    PinRequest,
+    UnpinRequest,
     ReleaseRequest,
     StatsRequest,
 )

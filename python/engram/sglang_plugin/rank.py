@@ -67,7 +67,7 @@ class Launch:
 class RankContext:
     """The identity and the tiers of one rank.
 
-    `epoch` counts the changes of weights, from 0.
+    `epoch` counts the changes of weights, from 0; `pin_budget` are bytes of VRAM, None for a share.
     """
 
     namespace: Namespace
@@ -79,6 +79,7 @@ class RankContext:
     model_name: str
     launch: Launch
     epoch: int = 0
+    pin_budget: int | None = None
     _runtime: int = 0
     _retiring: list[threading.Thread] = field(default_factory=list)
 
@@ -187,6 +188,7 @@ def open_rank(
         model.hf_text_config.model_type,
         get_serving().served_model_name,
         launch,
+        pin_budget=settings.pin_budget_bytes,
     )
 
 

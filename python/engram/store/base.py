@@ -17,6 +17,7 @@ from typing import TypeAlias
 
 from engram.core.namespace import Namespace
 from engram.core.tokens import TokenArray
+from engram.snapshot.conversation import ConversationRecord
 from engram.snapshot.listing import DamagedManifest, ManifestEntry
 from engram.snapshot.manifest import Manifest
 from engram.snapshot.segment import SegmentHeader, Shard
@@ -160,6 +161,23 @@ class ManifestStore(ABC):
             yield self.load_manifest(entry)
 
 
+class ConversationStore(ABC):
+    """Records of what was set of conversations. Errors as above."""
+
+    @abstractmethod
+    def put_conversation(self, record: ConversationRecord) -> None:
+        """Store a conversation's record, in place of the one there is."""
+
+    @abstractmethod
+    def delete_conversation(self, record: ConversationRecord) -> None:
+        """Remove a conversation's record. One that is not there is no error."""
+
+    @abstractmethod
+    def iter_conversations(self) -> Iterator[ConversationRecord]:
+        """All records, verified. A damaged one is quarantined and left out; so is, in place, one of
+        a newer version."""
+
+
 @dataclass(frozen=True)
 class StoreHealth:
     """What is wrong, or was and has been healed; sizes in bytes.
@@ -175,8 +193,8 @@ class StoreHealth:
     free_bytes: int | None
 
 
-class Store(SegmentStore, NamespaceStore, ManifestStore):
-    """All three: what a server keeps its snapshots in."""
+class Store(SegmentStore, NamespaceStore, ManifestStore, ConversationStore):
+    """All of them: what a server keeps its snapshots in."""
 
     @abstractmethod
     def remains_of_manifests(self, names: Iterable[str] = ()) -> Iterator[bytes]:

@@ -14,6 +14,7 @@ from engram.errors import EncryptionKeyError, KeyringCorruptError, StoreError
 from engram.snapshot.manifest import MAX_MANIFEST_BYTES
 from engram.snapshot.segment import Shard
 from engram.store.base import Store, StoreHealth
+from engram.store.conversation_files import DiskConversations
 from engram.store.durable import (
     DirectoryMaker,
     free_bytes,
@@ -44,8 +45,10 @@ class StoreStats:
     free_bytes: int | None
 
 
-class DiskStore(DiskSegments, DiskNamespaces, DiskManifests, Store):
-    """Segments, manifests and namespaces below one directory (``docs/format/store.md``).
+class DiskStore(DiskSegments, DiskNamespaces, DiskManifests, DiskConversations, Store):
+    """Segments, manifests, namespaces and conversation records below one directory.
+
+    The format is in ``docs/format/store.md``.
 
     Made by `open`. ``marker_rebuilt`` and ``removed_temps`` tell what opening had to heal.
     """

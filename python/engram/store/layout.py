@@ -52,6 +52,10 @@ class Layout:
         return self.root / "namespaces"
 
     @property
+    def conversations(self) -> Path:
+        return self.root / "conversations"
+
+    @property
     def quarantine(self) -> Path:
         return self.root / "quarantine"
 
@@ -62,6 +66,9 @@ class Layout:
 
     def manifest(self, name: str) -> Path:
         return self.manifests / name[:2] / name
+
+    def conversation(self, name: str) -> Path:
+        return self.conversations / name[:2] / name
 
     def namespace(self, namespace_id: str) -> Path:
         """Raises `InvalidRequestError` for an id that is no digest."""

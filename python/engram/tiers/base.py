@@ -158,6 +158,7 @@ class TierStats:
     capture_stale: int = 0
     unhealthy: int = 0
     evicted: int = 0
+    demoted: int = 0
     persisted_segments: int = 0
     persisted_bytes: int = 0
     promoted_segments: int = 0

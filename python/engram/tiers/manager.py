@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 import torch
@@ -52,6 +52,7 @@ OTHER_HAND: Final = "restore another snapshot; the store was changed by somethin
 
 MIN_SHARED_BYTES: Final = 16 << 10
 """Rows of fewer bytes are not worth a file of their own, which has 4,128 bytes beside them."""
+Done = TypeVar("Done")
 
 FILL_TIMEOUT_S: Final = 120.0
 """How long a writer waits for a payload that is still being copied from the device."""
@@ -343,6 +344,17 @@ class TierManager:
             self.ram.touch(chain)
             return self._writes.submit(Write(self._persist, chain))
 
+    def unsaved_bytes(self, boundary: Segment) -> int:
+        """Bytes of the files that making a chain durable would write now."""
+        with self.ram.lock:
+            return sum(
+                self._plan(
+                    node.key, node.start, node.end, node.key if node.start else None, node.has_state
+                ).file_length
+                for node in boundary.chain()
+                if not node.durable
+            )
+
     def _persist(self, write: Write[Persisted]) -> Persisted:
         refs: list[SegmentRef] = []
         written = 0
@@ -608,6 +620,10 @@ class TierManager:
         for segment_id in segment_ids:
             self.store.delete_segment(self.shard, segment_id)
         return len(segment_ids)
+
+    def in_background(self, work: Callable[[], Done]) -> Future[Done]:
+        """Do what may take long for a scheduler on a thread that reads."""
+        return self._read.submit(work)
 
     # ---- life ----
 

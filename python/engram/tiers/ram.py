@@ -3,9 +3,10 @@
 The index finds a segment by the page key it ends at and its kind.  Page keys are chained, so a
 lookup walks back from the end of a request to the first state held (rows, if there are no states).
 
-Eviction takes what nobody asked to keep before anything that somebody did; within each of the two
-the least recently used goes first, and a segment goes before the ones it stands on: using a chain
-touches its parents last.  What is held (leased, being written, being filled) never goes.
+Eviction takes what nobody asked to keep before anything that somebody did, and of that what is on
+disk before what is not; within each of the three the least recently used goes first, and a segment
+goes before the ones it stands on: using a chain touches its parents last.  What is held (leased,
+being written, being filled) never goes.
 A durable segment keeps its entry when its bytes leave RAM; the others are forgotten.
 """
 
@@ -61,6 +62,42 @@ class RamTier:
         """Bytes that cannot give way now: leased, being written, loaded or filled."""
         with self.lock:
             return sum(node.nbytes for node in chain(self._unwanted, self._wanted) if node.holders)
+
+    @property
+    def residents(self) -> int:
+        """How many segments have room here."""
+        with self.lock:
+            return len(self._unwanted) + len(self._wanted)
+
+    def durable_residents(self) -> list[tuple[str, int, bool]]:
+        """(segment id, bytes, whether it is held) of what is whole here and on disk as well."""
+        with self.lock:
+            return [
+                (node.segment_id, node.nbytes, node.holders > 0)
+                for node in chain(self._unwanted, self._wanted)
+                if node.segment_id is not None and node.resident
+            ]
+
+    def demote(self, segment_ids: frozenset[str]) -> int:
+        """Let the bytes of segments go that are on disk as well; how many went.
+
+        What is held stays, and what something else here stands on.
+        """
+        freed = 0
+        with self.lock:
+            chosen = [
+                node
+                for node in chain(self._unwanted, self._wanted)
+                if node.segment_id in segment_ids and node.resident
+            ]
+            # Children before what they stand on.
+            for node in sorted(chosen, key=lambda s: (-s.end, not s.has_state)):
+                if node.holders or node.resident_children:
+                    continue
+                self._evict(node)
+                self.stats.demoted += 1
+                freed += node.nbytes
+        return freed
 
     def get(self, key: str, has_state: bool) -> Segment | None:
         """The state at `key`, or the rows that end there, whether or not their bytes are in RAM."""
@@ -241,7 +278,10 @@ class RamTier:
         victims: list[Segment] = []
         passed: set[Segment] = set()
         gone: Counter[Segment] = Counter()
-        for segment in chain(self._unwanted, self._wanted):
+        # What somebody wants and no disk has yet would be lost: it goes last.
+        unsaved = [segment for segment in self._wanted if not segment.durable]
+        saved = (segment for segment in self._wanted if segment.durable)
+        for segment in chain(self._unwanted, saved, unsaved):
             node: Segment | None = segment
             while node is not None:
                 children = node.resident_children - gone[node]

@@ -147,6 +147,7 @@ class TestRebuilding:
         self, store: DiskStore, damage: Callable[[Path], None], reason: str
     ) -> None:
         with opened(store) as catalog:
+            catalog.record_use({("", "a"): 1.0})  # so that no page of the file is empty
             before = contents(catalog)
         damage(store.catalog_path)
         with opened(store) as catalog:
@@ -394,7 +395,8 @@ class TestMigrations:
                 schema.migrate(connection)
             names = {row[0] for row in connection.execute("SELECT name FROM sqlite_master")}
             assert "second" not in names
-            assert connection.execute("SELECT max(version) FROM migrations").fetchone() == (1,)
+            newest = connection.execute("SELECT max(version) FROM migrations").fetchone()
+            assert newest == (len(schema.MIGRATIONS) - 1,)
 
     def test_an_older_catalog_is_migrated_in_place(
         self, store: DiskStore, manifests: list[Manifest], monkeypatch: pytest.MonkeyPatch
@@ -407,6 +409,5 @@ class TestMigrations:
             assert len(catalog.all_snapshots()) == len(manifests)
         with closing(sqlite3.connect(store.catalog_path)) as connection:
             assert connection.execute("SELECT version, name FROM migrations").fetchall() == [
-                (1, "snapshots and their segments"),
-                (2, "second"),
+                *((n, name) for n, (name, _) in enumerate(more, start=1)),
             ]

@@ -9,7 +9,17 @@ from pydantic import BaseModel
 from engram.errors import walk_error_classes
 from engram.server.compatible import compatible_router
 from engram.server.memory import memory_router
-from engram.server.schemas import ListBody, Place, RestoreBody, SaveBody
+from engram.server.resources import resources_router
+from engram.server.schemas import (
+    BranchPlace,
+    ConversationPatch,
+    ListBody,
+    MemoryPlace,
+    Place,
+    RestoreBody,
+    SaveBody,
+    SnapshotPatch,
+)
 from engram.service import SnapshotService
 from engram.sglang_plugin.args import FLAGS, REFUSED, _default
 from engram.sglang_plugin.plugin import HOOKS
@@ -21,6 +31,10 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "/restore_snapshot": RestoreBody,
     "/list_snapshots": ListBody,
     "/get_snapshot_info": Place,
+    "/v1/memory/promote": MemoryPlace,
+    "/v1/memory/pin": BranchPlace,
+    "PATCH /v1/snapshots/{snapshot_id}": SnapshotPatch,
+    "PATCH /v1/conversations/{conversation_id}": ConversationPatch,
 }
 
 
@@ -67,10 +81,10 @@ def test_every_refused_combination_is_documented() -> None:
 
 def test_every_route_is_documented() -> None:
     service = cast(SnapshotService, None)
-    routers = (compatible_router(service), memory_router(service))
+    routers = (compatible_router(service), resources_router(service), memory_router(service))
     routes = {cast(Any, route).path for router in routers for route in router.routes}
     headings = re.findall(
-        r"^## (?:POST|GET) (\S+)$", (DOCS / "http-api.md").read_text(), re.MULTILINE
+        r"^## (?:POST|GET|PATCH) (\S+)$", (DOCS / "http-api.md").read_text(), re.MULTILINE
     )
     assert set(headings) == routes
     assert len(headings) == len(routes)
@@ -78,7 +92,8 @@ def test_every_route_is_documented() -> None:
 
 @pytest.mark.parametrize("route", SCHEMAS)
 def test_every_field_of_a_body_is_documented(route: str) -> None:
-    table = rows((DOCS / "http-api.md").read_text(), f"POST {route}")
+    heading = route if route.startswith("PATCH") else f"POST {route}"
+    table = rows((DOCS / "http-api.md").read_text(), heading)
     assert [plain(row[0]) for row in table] == list(SCHEMAS[route].model_fields)
 
 

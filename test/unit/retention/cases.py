@@ -1,7 +1,8 @@
 """Stores to plan over, told in a few letters.
 
 A chain is told as segments, parent first: ``a`` alone, ``ab`` is b on a. The length of a segment is
-100 tokens; its size is 10 bytes unless told.
+100 tokens; its size is 10 bytes unless told. With ``state`` bytes above 0, each chain that a
+snapshot ends with has a state of so many on it.
 """
 
 from dataclasses import replace
@@ -15,8 +16,9 @@ NOW = 1_000_000.0
 class Store:
     """Makes snapshots that share their segments as told."""
 
-    def __init__(self, sizes: dict[str, int] | None = None) -> None:
+    def __init__(self, sizes: dict[str, int] | None = None, state: int = 0) -> None:
         self.sizes = sizes or {}
+        self.state = state
         self.segments: dict[str, Segment] = {}
         self.snapshots: list[Snapshot] = []
 
@@ -24,8 +26,18 @@ class Store:
         if chain not in self.segments:
             parent = self.segment(chain[:-1]) if len(chain) > 1 else None
             size = self.sizes.get(chain[-1], 10)
-            self.segments[chain] = Segment(chain, parent, 100 * len(chain), size)
+            self.segments[chain] = Segment(chain, parent, 100 * (len(chain) - 1), size)
         return self.segments[chain]
+
+    def tip(self, chain: str) -> Segment:
+        """What a snapshot of a chain ends with."""
+        rows = self.segment(chain)
+        if not self.state:
+            return rows
+        name = chain + "*"
+        if name not in self.segments:
+            self.segments[name] = Segment(name, rows, 100 * len(chain), self.state, is_state=True)
+        return self.segments[name]
 
     def add(
         self, conversation: str, turn: int, chain: str, branch: str = "main", **changes: object
@@ -40,7 +52,7 @@ class Store:
             turn_number=turn,
             token_count=100 * len(chain),
             used_at=NOW - idle,
-            tips=(self.segment(chain),),
+            tips=(self.tip(chain),),
         )
         self.snapshots.append(replace(plain, **changes))  # type: ignore[arg-type]
         return self.snapshots[-1]
@@ -66,26 +78,42 @@ def named_bytes(snapshots: list[Snapshot]) -> int:
     return sum(segment.bytes for segment in found)
 
 
-def random_store(rng: Random, conversations: int = 4, ranks: int = 1) -> list[Snapshot]:
-    """Conversations that go on, go back and branch, some of them on each other's segments."""
+def random_store(
+    rng: Random, conversations: int = 4, ranks: int = 1, states: bool = True
+) -> list[Snapshot]:
+    """Conversations that go on, go back and branch, some of them on each other's segments.
+
+    One in four that goes back shares only the beginning of a segment.
+    """
     snapshots: list[Snapshot] = []
-    begun: list[tuple[Segment, ...]] = []
+    # Chains that a turn may stand on: the last rows of each rank, and where the next ones start.
+    begun: list[tuple[tuple[Segment, ...], int]] = []
     for number in range(conversations):
         used = NOW - rng.choice([0, 100, 5_000, 200_000])
         priority = rng.choice([0, 50, 50, 100])
-        tips = rng.choice(begun) if begun and rng.random() < 0.3 else None
+        rows, end = rng.choice(begun) if begun and rng.random() < 0.3 else ((), 0)
+        tips: tuple[Segment, ...] = ()
         for turn in range(1, rng.randrange(2, 8)):
-            if tips is None or rng.random() < 0.9:
-                tips = tuple(
+            if not tips or rng.random() < 0.9:
+                name = f"{number}-{turn}"
+                rows = tuple(
                     Segment(
-                        f"{number}-{turn}-{rank}",
-                        tips[rank] if tips else None,
-                        (tips[rank].end if tips else 0) + rng.randrange(1, 50),
+                        f"{name}-{rank}",
+                        rows[rank] if rows else None,
+                        end,
                         rng.randrange(1, 1000),
                     )
                     for rank in range(ranks)
                 )
-            begun.append(tips)
+                end += rng.randrange(1, 50)
+                tips = rows
+                if states:
+                    size = rng.randrange(1, 1000)
+                    tips = tuple(
+                        Segment(f"{name}-{rank}*", rows[rank], end, size, is_state=True)
+                        for rank in range(ranks)
+                    )
+            begun.append((rows, end))
             branch = rng.choice(["main", "main", "main", "other"])
             snapshots.append(
                 Snapshot(
@@ -93,7 +121,7 @@ def random_store(rng: Random, conversations: int = 4, ranks: int = 1) -> list[Sn
                     conversation_id=f"conversation-{number}",
                     branch_name=branch,
                     turn_number=turn,
-                    token_count=tips[0].end,
+                    token_count=end,
                     used_at=used,
                     tips=tips,
                     priority=priority,
@@ -102,6 +130,28 @@ def random_store(rng: Random, conversations: int = 4, ranks: int = 1) -> list[Sn
                 )
             )
             if rng.random() < 0.2:
-                tips = rng.choice(begun)
+                tips = ()
+                rows, end = rng.choice(begun)
+                if rng.random() < 0.25 and end - rows[0].start > 1:
+                    end = rng.randrange(rows[0].start + 1, end)
     rng.shuffle(snapshots)
     return snapshots
+
+
+def tokens_again(snapshots: list[Snapshot], snapshot: Snapshot) -> int:
+    """Tokens from the nearest earlier state that others name to where one ends: the long way."""
+    nearest = []
+    for tip in snapshot.tips:
+        reach, on_path = snapshot.token_count, {}
+        rows = tip.parent
+        while rows is not None:
+            on_path[rows] = reach
+            reach, rows = min(reach, rows.start), rows.parent
+        found = [
+            other.start
+            for one in snapshots
+            for other in one.tips
+            if other is not tip and other.parent in on_path and other.start <= on_path[other.parent]
+        ]
+        nearest.append(max(found, default=0))
+    return snapshot.token_count - min(nearest)

@@ -1,5 +1,6 @@
 """What goes and what stays, case by case."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -8,6 +9,7 @@ import pytest
 from engram.core.settings import Settings
 from engram.errors import InvalidRequestError
 from engram.retention import Reason, RetentionPolicy, Segment, Snapshot, plan
+from engram.retention.forest import Forest
 from unit.retention.cases import NOW, Store, kept, removed
 
 HOUR, DAY = 3600.0, 86_400.0
@@ -25,10 +27,17 @@ class Case:
     after: int
     over: int = 0
     sizes: dict[str, int] = field(default_factory=dict)
+    state: int = 0
 
 
 def four_turns(store: Store) -> None:
     for turn, chain in enumerate(("a", "ab", "abc", "abcd"), start=1):
+        store.add("A", turn, chain)
+
+
+def uneven_turns(store: Store) -> None:
+    """Turns of 100, 100, 200 and 100 tokens."""
+    for turn, chain in enumerate(("a", "ab", "abcd", "abcde"), start=1):
         store.add("A", turn, chain)
 
 
@@ -270,12 +279,53 @@ CASES = [
         30,
         over=20,
     ),
+    Case(
+        "what the count takes frees its state",
+        four_turns,
+        RetentionPolicy(keep_last=2),
+        [("A/main/1", Reason.COUNT), ("A/main/2", Reason.COUNT)],
+        {"A/main/3": "within the policy", "A/main/4": "within the policy"},
+        240,
+        state=100,
+    ),
+    Case(
+        "superseded states go before anything else, the newest turn of the idlest stays",
+        two_idle,
+        RetentionPolicy(disk_quota=300),
+        [
+            ("old/main/1", Reason.QUOTA),
+            ("old/main/2", Reason.QUOTA),
+            ("new/main/1", Reason.QUOTA),
+            ("new/main/2", Reason.QUOTA),
+        ],
+        {"old/main/3": "within the policy", "new/main/3": "within the policy"},
+        260,
+        state=100,
+    ),
+    Case(
+        "of equal superseded states those go that leave the shortest way to compute",
+        uneven_turns,
+        RetentionPolicy(disk_quota=250),
+        [("A/main/1", Reason.QUOTA), ("A/main/2", Reason.QUOTA)],
+        {"A/main/3": "within the policy", "A/main/4": "within the policy"},
+        250,
+        state=100,
+    ),
+    Case(
+        "a branch keeps its beginning, not the snapshot it began at",
+        shared_prompt,
+        RetentionPolicy(disk_quota=230),
+        [("A/main/1", Reason.QUOTA)],
+        {"A/main/2": "within the policy", "B/main/1": "within the policy"},
+        230,
+        state=100,
+    ),
 ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_golden(case: Case) -> None:
-    store = Store(case.sizes)
+    store = Store(case.sizes, case.state)
     case.fill(store)
     found = plan(store.snapshots, case.policy, NOW)
     assert [(r.snapshot.snapshot_id, r.reason) for r in found.removals] == case.remove
@@ -334,9 +384,35 @@ def test_when_the_newest_turn_goes_the_one_before_is_the_newest() -> None:
     assert removed(found) == ["B/main/3", "Y/main/2"]
 
 
+def test_the_way_to_a_state_grows_as_those_before_it_go() -> None:
+    store = Store(state=100)
+    four_turns(store)
+    found = plan(store.snapshots, RetentionPolicy(disk_quota=1), NOW)
+    tokens = [int(re.search(r"(\d+) tokens", r.text)[1]) for r in found.removals]  # type: ignore[index]
+    assert removed(found) == ["A/main/1", "A/main/3", "A/main/2"]
+    assert tokens == [100, 100, 200]
+    assert [r.freed_bytes for r in found.removals] == [100, 100, 100]
+
+
+def test_a_state_inside_a_segment_counts_from_the_one_before_it_there() -> None:
+    """B goes on from the middle of A's rows: A's own end is not on B's way."""
+    rows = Segment("rows", None, 0, 10)
+    middle, end = (Segment(f"{at}*", rows, at, 100, is_state=True) for at in (60, 100))
+    more = Segment("more", rows, 60, 10)
+    last = Segment("80*", more, 80, 100, is_state=True)
+    snapshots = [
+        Snapshot(name, name, "main", 1, tip.start, NOW, (tip,))
+        for name, tip in (("middle", middle), ("end", end), ("last", last))
+    ]
+    forest = Forest(snapshots)
+    assert [forest.stop_of[n].tokens() for n in range(3)] == [60, 40, 20]
+    assert forest.remove(0)[0] == 100
+    assert [forest.stop_of[n].tokens() for n in (1, 2)] == [100, 80]
+
+
 def test_every_rank_has_its_share() -> None:
-    first = tuple(Segment(f"1-{rank}", None, 10, 5) for rank in range(2))
-    second = tuple(Segment(f"2-{rank}", tip, 20, 7) for rank, tip in enumerate(first))
+    first = tuple(Segment(f"1-{rank}", None, 0, 5) for rank in range(2))
+    second = tuple(Segment(f"2-{rank}", tip, 10, 7) for rank, tip in enumerate(first))
     snapshots = [
         Snapshot(f"s{n}", "A", "main", n, 10 * n, NOW, tips)
         for n, tips in enumerate((first, second), start=1)
@@ -348,7 +424,7 @@ def test_every_rank_has_its_share() -> None:
 
 def test_ranks_may_differ_in_what_they_share() -> None:
     """Rank 1 stored the same turn twice, rank 0 once: each snapshot ends in a place of its own."""
-    shared, mine, yours = (Segment(name, None, 10, 5) for name in ("shared", "mine", "yours"))
+    shared, mine, yours = (Segment(name, None, 0, 5) for name in ("shared", "mine", "yours"))
     snapshots = [
         Snapshot("first", "A", "main", 1, 10, NOW, (shared, mine)),
         Snapshot("second", "A", "main", 2, 10, NOW, (shared, yours)),
@@ -369,7 +445,7 @@ def test_a_long_conversation_is_no_worse_than_many_short_ones() -> None:
     store = Store()
     tip = None
     for turn in range(1, 3001):
-        tip = Segment(str(turn), tip, turn, 1)
+        tip = Segment(str(turn), tip, turn - 1, 1)
         store.snapshots.append(
             Snapshot(f"s{turn}", "A", "main", turn, turn, NOW, (tip,), pinned=turn == 10)
         )

@@ -7,13 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engram.retention import Reason, RetentionPolicy, Snapshot, plan
-from unit.retention.cases import NOW, named_bytes, random_store, removed
+from engram.retention.forest import Forest
+from unit.retention.cases import NOW, named_bytes, random_store, removed, tokens_again
 
 stores = st.builds(
     random_store,
     st.integers(0, 2**32).map(Random),
     st.integers(0, 6),
     st.integers(1, 2),
+    st.booleans(),
 )
 policies = st.builds(
     RetentionPolicy,
@@ -49,6 +51,24 @@ def test_each_removal_frees_what_it_says(store: list[Snapshot], policy: Retentio
         before = named_bytes(left)
         left.remove(removal.snapshot)
         assert before - named_bytes(left) == removal.freed_bytes
+
+
+@given(st.integers(0, 2**32).map(Random), st.integers(1, 2))
+def test_what_must_be_computed_again_counts_from_the_nearest_state_that_stays(
+    rng: Random, ranks: int
+) -> None:
+    store = random_store(rng, 3, ranks)
+    forest = Forest(store)
+    left = dict(enumerate(store))
+    while left:
+        for number, snapshot in left.items():
+            stop = forest.stop_of[number]
+            assert stop.tokens() == tokens_again(list(left.values()), snapshot)
+            others = [one for one in left.values() if one.tips != snapshot.tips]
+            assert stop.frees() == named_bytes(list(left.values())) - named_bytes(others)
+        number = rng.choice(list(left))
+        del left[number]
+        forest.remove(number)
 
 
 @given(stores, policies)

@@ -314,7 +314,7 @@ async def test_a_damaged_snapshot_does_not_hide_the_others(server: Server, app: 
             body = {"conversation_id": "c", "turn_number": turn}
             assert (await client.post("/save_snapshot", json=body)).status_code == 200
         rows = await server.service.list("", "c")
-        newest = server.store.get_manifest(rows[1].snapshot_id).segments[0][-1]
+        newest = server.store.get_manifest(rows[1].snapshot_id).segments[0][-2]
         path = next(p for p in server.root.rglob("*") if newest.segment_id in p.name)
         path.write_bytes(path.read_bytes()[:-1])
         reply = await client.post("/list_snapshots", json={"conversation_id": "c"})

@@ -23,7 +23,16 @@ from engram.errors import (
     NamespaceChangedError,
 )
 from engram.service import SnapshotService
-from engram.service.ports import Brought, Chains, EngineInfo, Generation, Located, Stored
+from engram.service.ports import (
+    Brought,
+    Chains,
+    EngineInfo,
+    Generation,
+    Located,
+    ResidentSegment,
+    Stored,
+)
+from engram.service.snapshots import RAM_SUMS, VRAM_SUMS
 from engram.snapshot.manifest import SegmentRef, rows_of
 from engram.snapshot.segment import TOKENS, SegmentHeader, Shard
 from engram.store.disk import DiskStore
@@ -80,6 +89,10 @@ class FakeEngine:
         self.durable: dict[str, list[list[SegmentRef]]] = {}
         self.promoted: list[dict[str, Any]] = []
         self.abandoned: list[str] = []
+        self.warm: list[dict[str, int]] = [{} for _ in range(world_size)]
+        self.held: set[str] = set()
+        self.pins: dict[str, int] = {}
+        self.pin_error: Exception | None = None
         self.located: list[str] = []
         self.generated: list[dict[str, Any]] = []
         self.persist_gate = Gate()
@@ -122,7 +135,8 @@ class FakeEngine:
     async def locate(self, namespace: str, request: FinishedRequest, boundary: int) -> Located:
         self.check(namespace)
         self.located.append(request.rid)
-        return Located(boundary, self._key(request, boundary))
+        key = self._key(request, boundary)
+        return Located(boundary, key, self._needed(request.tokens[:boundary]))
 
     async def persist(self, namespace: str, request: FinishedRequest, boundary: int) -> Stored:
         self.check(namespace)
@@ -133,6 +147,21 @@ class FakeEngine:
         await self.persist_gate.passed()
         chains = tuple(tuple(chain) for chain in self.durable[key])
         return Stored(boundary, chains, sum(r.bytes for c in chains for r in c), new)
+
+    def _needed(self, tokens: TokenArray) -> int:
+        """Bytes that `_write` would write."""
+        before = self.durable.copy()
+        put, self.store.put_segment = self.store.put_segment, lambda *_: "0" * 64  # type: ignore[method-assign]
+        state = self.rng.getstate()
+        try:
+            return 0 if self._last_key(tokens) in before else self._write(tokens)
+        finally:
+            self.store.put_segment = put  # type: ignore[method-assign]
+            self.rng.setstate(state)
+            self.durable = before
+
+    def _last_key(self, tokens: TokenArray) -> str:
+        return self.page_keys(tokens, self.info.page_size, None, None)[-1]
 
     def _key(self, request: FinishedRequest, boundary: int) -> str:
         keys = self.page_keys(request.tokens[:boundary], self.info.page_size, None, None)
@@ -238,8 +267,39 @@ class FakeEngine:
             if any(ref.segment_id in gone for chain in chains for ref in chain):
                 del self.durable[key]
 
+    async def residents(self, namespace: str) -> list[list[ResidentSegment]]:
+        self.check(namespace)
+        return [
+            [ResidentSegment(name, size, name in self.held) for name, size in found.items()]
+            for found in self.warm
+        ]
+
+    async def demote(self, namespace: str, segment_ids: Sequence[Sequence[str]]) -> int:
+        self.check(namespace)
+        freed = 0
+        for found, ids in zip(self.warm, segment_ids, strict=True):
+            freed += sum(found.pop(name, 0) for name in ids)
+        return freed
+
+    async def pin(
+        self, namespace: str, request: FinishedRequest, boundary: int, owner: str
+    ) -> bool:
+        self.check(namespace)
+        keys = self.page_keys(request.tokens[:boundary], self.info.page_size, None, None)
+        if self.pin_error is not None:
+            raise self.pin_error
+        if keys[-1] not in self.states:
+            return False
+        self.pins[owner] = boundary
+        return True
+
+    async def unpin(self, owner: str) -> bool:
+        return self.pins.pop(owner, None) is not None
+
     async def stats(self) -> list[dict[str, Any]]:
-        return [{"rank": rank} for rank in self._ranks()]
+        numbers = dict.fromkeys((*VRAM_SUMS, *RAM_SUMS.values()), 1)
+        vram = {**numbers, "pinned": list(self.pins)}
+        return [{"rank": rank, **numbers, "vram": vram} for rank in self._ranks()]
 
     def page_keys(
         self, tokens: TokenArray, page_size: int, extra_key: str | None, cache_salt: str | None

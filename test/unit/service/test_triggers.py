@@ -34,6 +34,13 @@ def test_every_n_turns() -> None:
 def test_manual_policies_never_save(turn: int, since: float | None) -> None:
     for policy in ("manual_only", "on_tool_call"):
         assert decide(settings(policy), turn, since) == Trigger(When.NEVER)
+    assert decide(settings("manual_only"), turn, since, tool_calls=True) == Trigger(When.NEVER)
+
+
+@given(turn=st.integers(1, 10**6), since=st.none() | st.floats(0, 1e6))
+def test_tool_calls_save_as_every_turn_does(turn: int, since: float | None) -> None:
+    found = decide(settings("on_tool_call"), turn, since, tool_calls=True)
+    assert found == decide(settings("every_turn"), turn, since)
 
 
 @given(

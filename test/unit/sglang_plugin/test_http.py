@@ -258,6 +258,9 @@ class Ending:
         yield "state"
         self.events.append("lifespan over")
 
+    def start(self) -> None:
+        self.events.append("begun")
+
     async def close(self) -> None:
         self.events.append("saved")
 
@@ -285,8 +288,8 @@ async def test_saves_are_finished_before_the_lifespan_ends() -> None:
     _save_before_the_end(ending, ending, cast(SnapshotService, ending))
     async with ending.router.lifespan_context(ending) as state:
         assert state == "state"
-        assert ending.events == []
-    assert ending.events == ["saved", "lifespan over"]
+        assert ending.events == ["begun"]
+    assert ending.events == ["begun", "saved", "lifespan over"]
 
 
 @on_a_loop
@@ -297,7 +300,7 @@ async def test_saves_that_do_not_end_hold_nobody_up(monkeypatch: pytest.MonkeyPa
     _save_before_the_end(ending, ending, cast(SnapshotService, ending))
     async with ending.router.lifespan_context(ending):
         pass
-    assert ending.events == ["lifespan over"]
+    assert ending.events == ["begun", "lifespan over"]
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -1,0 +1,76 @@
+"""The disk quota: a save over it first makes room, and is refused where there is none to make."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from engram.conversation.turns import Tag
+from engram.errors import StoreFullError
+
+if TYPE_CHECKING:
+    from engram.service.context import ServiceContext
+
+MakeRoom = Callable[[int, Tag], Awaitable[None]]
+"""Bring the segments' bytes down to a number, if that is possible, for a save of this tag."""
+
+
+class DiskQuota:
+    """Counts the bytes of all segments that snapshots name, and of those that saves will write.
+
+    ``limit`` is in bytes, None for no quota.  Used on one event loop.
+    """
+
+    def __init__(self, context: ServiceContext, limit: int | None) -> None:
+        self.limit = limit
+        self.make_room: MakeRoom | None = None
+        self._context = context
+        self._used: int | None = None
+        self._reserved = 0
+        self._lock = asyncio.Lock()
+
+    async def used(self) -> int:
+        """Bytes of the segments that snapshots name."""
+        if self._used is None:
+            counts = await self._context.in_catalog(self._context.catalog.counts)
+            self._used = counts.segment_bytes
+        return self._used
+
+    def wrote(self, nbytes: int) -> None:
+        """A save has stored so many bytes, or, below 0, a removal has freed them."""
+        if self._used is not None:
+            self._used = max(0, self._used + nbytes)
+
+    def recount(self) -> None:
+        """Count again before it matters."""
+        self._used = None
+
+    @asynccontextmanager
+    async def reserved(self, needed: int, tag: Tag) -> AsyncIterator[None]:
+        """Have room for `needed` bytes within.  `StoreFullError` if none can be made."""
+        if self.limit is None:
+            yield
+            return
+        async with self._lock:
+            await self._have(needed, tag)
+            self._reserved += needed
+        try:
+            yield
+        finally:
+            self._reserved -= needed
+
+    async def _have(self, needed: int, tag: Tag) -> None:
+        assert self.limit is not None
+        allowed = self.limit - self._reserved - needed
+        if await self.used() <= allowed:
+            return
+        if allowed >= 0 and self.make_room is not None:
+            await self.make_room(allowed, tag)
+            self.recount()
+        used = await self.used()
+        if used > allowed:
+            raise StoreFullError.over_quota(
+                needed=needed, used=used + self._reserved, quota=self.limit
+            )

@@ -456,7 +456,7 @@ async def test_the_counters_are_all_there(server: Server) -> None:
     await save_all(server, "c", 1)
     stats = await server.service.stats()
     assert stats["service"]["saves"] == 1
-    assert stats["ranks"] == [{"rank": 0}, {"rank": 1}]
+    assert [rank["rank"] for rank in stats["ranks"]] == [0, 1]
     assert stats["stored_boundaries"] == 1
 
 

@@ -207,9 +207,12 @@ def _catalog_error(path: Path, error: sqlite3.Error | OSError) -> EngramError:
         return StoreFullError.of(
             needed=PAGE_BYTES, free=_free_bytes(path.parent), where=str(path.parent)
         )
+    locked = any(word in str(error) for word in ("locked", "busy"))
     return StoreError(
         f"catalog {path}: {error}",
-        hint="restart the server: a damaged catalog is rebuilt from the manifests",
+        hint="end the other program that has the catalog open, then try again"
+        if locked
+        else "restart the server: a damaged catalog is rebuilt from the manifests",
         details={"file": str(path)},
     )
 

@@ -10,6 +10,7 @@ from random import Random
 from typing import Any
 
 from engram.conversation.turns import Tag
+from engram.errors import CaptureLostError
 from faults.engine import Keeper
 from faults.ledger import Ledger
 
@@ -98,7 +99,15 @@ class Crowd:
         snapshot_id = self._new("snap")
         self.tell({"event": "saving", "id": snapshot_id, "tokens": turn.tokens})
         self._turns.remove(turn)
-        result = await self.keeper.service.save(tenant="", rid=turn.rid, snapshot_id=snapshot_id)
+        try:
+            result = await self.keeper.service.save(
+                tenant="", rid=turn.rid, snapshot_id=snapshot_id
+            )
+        except CaptureLostError:
+            # Others have filled RAM, or emptied it, twice in a row: nothing was saved.
+            self.tell({"event": "refused", "id": snapshot_id})
+            self.counts["refusals"] += 1
+            return
         assert (result.snapshot_id, result.durability) == (snapshot_id, "sync")
         self._acknowledged(snapshot_id, turn.tokens)
         self.counts["saves"] += 1

@@ -253,7 +253,8 @@ class Keeper:
     ) -> Keeper:
         with ExitStack() as opened:
             store = opened.enter_context(DiskStore.open(root, fs=fs))
-            catalog = opened.enter_context(closing(Catalog.open(store.catalog_path, store)))
+            with store.reserve_at_hand():
+                catalog = opened.enter_context(closing(Catalog.open(store.catalog_path, store)))
             engine = ComputedEngine(root, fs, ram_bytes)
             opened.pop_all()
         service = SnapshotService(SETTINGS, store, catalog, engine, engine)

@@ -22,6 +22,7 @@ class Promise:
 
     tokens: list[int]
     saved: bool = False
+    refused: bool = False
     deleting: bool = False
     deleted: bool = False
 
@@ -38,7 +39,8 @@ class Ledger:
     promises: dict[str, Promise] = field(default_factory=dict)
 
     def record(self, event: Mapping[str, Any]) -> None:
-        """One of saving (with tokens), saved, deleting and deleted, each with the snapshot's id."""
+        """One of saving (with tokens), saved, refused, deleting and deleted, with the snapshot's
+        id."""
         name, snapshot_id = event["event"], event["id"]
         if name == "saving":
             self.promises[snapshot_id] = Promise(list(event["tokens"]))
@@ -64,6 +66,8 @@ class Ledger:
                 raise BrokenPromiseError(f"{snapshot_id} was acknowledged, and is lost")
             if snapshot_id in there and promise.deleted:
                 raise BrokenPromiseError(f"{snapshot_id} was deleted, and is back")
+            if snapshot_id in there and promise.refused:
+                raise BrokenPromiseError(f"{snapshot_id} was refused, and has come to light")
 
 
 async def check_keeper(keeper: Keeper, ledger: Ledger) -> int:

@@ -28,7 +28,9 @@ from repository import ROOT
 DOCUMENT: Final = ROOT / "docs" / "faults.md"
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 
-SPACE_NEEDED: Final = ("mkdir", "create_temp", "write", "fsync", "rename", "fsync_dir")
+SPACE_NEEDED: Final = (
+    *("mkdir", "create_temp", "write", "fsync", "rename", "fsync_dir", "allocate"),
+)
 """File operations that can find the disk full."""
 READS: Final = ("open_read", "read_into")
 SQL_FAULTS: Final[dict[str, sqlite3.Error]] = {

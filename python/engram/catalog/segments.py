@@ -71,7 +71,12 @@ class SegmentTable:
         return [_ref(row) for row in rows]
 
     def is_referenced(self, shard: Shard, segment_id: str) -> bool:
-        """Whether some snapshot names the segment."""
+        """Whether some snapshot names the segment; so it seems while that is not known for sure.
+
+        Until the catalog has been checked through, a damaged row may hide a reference.
+        """
+        if not self._db.checked:
+            return True
         row = self._db.row(
             "SELECT 1 FROM segments WHERE namespace = ? AND rank = ? AND segment_id = ?"
             f" AND {_REFERENCED}",
@@ -84,7 +89,11 @@ class SegmentTable:
 
         Files that no manifest ever named are not among them: compare the store's own listing with
         `is_referenced`. Chains stay whole, because a snapshot names all segments it stands on.
+        There are none until the catalog has been checked through: nothing goes on a word that may
+        be damaged.
         """
+        if not self._db.checked:
+            return []
         rows = self._db.rows(f"SELECT * FROM segments WHERE NOT {_REFERENCED} ORDER BY id")
         return [
             UnreferencedSegment(

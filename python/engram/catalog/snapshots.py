@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Final
 
+from engram.catalog.checksum import row_is_intact
 from engram.catalog.database import Database
 from engram.catalog.rows import (
     BranchRow,
@@ -103,7 +104,7 @@ class SnapshotTable:
             raise NotFoundError(
                 f"no snapshot {snapshot_id!r}", details={"snapshot_id": snapshot_id}
             )
-        return _snapshot(row)
+        return self._snapshot(row)
 
     def find(
         self, tenant: str, conversation_id: str, branch_name: str, turn_number: int | None = None
@@ -120,7 +121,7 @@ class SnapshotTable:
         )
         if row is None:
             raise self._unknown(tenant, conversation_id, branch_name, turn_number)
-        return _snapshot(row)
+        return self._snapshot(row)
 
     def find_rid(self, rid: str, tenant: str = "") -> SnapshotRow | None:
         """The newest snapshot of the request ``rid``, on whichever branch; None without one."""
@@ -128,7 +129,7 @@ class SnapshotTable:
             "SELECT * FROM snapshots WHERE tenant = ? AND rid = ? ORDER BY created_at DESC LIMIT 1",
             (tenant, rid),
         )
-        return None if row is None else _snapshot(row)
+        return None if row is None else self._snapshot(row)
 
     def earlier(
         self, tenant: str, conversation_id: str, branch_name: str, before_turn: int
@@ -165,14 +166,14 @@ class SnapshotTable:
             " ORDER BY created_at, snapshot_id LIMIT ?6",
             (tenant, conversation_id, branch_name, created_at, snapshot_id, limit + 1),
         )
-        page = tuple(_snapshot(row) for row in rows[:limit])
+        page = tuple(self._snapshot(row) for row in rows[:limit])
         more = len(rows) > limit
         return SnapshotPage(page, _cursor(page[-1]) if more else None)
 
     def all_snapshots(self) -> list[SnapshotRow]:
         """The snapshots of all tenants, oldest first: for retention, never for a listing."""
         rows = self._db.rows("SELECT * FROM snapshots ORDER BY created_at, tenant, snapshot_id")
-        return [_snapshot(row) for row in rows]
+        return [self._snapshot(row) for row in rows]
 
     def of_namespace(self, namespace: str) -> list[SnapshotRow]:
         """The snapshots of all tenants that one namespace can restore, oldest first."""
@@ -180,7 +181,7 @@ class SnapshotTable:
             "SELECT * FROM snapshots WHERE namespace = ? ORDER BY created_at, tenant, snapshot_id",
             (namespace,),
         )
-        return [_snapshot(row) for row in rows]
+        return [self._snapshot(row) for row in rows]
 
     def conversations(
         self, tenant: str, *, limit: int = 100, after: str | None = None
@@ -252,6 +253,12 @@ class SnapshotTable:
                 for rank, position, ref in refs
             ],
         )
+
+    def _snapshot(self, row: sqlite3.Row) -> SnapshotRow:
+        """What a row says. One that nobody has checked yet is checked now."""
+        if not self._db.checked and not row_is_intact(row):
+            raise self._db.damaged(f"row {row['id']} of snapshots does not match its checksum")
+        return _snapshot(row)
 
     def _unknown(
         self, tenant: str, conversation_id: str, branch_name: str, turn_number: int | None

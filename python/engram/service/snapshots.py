@@ -183,8 +183,9 @@ class SnapshotService:
     def _remove(self, row: SnapshotRow) -> None:
         # The manifest first: a row without its file is healed at the next start, and what was
         # deleted must not come back.
-        self.context.store.delete_manifest(row.snapshot_id, row.tenant)
-        self.context.catalog.delete(row.snapshot_id, row.tenant)
+        with self.context.store.reserve_at_hand():
+            self.context.store.delete_manifest(row.snapshot_id, row.tenant)
+            self.context.catalog.delete(row.snapshot_id, row.tenant)
 
     async def _drop(self, engine: EngineInfo, orphans: Sequence[UnreferencedSegment]) -> None:
         """Files of this engine's namespace go through the ranks, which may hold them in RAM."""

@@ -59,7 +59,8 @@ def around_launch_server(
         return original(server_args, *args, **kw)
     try:
         store = DiskStore.open(settings.snapshot_dir)
-        catalog = Catalog.open(store.catalog_path, store)
+        with store.reserve_at_hand():
+            catalog = Catalog.open(store.catalog_path, store)
     except EngramError as error:
         raise SystemExit(f"engram: error: {error}") from None
     _report(store, catalog)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +24,7 @@ from engram.store.lock import StoreLock
 from engram.store.marker import Marker, check_marker, write_marker
 from engram.store.quarantine import Quarantine
 from engram.store.record_files import DiskManifests, DiskNamespaces
+from engram.store.reserve import Reserve
 from engram.store.segment_files import DiskSegments
 
 
@@ -50,6 +52,7 @@ class DiskStore(DiskSegments, DiskNamespaces, DiskManifests, Store):
         self._directories = DirectoryMaker(root, fs)
         self._quarantine = Quarantine(self._layout, self._directories, fs)
         self._manifest_lock = threading.Lock()
+        self._reserve = Reserve(self._layout.reserve, fs)
         self.marker_rebuilt = False
         self.removed_temps = 0
 
@@ -109,6 +112,9 @@ class DiskStore(DiskSegments, DiskNamespaces, DiskManifests, Store):
         """Bytes that may still be written; None where the system cannot tell."""
         return free_bytes(self.root)
 
+    def reserve_at_hand(self) -> AbstractContextManager[None]:
+        return self._reserve.at_hand()
+
     def quarantine_file(self, path: Path, reason: str) -> Path | None:
         """Move a file of this store aside; where it is now, or None if it could not be moved."""
         return self._quarantine.take(path, reason)
@@ -153,6 +159,7 @@ class DiskStore(DiskSegments, DiskNamespaces, DiskManifests, Store):
             write_marker(self._layout, self._fs)
             self.marker_rebuilt = marker is Marker.DAMAGED or in_use
         self.removed_temps = remove_abandoned_temps(self.root, self._fs)
+        self._reserve.keep()
 
 
 def _make_root(root: Path, fs: FileSystem) -> None:

@@ -31,6 +31,7 @@ from engram.store.durable import (
     store_error,
     sync_directory,
     unlink_durable,
+    walk_names,
     write_durable,
 )
 from engram.store.filesystem import FileSystem
@@ -128,6 +129,22 @@ class DiskManifests(ManifestStore):
     def delete_manifest(self, snapshot_id: str, tenant: str = "") -> None:
         with self._writing_manifests():
             unlink_durable(self._layout.manifest(manifest_name(snapshot_id, tenant)), self._fs)
+
+    def manifest_names(self) -> set[str]:
+        """The names of all stored manifests: cheaper than `list_manifests`, no file is looked at."""
+        return {
+            name
+            for directory, names in walk_names(self._layout.manifests)
+            for name in names
+            if name.endswith(".json") and not name.startswith(".")
+        }
+
+    def manifest_entry(self, name: str) -> ManifestEntry | None:
+        """One manifest as `list_manifests` has it; None if there is none."""
+        try:
+            return ManifestEntry(name, _stamp(self._layout.manifest(name).stat()))
+        except FileNotFoundError:
+            return None
 
     def list_manifests(self) -> list[ManifestEntry]:
         entries = []

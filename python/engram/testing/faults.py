@@ -99,6 +99,9 @@ class FaultyFileSystem(FileSystem):
     def mkdir(self, path: Path) -> None:
         self._call("mkdir", path, lambda: self._real.mkdir(path))
 
+    def allocate(self, path: Path, nbytes: int) -> None:
+        self._call("allocate", path, lambda: self._real.allocate(path, nbytes))
+
     def open_read(self, path: Path) -> int:
         return self._call("open_read", path, lambda: self._real.open_read(path))
 
@@ -236,6 +239,10 @@ class ControlledFileSystem(FileSystem):
     def mkdir(self, path: Path) -> None:
         self._control.meet("write", str(path))
         super().mkdir(path)
+
+    def allocate(self, path: Path, nbytes: int) -> None:
+        self._control.meet("write", str(path))
+        super().allocate(path, nbytes)
 
     def open_read(self, path: Path) -> int:
         self._control.meet("read", str(path))

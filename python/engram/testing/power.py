@@ -136,6 +136,11 @@ class ForgetfulFileSystem(FileSystem):
                 directory.durable[name] = directory.now(name)
             directory.pending.clear()
 
+    def allocate(self, path: Path, nbytes: int) -> None:
+        with self._changing():
+            super().allocate(path, nbytes)
+            self._set(path, _File(written=bytearray(nbytes)))
+
     def unlink(self, path: Path) -> None:
         with self._changing():
             super().unlink(path)

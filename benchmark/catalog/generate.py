@@ -6,7 +6,9 @@ segments are named and listed, never read.
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from random import Random
 
@@ -53,7 +55,7 @@ def generate(root: Path, conversations: int, turns: int, seed: int = 1) -> int:
                         catalog.insert(manifest, store.put_manifest(manifest))
                 batch.clear()
         catalog.close()
-        for segment_id in segments_of(catalog_rows(root)):
+        for segment_id in _segment_ids(store.catalog_path):
             path = layout.segment(SHARD, segment_id)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
@@ -66,8 +68,10 @@ def conversation(rng: Random, number: int, turns: int) -> Iterator[Manifest]:
     rows: list[SegmentRef] = []
     for turn in range(1, turns + 1):
         for _ in range(ROWS_A_TURN):
-            rows.append(_ref(rng, rows[-1].end if rows else 0, has_state=len(rows) % 2 == 1))
-        chain = tuple(rows)
+            start = rows[-1].end if rows else 0
+            rows.append(_ref(rng, start, start + rng.randrange(20, 400), _digest(rng)))
+        state = _ref(rng, rows[-1].end, rows[-1].end, rows[-1].key)
+        chain = (*rows, state)
         total = sum(ref.bytes for ref in chain)
         yield make_manifest(
             snapshot_id=f"snap-{number}-{turn}",
@@ -86,7 +90,7 @@ def conversation(rng: Random, number: int, turns: int) -> Iterator[Manifest]:
             durability="async",
             segments=(chain,),
             bytes=total,
-            unique_bytes=min(total, chain[-1].bytes),
+            unique_bytes=state.bytes,
             health=None,
             user_metadata={},
             pinned=False,
@@ -95,13 +99,14 @@ def conversation(rng: Random, number: int, turns: int) -> Iterator[Manifest]:
         )
 
 
-def _ref(rng: Random, start: int, *, has_state: bool) -> SegmentRef:
+def _ref(rng: Random, start: int, end: int, key: str) -> SegmentRef:
+    """Rows, or where ``start`` is ``end`` the state there."""
     return SegmentRef(
         segment_id=_digest(rng),
-        key=_digest(rng),
+        key=key,
         start=start,
-        end=start + rng.randrange(20, 400),
-        has_state=has_state,
+        end=end,
+        has_state=start == end,
         bytes=rng.randrange(1_000_000, 60_000_000),
     )
 
@@ -110,12 +115,6 @@ def _digest(rng: Random) -> str:
     return f"{rng.getrandbits(256):064x}"
 
 
-def catalog_rows(root: Path) -> Path:
-    return Layout(root).catalog
-
-
-def segments_of(catalog: Path) -> list[str]:
-    import sqlite3
-
-    with sqlite3.connect(catalog) as connection:
-        return [row[0] for row in connection.execute("SELECT segment_id FROM segments")]
+def _segment_ids(catalog: Path) -> list[str]:
+    with closing(sqlite3.connect(catalog)) as connection:
+        return [row[0] for row in connection.execute("SELECT DISTINCT segment_id FROM segments")]

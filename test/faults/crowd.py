@@ -10,7 +10,7 @@ from random import Random
 from typing import Any
 
 from engram.conversation.turns import Tag
-from engram.errors import CaptureLostError
+from engram.errors import CaptureLostError, NotFoundError
 from faults.engine import Keeper
 from faults.ledger import Ledger
 
@@ -105,8 +105,7 @@ class Crowd:
             )
         except CaptureLostError:
             # Others have filled RAM, or emptied it, twice in a row: nothing was saved.
-            self.tell({"event": "refused", "id": snapshot_id})
-            self.counts["refusals"] += 1
+            self._refused(snapshot_id)
             return
         assert (result.snapshot_id, result.durability) == (snapshot_id, "sync")
         self._acknowledged(snapshot_id, turn.tokens)
@@ -122,13 +121,18 @@ class Crowd:
             row = self.keeper.catalog.get(origin.snapshot_id)
             snapshot_id = self._new("snap")
             self.tell({"event": "saving", "id": snapshot_id, "tokens": origin.tokens})
-            result = await self.keeper.service.save(
-                tenant="",
-                rid=row.rid,
-                conversation_id=row.conversation_id,
-                branch_name=self._new("branch"),
-                snapshot_id=snapshot_id,
-            )
+            try:
+                result = await self.keeper.service.save(
+                    tenant="",
+                    rid=row.rid,
+                    conversation_id=row.conversation_id,
+                    branch_name=self._new("branch"),
+                    snapshot_id=snapshot_id,
+                )
+            except NotFoundError:
+                # Another snapshot of the same turn was to be its start, and was deleted meanwhile.
+                self._refused(snapshot_id)
+                return
             assert result.snapshot_id == snapshot_id
             self._acknowledged(snapshot_id, origin.tokens)
             self.counts["branches"] += 1
@@ -161,6 +165,10 @@ class Crowd:
         self.keeper.engine.manager.forget()
         self.counts["demotions"] += 1
         await asyncio.sleep(0)
+
+    def _refused(self, snapshot_id: str) -> None:
+        self.tell({"event": "refused", "id": snapshot_id})
+        self.counts["refusals"] += 1
 
     def _acknowledged(self, snapshot_id: str, tokens: list[int]) -> None:
         self.tell({"event": "saved", "id": snapshot_id})

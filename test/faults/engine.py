@@ -31,7 +31,7 @@ from engram.service.ports import Brought, Chains, EngineInfo, Generation, Locate
 from engram.snapshot.segment import Shard
 from engram.store.disk import DiskStore
 from engram.store.filesystem import FileSystem
-from engram.tiers.base import Boundary, BufferPlan
+from engram.tiers.base import BufferPlan, Segment
 from engram.tiers.manager import TierManager
 from engram.tiers.payload import tokens_of
 from engram.tiers.ram import RamTier
@@ -62,13 +62,10 @@ def page_keys(tokens: Sequence[int]) -> list[str]:
 
 
 def layout(num_tokens: int, has_state: bool) -> list[BufferPlan]:
-    """KV rows of two buffers and, where there is one, a recurrent state."""
-    rows: list[BufferPlan] = [
-        ("k.0", "BF16", (num_tokens, 2, 3)),
-        ("v.0", "BF16", (num_tokens, 2, 3)),
-    ]
-    kept = rows if num_tokens else []
-    return [*kept, ("ssm.1", "F32", (1, 4, 5))] if has_state else kept
+    """A recurrent state, or KV rows of two buffers."""
+    if has_state:
+        return [("ssm.1", "F32", (1, 4, 5))]
+    return [("k.0", "BF16", (num_tokens, 2, 3)), ("v.0", "BF16", (num_tokens, 2, 3))]
 
 
 def content(name: str, keys: Sequence[str], nbytes: int) -> bytes:
@@ -85,7 +82,7 @@ def _raw(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(-1).view(torch.uint8)
 
 
-def check_exact(manager: TierManager, boundary: Boundary, tokens: Sequence[int]) -> None:
+def check_exact(manager: TierManager, boundary: Segment, tokens: Sequence[int]) -> None:
     """Every byte in RAM of a chain is the one its tokens stand for. Raises `InexactError`."""
     keys = page_keys(tokens)
     position = 0
@@ -100,6 +97,8 @@ def check_exact(manager: TierManager, boundary: Boundary, tokens: Sequence[int])
             ):
                 raise InexactError(f"{name} of [{node.start}, {node.end}) is not what was saved")
         assert node.payload is not None
+        if node.has_state:
+            continue
         if tokens_of(node.payload, node.buffers).tolist() != list(tokens[node.start : node.end]):
             raise InexactError(f"the tokens of [{node.start}, {node.end}) are others")
     if position != boundary.end:
@@ -116,7 +115,7 @@ class ComputedEngine:
         # As a scheduler's: it writes segments without the lock.
         self.store = DiskStore.open(root, lock=False, fs=fs)
         self.manager = TierManager(
-            RamTier(ram_bytes), self.store, Shard(NAMESPACE.id, 0, 1), layout
+            RamTier(ram_bytes), self.store, Shard(NAMESPACE.id, 0, 1), layout, stateful=True
         )
         self.service: SnapshotService | None = None
         self._requests = 0
@@ -127,10 +126,11 @@ class ComputedEngine:
         if not keys:
             return
         end, ram = len(keys), self.manager.ram
-        parent = ram.longest(keys)
-        start = parent.end if parent is not None else 0
-        if start == end:
+        held = self.manager.boundary(keys[-1])
+        if held is not None and ram.whole(held):
             return
+        parent = ram.longest(keys[:-1])
+        start = parent.end if parent is not None else 0
         done = threading.Event()
 
         def read(targets: dict[str, torch.Tensor]) -> None:
@@ -139,17 +139,15 @@ class ComputedEngine:
                 bits = bytearray(_expected(name, keys, start, end, raw.numel()))
                 raw.copy_(torch.frombuffer(bits, dtype=torch.uint8))
 
-        if self.manager.capture(
-            keys[-1], start, tokens[start:end], parent, read, has_state=True, on_done=done.set
-        ):
+        if self.manager.capture(keys[-1], start, tokens[start:end], parent, read, on_done=done.set):
             assert done.wait(WAIT_S)
 
     async def describe(self) -> EngineInfo:
         return INFO
 
-    def _boundary(self, request: FinishedRequest, boundary: int) -> Boundary:
+    def _boundary(self, request: FinishedRequest, boundary: int) -> Segment:
         key = page_keys(request.tokens[:boundary].tolist())[-1]
-        found = self.manager.ram.get(key)
+        found = self.manager.boundary(key)
         if found is None or not self.manager.ram.whole(found):
             raise CaptureLostError("the state is gone", details={"boundary": boundary})
         return found
@@ -187,7 +185,7 @@ class ComputedEngine:
         self.manager.abandon(owner)
 
     async def tier(self, namespace: str, key: str, tokens: TokenArray) -> str:
-        found = self.manager.ram.get(key)
+        found = self.manager.boundary(key)
         loadable = found is not None and self.manager.ram.loadable(found, 0)
         return "ram" if loadable else "disk"
 
@@ -286,7 +284,7 @@ class Keeper:
             await self.service.restore(row)
             manager = self.engine.manager
             with manager.ram.lock:
-                boundary = manager.ram.get(row.boundary_key)
+                boundary = manager.boundary(row.boundary_key)
                 # Another restore may have needed the room by now.
                 if boundary is None or not manager.ram.loadable(boundary, 0):
                     continue

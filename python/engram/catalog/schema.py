@@ -43,6 +43,7 @@ MIGRATIONS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
             )
             """,
             "CREATE INDEX snapshots_by_age ON snapshots (tenant, created_at, snapshot_id)",
+            "CREATE INDEX snapshots_by_boundary ON snapshots (namespace, boundary_key, created_at)",
             "CREATE INDEX snapshots_by_rid ON snapshots (tenant, rid, created_at)",
             """
             CREATE TABLE segments (
@@ -57,7 +58,7 @@ MIGRATIONS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
                 has_state INTEGER NOT NULL,
                 bytes INTEGER NOT NULL,
                 checksum INTEGER NOT NULL,
-                UNIQUE (namespace, rank, segment_id)
+                UNIQUE (namespace, rank, segment_id, "end")
             )
             """,
             "CREATE INDEX segments_by_key ON segments (namespace, rank, key)",

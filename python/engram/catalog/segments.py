@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Final
 
 from engram.catalog.database import Database
@@ -12,8 +12,13 @@ from engram.errors import NotFoundError
 from engram.snapshot.manifest import SegmentRef
 from engram.snapshot.segment import Shard
 
-_PAGE_ROWS: Final = 10_000
 _REFERENCED: Final = "EXISTS (SELECT 1 FROM snapshot_segments WHERE segment = segments.id)"
+# A row is a segment as far as some snapshot uses it, so that one file may have several.
+_FILE_REFERENCED: Final = (
+    "EXISTS (SELECT 1 FROM segments AS same JOIN snapshot_segments ON segment = same.id"
+    " WHERE same.namespace = segments.namespace AND same.rank = segments.rank"
+    " AND same.segment_id = segments.segment_id)"
+)
 
 
 class SegmentTable:
@@ -22,32 +27,11 @@ class SegmentTable:
     def __init__(self, database: Database) -> None:
         self._db = database
 
-    def boundaries(self, namespace: str, rank: int = 0) -> Iterator[SegmentRef]:
-        """Every segment some snapshot names: its key, id, place and size.
-
-        Read in pages, without holding the lock in between. Which of them are usable boundaries
-        (``has_state``, for models that have one) is the caller's knowledge.
-        """
-        last = 0
-        while True:
-            rows = self._db.rows(
-                "SELECT * FROM segments WHERE namespace = ? AND rank = ? AND id > ?"
-                f" AND {_REFERENCED} ORDER BY id LIMIT ?",
-                (namespace, rank, last, _PAGE_ROWS),
-            )
-            for row in rows:
-                yield _ref(row)
-            if len(rows) < _PAGE_ROWS:
-                return
-            last = rows[-1]["id"]
-
-    def chain(
-        self, namespace: str, rank: int, key: str, segment_id: str | None = None
-    ) -> list[SegmentRef]:
+    def chain(self, namespace: str, rank: int, key: str) -> list[SegmentRef]:
         """The segments from token 0 to the boundary ``key``, in order, as one snapshot has them.
 
-        Of several chains that end in ``key``, the one of ``segment_id``, or else of the newest
-        snapshot. Raises `NotFoundError` if no snapshot holds it.
+        Of several chains that end in ``key``, that of the newest snapshot. Raises `NotFoundError`
+        if no snapshot holds it: rows that end there are no boundary where there are states.
         """
         with self._db.unchanging():
             holder = self._db.row(
@@ -55,9 +39,10 @@ class SegmentTable:
                 " JOIN snapshot_segments AS link ON link.segment = segments.id"
                 " JOIN snapshots ON snapshots.id = link.snapshot"
                 " WHERE segments.namespace = ?1 AND segments.rank = ?2 AND segments.key = ?3"
-                " AND (?4 IS NULL OR segments.segment_id = ?4)"
+                " AND (segments.has_state OR NOT EXISTS"
+                "  (SELECT 1 FROM segments WHERE namespace = ?1 AND rank = ?2 AND has_state))"
                 " ORDER BY snapshots.created_at DESC, snapshots.id DESC LIMIT 1",
-                (namespace, rank, key, segment_id),
+                (namespace, rank, key),
             )
             if holder is None:
                 raise NotFoundError(f"no snapshot holds the boundary {key}", details={"key": key})
@@ -94,7 +79,10 @@ class SegmentTable:
         """
         if not self._db.checked:
             return []
-        rows = self._db.rows(f"SELECT * FROM segments WHERE NOT {_REFERENCED} ORDER BY id")
+        rows = self._db.rows(
+            "SELECT DISTINCT namespace, rank, world_size, segment_id, bytes FROM segments"
+            f" WHERE NOT {_FILE_REFERENCED} ORDER BY id"
+        )
         return [
             UnreferencedSegment(
                 Shard(row["namespace"], row["rank"], row["world_size"]),
@@ -113,7 +101,7 @@ class SegmentTable:
             return sum(
                 self._db.run(
                     "DELETE FROM segments WHERE namespace = ? AND rank = ? AND segment_id = ?"
-                    f" AND NOT {_REFERENCED}",
+                    f" AND NOT {_FILE_REFERENCED}",
                     (segment.shard.namespace, segment.shard.rank, segment.segment_id),
                 )
                 for segment in segments
@@ -126,7 +114,8 @@ class SegmentTable:
             " (SELECT count(*) FROM (SELECT DISTINCT tenant, conversation_id FROM snapshots))"
             "  AS conversations,"
             " count(*) AS segments, coalesce(sum(bytes), 0) AS segment_bytes"
-            f" FROM segments WHERE {_REFERENCED}"
+            " FROM (SELECT DISTINCT namespace, rank, segment_id, bytes FROM segments"
+            f" WHERE {_REFERENCED})"
         )
         assert row is not None
         return CatalogCounts(**dict(row))

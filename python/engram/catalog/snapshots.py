@@ -175,13 +175,39 @@ class SnapshotTable:
         rows = self._db.rows("SELECT * FROM snapshots ORDER BY created_at, tenant, snapshot_id")
         return [self._snapshot(row) for row in rows]
 
-    def of_namespace(self, namespace: str) -> list[SnapshotRow]:
-        """The snapshots of all tenants that one namespace can restore, oldest first."""
-        rows = self._db.rows(
-            "SELECT * FROM snapshots WHERE namespace = ? ORDER BY created_at, tenant, snapshot_id",
-            (namespace,),
+    def boundary_keys(self, namespace: str) -> dict[str, list[str]]:
+        """Snapshot id -> page keys at which it can be gone on from (`Manifest.boundary_keys`), of
+        the snapshots of all tenants that one namespace can restore."""
+        stateful = self._db.row(
+            "SELECT 1 FROM segments WHERE namespace = ? AND has_state LIMIT 1", (namespace,)
         )
-        return [self._snapshot(row) for row in rows]
+        if stateful:
+            rows = self._db.rows(
+                "SELECT snapshot_id, boundary_key FROM snapshots WHERE namespace = ?", (namespace,)
+            )
+        else:
+            rows = self._db.rows(
+                "SELECT snapshots.snapshot_id, segments.key FROM snapshots"
+                " JOIN snapshot_segments AS link ON link.snapshot = snapshots.id AND link.rank = 0"
+                " JOIN segments ON segments.id = link.segment"
+                " WHERE snapshots.namespace = ? ORDER BY snapshots.id, link.position",
+                (namespace,),
+            )
+        found: dict[str, list[str]] = {}
+        for snapshot_id, key in rows:
+            found.setdefault(snapshot_id, []).append(key)
+        return found
+
+    def boundary_keys_of(self, snapshot_id: str, tenant: str = "") -> list[str]:
+        """`boundary_keys` of one snapshot; none if there is no such snapshot."""
+        rows = self._db.rows(
+            "SELECT segments.key, segments.has_state FROM snapshots"
+            " JOIN snapshot_segments AS link ON link.snapshot = snapshots.id AND link.rank = 0"
+            " JOIN segments ON segments.id = link.segment"
+            " WHERE tenant = ? AND snapshot_id = ? ORDER BY link.position",
+            (tenant, snapshot_id),
+        )
+        return [key for key, has_state in rows if has_state] or [key for key, _ in rows]
 
     def conversations(
         self, tenant: str, *, limit: int = 100, after: str | None = None
@@ -195,9 +221,10 @@ class SnapshotTable:
             "SELECT conversation_id, count(*) AS snapshots,"
             " count(DISTINCT branch_name) AS branches, max(turn_number) AS newest_turn,"
             " min(created_at) AS created_at, max(created_at) AS updated_at,"
-            " (SELECT sum(bytes) FROM segments WHERE id IN"
+            " (SELECT sum(bytes) FROM (SELECT DISTINCT namespace, rank, segment_id, bytes"
+            "  FROM segments WHERE id IN"
             "  (SELECT segment FROM snapshot_segments JOIN snapshots AS s ON snapshot = s.id"
-            "   WHERE s.tenant = ?1 AND s.conversation_id = snapshots.conversation_id)) AS bytes"
+            "   WHERE s.tenant = ?1 AND s.conversation_id = snapshots.conversation_id))) AS bytes"
             " FROM snapshots WHERE tenant = ?1 AND conversation_id > ?2"
             " GROUP BY conversation_id ORDER BY conversation_id LIMIT ?3",
             (tenant, after or "", limit),
@@ -239,7 +266,7 @@ class SnapshotTable:
             "INSERT INTO snapshot_segments (snapshot, rank, position, segment)"
             " SELECT s.id, ?, ?, g.id FROM snapshots AS s, segments AS g"
             " WHERE s.tenant = ? AND s.snapshot_id = ?"
-            " AND g.namespace = ? AND g.rank = ? AND g.segment_id = ?",
+            ' AND g.namespace = ? AND g.rank = ? AND g.segment_id = ? AND g."end" = ?',
             [
                 (
                     rank,
@@ -249,6 +276,7 @@ class SnapshotTable:
                     manifest.namespace,
                     rank,
                     ref.segment_id,
+                    ref.end,
                 )
                 for rank, position, ref in refs
             ],

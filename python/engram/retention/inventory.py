@@ -30,6 +30,14 @@ def snapshots_of(
         name = (manifest.tenant, manifest.conversation_id)
         latest[name] = max(manifest.created_at, latest.get(name, manifest.created_at))
     latest.update(used_at or {})
+    # Rows may be used in part: the one who uses most of them knows best where they end.
+    ends: dict[tuple[_Shard, str], int] = {}
+    for manifest in everything:
+        for rank, chain in enumerate(manifest.segments):
+            shard = (manifest.namespace, rank, manifest.world_size)
+            for ref in chain:
+                place = (shard, ref.segment_id)
+                ends[place] = max(ref.end, ends.get(place, 0))
     known: dict[tuple[_Shard, str], Segment] = {}
     found = []
     for manifest in everything:
@@ -43,7 +51,7 @@ def snapshots_of(
                 token_count=manifest.token_count,
                 used_at=latest[name],
                 tips=tuple(
-                    _tip((manifest.namespace, rank, manifest.world_size), chain, known)
+                    _tip((manifest.namespace, rank, manifest.world_size), chain, known, ends)
                     for rank, chain in enumerate(manifest.segments)
                 ),
                 tenant=manifest.tenant,
@@ -56,15 +64,18 @@ def snapshots_of(
 
 
 def _tip(
-    shard: _Shard, chain: tuple[SegmentRef, ...], known: dict[tuple[_Shard, str], Segment]
+    shard: _Shard,
+    chain: tuple[SegmentRef, ...],
+    known: dict[tuple[_Shard, str], Segment],
+    ends: Mapping[tuple[_Shard, str], int],
 ) -> Segment:
     parent: Segment | None = None
     for ref in chain:
         segment = known.get((shard, ref.segment_id))
         if segment is None:
-            segment = Segment(ref.segment_id, parent, ref.end, ref.bytes)
+            segment = Segment(ref.segment_id, parent, ends[shard, ref.segment_id], ref.bytes)
             known[shard, ref.segment_id] = segment
-        elif (segment.parent, segment.end, segment.bytes) != (parent, ref.end, ref.bytes):
+        elif (segment.parent, segment.bytes) != (parent, ref.bytes):
             raise InvalidRequestError(
                 f"two manifests disagree on segment {ref.segment_id}",
                 hint="run engram doctor on the store",

@@ -129,12 +129,11 @@ class ServiceContext:
         namespace = engine.namespace.id
         if self.boundaries.namespace != namespace or not self.boundaries.complete:
             self.boundaries = boundaries = BoundaryIndex(namespace)
-            rows = await self.in_catalog(self.catalog.of_namespace, namespace)
-            for row in rows:
-                keys = await self.in_catalog(self.boundary_keys, row)
-                boundaries.fill(row.snapshot_id, keys)
+            known = await self.in_catalog(self.catalog.boundary_keys, namespace)
+            for snapshot_id, keys in known.items():
+                boundaries.fill(snapshot_id, keys)
             boundaries.filled()
-            if rows:
+            if known:
                 await self.write_down(engine)
         if not self.catalog.checked and self._checking is None:
             # Not among the tasks that a stop waits for: the next start does it again.
@@ -160,7 +159,7 @@ class ServiceContext:
     def stored(self, manifest: Manifest) -> None:
         """A snapshot is durable: requests may start from it, if its namespace is the engine's."""
         if manifest.namespace == self.boundaries.namespace:
-            self.boundaries.add(manifest.snapshot_id, [ref.key for ref in manifest.segments[0]])
+            self.boundaries.add(manifest.snapshot_id, manifest.boundary_keys)
 
     def deleted(self, row: SnapshotRow, keys: list[str]) -> None:
         """A snapshot is gone."""
@@ -181,10 +180,6 @@ class ServiceContext:
         newest = await self.in_catalog(self._newest_saved, tag)
         for turn in self.tracker.learn(tag, newest):
             self.on_turn(turn)
-
-    def boundary_keys(self, row: SnapshotRow) -> list[str]:
-        """The page keys at which the segments of a snapshot end (blocks: SQLite)."""
-        return [ref.key for ref in self.catalog.chain(row.namespace, 0, row.boundary_key)]
 
     def expected_boundary(self, request: FinishedRequest, engine: EngineInfo) -> int:
         """Where the state of a finished request stands if no rank remembers: the last sampled

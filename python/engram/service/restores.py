@@ -23,7 +23,7 @@ from engram.errors import (
 from engram.service.context import ServiceContext
 from engram.service.ports import Brought, EngineInfo
 from engram.service.results import RestoreResult
-from engram.snapshot.manifest import Manifest
+from engram.snapshot.manifest import Manifest, rows_of
 from engram.snapshot.segment import Shard
 
 RESTORE_TIMEOUT_S: Final = 600.0
@@ -167,8 +167,8 @@ class Restorer:
         """The tokens stored with the segments, checked against the manifest."""
         shard = Shard(manifest.namespace, 0, manifest.world_size)
         parts = [
-            self._context.store.read_tokens(shard, ref.segment_id)[1]
-            for ref in manifest.segments[0]
+            self._context.store.read_tokens(shard, ref.segment_id)[1][: ref.end - ref.start]
+            for ref in rows_of(manifest.segments[0])
         ]
         tokens: TokenArray = np.concatenate([*parts, to_tokens(manifest.pending_tokens)])
         if tokens_digest(tokens) != manifest.tokens_digest:

@@ -174,7 +174,9 @@ class SnapshotService:
     async def _delete(self, row: SnapshotRow) -> None:
         context = self.context
         async with context.guard.alone():
-            keys = await context.in_catalog(context.boundary_keys, row)
+            keys = await context.in_catalog(
+                context.catalog.boundary_keys_of, row.snapshot_id, row.tenant
+            )
             await context.in_store(self._remove, row)
             context.deleted(row, keys)
             orphans = await context.in_catalog(context.catalog.unreferenced_segments)

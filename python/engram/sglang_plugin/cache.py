@@ -1,9 +1,9 @@
 """`EngramRadixCache`: decides what of the tree is captured, and copies it out behind the scheduler.
 
-Every insert is reconciled with Engram's own boundary index: the keys of the path on which the
-insert ended are compared with what is stored, and the run of pages past the last stored boundary
-becomes a segment, with the recurrent state at its end.  Upstream's own offers (`offload`) miss a
-state that lands on a node already stored and cannot be repeated, hence this.
+Every insert is reconciled with Engram's own index: the keys of the path on which the insert ended
+are compared with what is stored, the run of pages past the last stored rows becomes a segment, and
+the recurrent state at its end another.  Upstream's own offers (`offload`) miss a state that lands
+on a node already stored and cannot be repeated, hence this.
 
 Captured is the end of a finished request.  States at the end of prefill chunks are not: each state
 of a real model is tens of MiB.
@@ -183,20 +183,21 @@ class EngramRadixCache(UnifiedRadixCache):
             self._remember(req.rid, turn)
 
     def _capture(self, node: Any, token_ids: Sequence[int]) -> FinishedTurn | None:
-        """Queue the copy of what the path to `node` has past its last stored boundary."""
+        """Queue the copy of what the path to `node` has past its last stored rows."""
         keys = [*self.tree_core.get_prefix_hash_values(node), *self.tree_core.get_hash_values(node)]
         if not keys:
             return None
         end = len(keys) * self.page_size
         turn = FinishedTurn(keys[-1], end)
         ram = self.tiers.ram
-        known = ram.get(turn.key)
+        known = self.tiers.boundary(turn.key)
         if known is not None and ram.whole(known):
             ram.touch(known.ancestors())
             return turn
         state_slot = self._state_slot(node)
         if self._has_state and state_slot is None:
             return None
+        # Never those that end here: what is copied now are rows and state of one computation.
         parent = ram.longest(keys[:-1])
         start = parent.end if parent is not None else 0
         kv_slots = self.path_device_indices(node)[start:].long()
@@ -217,7 +218,6 @@ class EngramRadixCache(UnifiedRadixCache):
                 token_ids[start:end],
                 parent,
                 read,
-                has_state=self._has_state,
                 on_done=lambda: self._copied.append(token),
             )
         finally:

@@ -44,7 +44,7 @@ from engram.sglang_plugin.messages import (
     StatsRequest,
 )
 from engram.snapshot.manifest import SegmentRef
-from engram.tiers.base import Boundary, Persisted, Promoted, Tier
+from engram.tiers.base import Persisted, Promoted, Segment, Tier
 
 if TYPE_CHECKING:
     from engram.sglang_plugin.cache import EngramRadixCache
@@ -171,7 +171,7 @@ class RankControl:
 
         return _then(self._tiers.persist(boundary), result)
 
-    def _locate(self, request: PersistRequest) -> Boundary:
+    def _locate(self, request: PersistRequest) -> Segment:
         """The boundary a snapshot of these tokens ends at, captured now if VRAM still has it."""
         page_size = self._rank.page_size
         keys = page_keys(request.tokens, page_size, request.extra_key, request.cache_salt)
@@ -184,7 +184,7 @@ class RankControl:
         keys = keys[: end // page_size]
         tokens = array("q", request.tokens[:end])
         ram = self._tiers.ram
-        held = ram.get(keys[-1])
+        held = self._tiers.boundary(keys[-1])
         if held is not None and ram.whole(held):
             return held
         if self._cache.stale:
@@ -199,7 +199,7 @@ class RankControl:
                 f"the state at token {end} is no longer in VRAM, in RAM or on disk",
                 details={"boundary": end},
             )
-        held = ram.get(keys[-1])
+        held = self._tiers.boundary(keys[-1])
         if held is None:
             raise RamTierFullError(
                 f"no room in the RAM tier for the state at token {end}",
@@ -251,7 +251,7 @@ class RankControl:
         if resident.length == len(tokens):
             return {"tier": Tier.VRAM.value}
         ram = self._tiers.ram
-        held = ram.get(request.key)
+        held = self._tiers.boundary(request.key)
         in_ram = held is not None and ram.loadable(held, 0)
         return {"tier": (Tier.RAM if in_ram else Tier.DISK).value}
 
@@ -270,7 +270,7 @@ class RankControl:
             "ram_held_bytes": ram.held,
             **self._tiers.depths(),
             "tree_locks": self._cache.locks,
-            "boundaries": len(ram),
+            "segments": len(ram),
             "weights_changes": self._rank.epoch,
             "stale_tree": self._cache.stale,
             **asdict(ram.stats),

@@ -29,7 +29,7 @@ from engram.sglang_plugin.contain import Containment
 from engram.sglang_plugin.pools import DevicePools, Kind, resolve_pools
 from engram.sglang_plugin.rank import RankContext, open_rank
 from engram.sglang_plugin.streams import SideStream
-from engram.tiers.base import Boundary
+from engram.tiers.base import Segment
 from engram.tiers.manager import TierManager
 
 logger = logging.getLogger(__name__)
@@ -37,10 +37,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Load:
-    """One request's load: rows (after, boundary.end] of a held chain, into these device slots."""
+    """One request's load: what a held chain has past token `after`, into these device slots."""
 
     tiers: TierManager
-    held: tuple[Boundary, ...]
+    held: tuple[Segment, ...]
     after: int
     kv_slots: torch.Tensor
     state_slot: torch.Tensor | None
@@ -99,7 +99,7 @@ class EngramLinker(UnifiedCacheLinker):
         kv = _transfer(transfers, PoolName.KV)
         ram = self.tiers.ram
         with ram.lock:
-            boundary = ram.get(kv.keys[-1])
+            boundary = self.tiers.boundary(kv.keys[-1])
             after = 0 if boundary is None else boundary.end - len(kv.device_indices)
             if boundary is None or not ram.loadable(boundary, after):
                 # The lease ran out while the request waited: it recomputes.
@@ -156,7 +156,7 @@ class EngramLinker(UnifiedCacheLinker):
                 load.tiers.ram.release(load.held)
 
     def _scatter(
-        self, layer: int, load: _Load, chain: Sequence[tuple[Boundary, dict[str, torch.Tensor]]]
+        self, layer: int, load: _Load, chain: Sequence[tuple[Segment, dict[str, torch.Tensor]]]
     ) -> None:
         for buffer in self.device_pools.by_layer[layer]:
             if buffer.kind is Kind.STATE:
@@ -164,6 +164,8 @@ class EngramLinker(UnifiedCacheLinker):
                 _write(buffer.tensor, load.state_slot, chain[-1][1][buffer.name])
                 continue
             for node, source in chain:
+                if node.has_state:
+                    continue
                 first = max(node.start, load.after)
                 slots = load.kv_slots[first - load.after : node.end - load.after]
                 _write(buffer.tensor, slots, source[buffer.name][first - node.start :])

@@ -42,7 +42,7 @@ class DeviceBuffer:
 
 
 class DevicePools:
-    """The buffers of one rank, ordered by layer, as one segment stores them."""
+    """The buffers of one rank, ordered by layer, as segments store them."""
 
     def __init__(self, buffers: Sequence[DeviceBuffer]) -> None:
         self.buffers = tuple(sorted(buffers, key=lambda b: (b.layer, b.name)))
@@ -54,15 +54,16 @@ class DevicePools:
             self.by_layer[buffer.layer].append(buffer)
 
     def layout(self, num_tokens: int, has_state: bool) -> list[BufferPlan]:
-        """Name, dtype and shape of each buffer of a segment of `num_tokens` KV rows."""
+        """Name, dtype and shape of each buffer of a state, or of `num_tokens` KV rows."""
+        kind, slots = (Kind.STATE, 1) if has_state else (Kind.KV, num_tokens)
         return [
             (
                 buffer.name,
                 DTYPE_NAMES[buffer.tensor.dtype],
-                (num_tokens if buffer.kind is Kind.KV else 1, *buffer.tensor.shape[1:]),
+                (slots, *buffer.tensor.shape[1:]),
             )
             for buffer in self.buffers
-            if has_state or buffer.kind is Kind.KV
+            if buffer.kind is kind
         ]
 
     def gather(

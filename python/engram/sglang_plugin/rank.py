@@ -114,7 +114,7 @@ class RankContext:
         before.quiesce()
         shard = Shard(namespace.id, self.shard.rank, self.shard.world_size)
         ram = RamTier(before.ram.capacity, pinned=before.ram.pinned, stats=before.ram.stats)
-        tiers = TierManager(ram, before.store, shard, before.layout)
+        tiers = TierManager(ram, before.store, shard, before.layout, before.stateful)
         self.namespace, self.shard, self.tiers = namespace, shard, tiers
         self.epoch += 1
         before.forget()
@@ -172,6 +172,7 @@ def open_rank(
         DiskStore.open(settings.snapshot_dir, lock=False),
         shard,
         pools.layout,
+        pools.has_state,
     )
     return RankContext(
         namespace,

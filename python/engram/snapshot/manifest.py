@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, Field, JsonValue, ValidationError, field_validator, model_validator
@@ -37,7 +38,10 @@ Durability = Literal["sync", "async"]
 
 
 class SegmentRef(BaseModel):
-    """One segment of a chain. ``bytes`` is the length of its file."""
+    """One segment of a chain, as far as it is used. ``bytes`` is the length of its file.
+
+    Rows may be used in part: up to ``end``, where ``key`` is the page hash.
+    """
 
     model_config = CLOSED
 
@@ -47,6 +51,12 @@ class SegmentRef(BaseModel):
     end: PositiveCount
     has_state: Flag
     bytes: PositiveCount
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> SegmentRef:
+        if self.has_state and self.start != self.end:
+            raise ValueError("a state's end is its start")
+        return self
 
 
 class LayerConfig(BaseModel):
@@ -63,8 +73,9 @@ class Manifest(BaseModel):
 
     ``token_count`` is the boundary; ``pending_tokens`` are the recorded tokens past it.
     ``tokens_digest`` is `engram.core.tokens.tokens_digest` of all recorded tokens, pending ones
-    included. ``segments`` has one chain a rank. ``bytes`` counts all its segment files,
-    ``unique_bytes`` those this snapshot was the first to store. Times are seconds since the epoch.
+    included. ``segments`` has one chain a rank: rows, one after another, and then the state, if the
+    model has one. ``bytes`` counts all its segment files, ``unique_bytes`` those this snapshot was
+    the first to store. Times are seconds since the epoch.
     """
 
     model_config = CLOSED
@@ -97,14 +108,16 @@ class Manifest(BaseModel):
     def _consistent(self) -> Manifest:
         for rank, chain in enumerate(self.segments):
             position = 0
-            for ref in chain:
-                if ref.start != position or ref.end <= ref.start:
+            for ref in rows_of(chain):
+                if ref.start != position or ref.end <= ref.start or ref.has_state:
                     raise ValueError(f"segments of rank {rank} do not follow one another")
                 position = ref.end
-            if position != self.token_count:
+            if position != self.token_count or {ref.end for ref in chain[-1:]} != {position}:
                 raise ValueError(f"segments of rank {rank} do not end at token_count")
-        if len({chain[-1].key for chain in self.segments}) != 1:
-            raise ValueError("the ranks' segments end at different boundary keys")
+            if len({ref.key for ref in chain if ref.end == position}) != 1:
+                raise ValueError(f"the state of rank {rank} is not that of its rows")
+        if len({(chain[-1].key, chain[-1].has_state) for chain in self.segments}) != 1:
+            raise ValueError("the ranks' segments end at different boundaries")
         if self.bytes != sum(ref.bytes for chain in self.segments for ref in chain):
             raise ValueError("bytes is not the sum of the segments' bytes")
         if self.unique_bytes > self.bytes:
@@ -128,9 +141,21 @@ class Manifest(BaseModel):
         return self.segments[0][-1].key
 
     @property
+    def boundary_keys(self) -> list[str]:
+        """The page hashes at which it can be gone on from: where its state is, and if the model
+        has none, wherever rows end."""
+        chain = self.segments[0]
+        return [ref.key for ref in chain if ref.has_state] or [ref.key for ref in chain]
+
+    @property
     def recorded_count(self) -> int:
         """All recorded tokens, pending ones included."""
         return self.token_count + len(self.pending_tokens)
+
+
+def rows_of(chain: Sequence[SegmentRef]) -> Sequence[SegmentRef]:
+    """A chain without the state at its end."""
+    return chain[:-1] if chain and chain[-1].has_state else chain
 
 
 def make_manifest(**fields: Any) -> Manifest:

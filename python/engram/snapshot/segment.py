@@ -1,6 +1,10 @@
 """The segment format, version 1: header, payload layout, digest. The byte table is in
 ``docs/format/segment.md``.
 
+There are two kinds. *Rows* are the tokens ``[start, end)`` and their KV rows; a *state* is the
+recurrent state at one token, ``start == end``. Apart, because all later turns of a conversation
+need the rows, and none of them an earlier state.
+
 A segment is what its digest says: ``segment_id`` is the BLAKE3-256 of every byte before the digest,
 and the header names the parent's id, so that the last segment's id pins a whole chain.
 The payload is one contiguous buffer of the caller's, laid out by `SegmentHeader.plan`.
@@ -77,11 +81,11 @@ class Shard:
 
 
 class SegmentHeader(BaseModel):
-    """What a segment holds: tokens ``[start, end)``, their buffers, its place in the chain.
+    """What a segment holds and its place in the chain.
 
-    ``key`` is the chained page hash at ``end``. ``parent`` is the segment that ends at ``start``,
-    None exactly when ``start`` is 0. ``has_state`` tells whether the recurrent state at ``end`` is
-    among the buffers.
+    ``has_state`` tells the kind: the recurrent state at ``end`` (and ``start``), or the rows of the
+    tokens ``[start, end)``. ``key`` is the chained page hash at ``end``. ``parent`` are the rows it
+    stands on, which reach ``start`` or beyond; None exactly when ``start`` is 0.
     """
 
     model_config = CLOSED
@@ -100,10 +104,14 @@ class SegmentHeader(BaseModel):
     def _consistent(self) -> SegmentHeader:
         if self.rank >= self.world_size:
             raise ValueError("rank is not below world_size")
-        if self.end <= self.start:
+        if self.has_state and (self.end != self.start or self.end == 0):
+            raise ValueError("the end of a state is its start, and not 0")
+        if not self.has_state and self.end <= self.start:
             raise ValueError("end is not after start")
         if (self.parent is None) != (self.start == 0):
             raise ValueError("parent must be null exactly when start is 0")
+        if not self.buffers:
+            raise ValueError("a segment must have a buffer")
         if len({buffer.name for buffer in self.buffers}) != len(self.buffers):
             raise ValueError("two buffers have one name")
         position = 0
@@ -111,12 +119,20 @@ class SegmentHeader(BaseModel):
             if buffer.offset != _aligned(position, BUFFER_ALIGNMENT):
                 raise ValueError(f"buffer {buffer.name!r} does not follow the one before it")
             position = buffer.offset + buffer.length
-        tokens = self.buffers[0] if self.buffers else None
-        if tokens is None or (tokens.name, tokens.dtype) != (TOKENS, "U32"):
-            raise ValueError("the first buffer must be 'tokens' of dtype U32")
-        if tokens.shape != (self.end - self.start,):
-            raise ValueError("'tokens' must have one entry for each token of [start, end)")
+        self._check_tokens()
         return self
+
+    def _check_tokens(self) -> None:
+        """Rows begin with their tokens; a state has none."""
+        if self.has_state:
+            if any(buffer.name == TOKENS for buffer in self.buffers):
+                raise ValueError("a state has no 'tokens'")
+            return
+        first = self.buffers[0]
+        if (first.name, first.dtype) != (TOKENS, "U32"):
+            raise ValueError("the first buffer must be 'tokens' of dtype U32")
+        if first.shape != (self.end - self.start,):
+            raise ValueError("'tokens' must have one entry for each token of [start, end)")
 
     @classmethod
     def plan(
@@ -130,15 +146,16 @@ class SegmentHeader(BaseModel):
         has_state: bool,
         buffers: Iterable[tuple[str, str, Sequence[int]]],
     ) -> SegmentHeader:
-        """Lay out a segment: ``tokens`` first, then ``buffers`` of (name, dtype, shape).
+        """Lay out a segment: of rows ``tokens`` first, then ``buffers`` of (name, dtype, shape).
 
         Raises `InvalidRequestError` for what the format does not allow.
         """
-        if end <= start:
+        if end <= start and not has_state:
             raise InvalidRequestError("segment header: end is not after start")
         specs: list[dict[str, object]] = []
         position = 0
-        for name, dtype, shape in [(TOKENS, "U32", (end - start,)), *buffers]:
+        tokens = [] if has_state else [(TOKENS, "U32", (end - start,))]
+        for name, dtype, shape in [*tokens, *buffers]:
             if dtype not in ITEM_BYTES:
                 raise InvalidRequestError(
                     f"buffer {name!r} has the unknown dtype {dtype!r}",
@@ -202,7 +219,7 @@ class SegmentHeader(BaseModel):
 
     @property
     def tokens_length(self) -> int:
-        """Bytes of the ``tokens`` buffer, which is the payload's first."""
+        """Bytes of the ``tokens`` buffer, which is the payload's first; 0 for a state."""
         return (self.end - self.start) * TOKEN_BYTES
 
     def view(self, payload: memoryview, name: str) -> memoryview:

@@ -131,7 +131,7 @@ class DiskManifests(ManifestStore):
             unlink_durable(self._layout.manifest(manifest_name(snapshot_id, tenant)), self._fs)
 
     def manifest_names(self) -> set[str]:
-        """The names of all stored manifests: cheaper than `list_manifests`, no file is looked at."""
+        """The names of all stored manifests: `list_manifests` looks at every file."""
         return {
             name
             for directory, names in walk_names(self._layout.manifests)

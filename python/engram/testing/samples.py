@@ -58,20 +58,13 @@ def sample_segment(
     shard: Shard = SHARD,
     parent: SampleSegment | None = None,
     length: int = 5,
-    has_state: bool = True,
 ) -> SampleSegment:
-    """``length`` random tokens after ``parent``, two layers of KV, and a state if wished.
+    """``length`` random tokens after ``parent``, and two layers of KV.
 
     The key depends on the tokens from 0 on alone, as a chained page hash does.
     """
     start = parent.header.end if parent else 0
     tokens = tuple(rng.randrange(2**32) for _ in range(length))
-    buffers: list[tuple[str, str, tuple[int, ...]]] = [
-        ("kv.0", "BF16", (length, 2, 3)),
-        ("kv.1", "BF16", (length, 2, 3)),
-    ]
-    if has_state:
-        buffers.append(("state.conv.2", "F32", (7, 3)))
     before = bytes.fromhex(parent.header.key) if parent else b""
     header = SegmentHeader.plan(
         shard=shard,
@@ -79,24 +72,52 @@ def sample_segment(
         start=start,
         end=start + length,
         parent=parent.segment_id if parent else None,
-        has_state=has_state,
-        buffers=buffers,
+        has_state=False,
+        buffers=[("kv.0", "BF16", (length, 2, 3)), ("kv.1", "BF16", (length, 2, 3))],
     )
+    return _filled(rng, header, tokens)
+
+
+def sample_state(rng: random.Random, rows: SampleSegment) -> SampleSegment:
+    """A random recurrent state at the end of ``rows``: two buffers with a gap between them."""
+    header = SegmentHeader.plan(
+        shard=rows.header.shard,
+        key=rows.header.key,
+        start=rows.header.end,
+        end=rows.header.end,
+        parent=rows.segment_id,
+        has_state=True,
+        buffers=[("state.conv.2", "F32", (7, 3)), ("state.ssm.2", "F32", (5,))],
+    )
+    return _filled(rng, header, ())
+
+
+def _filled(rng: random.Random, header: SegmentHeader, tokens: tuple[int, ...]) -> SampleSegment:
     payload = memoryview(bytearray(rng.randbytes(header.payload_length)))
     header.clear_padding(payload)
-    header.view(payload, TOKENS)[:] = tokens_to_bytes(tokens)
+    if tokens:
+        header.view(payload, TOKENS)[:] = tokens_to_bytes(tokens)
     return SampleSegment(header, bytes(payload), tokens, seal(header, payload).hex())
+
+
+def sample_turns(
+    rng: random.Random, lengths: Sequence[int], *, shard: Shard = SHARD
+) -> list[list[SampleSegment]]:
+    """The chains of consecutive turns: each has all rows to there, and a state of its own."""
+    rows: list[SampleSegment] = []
+    turns: list[list[SampleSegment]] = []
+    for length in lengths:
+        parent = rows[-1] if rows else None
+        rows.append(sample_segment(rng, shard=shard, parent=parent, length=length))
+        turns.append([*rows, sample_state(rng, rows[-1])])
+    return turns
 
 
 def sample_chain(
     rng: random.Random, lengths: Sequence[int] = (5, 3, 4), *, shard: Shard = SHARD
 ) -> list[SampleSegment]:
-    """Segments from token 0, one after another."""
-    chain: list[SampleSegment] = []
-    for length in lengths:
-        parent = chain[-1] if chain else None
-        chain.append(sample_segment(rng, shard=shard, parent=parent, length=length))
-    return chain
+    """Rows from token 0, one after another, and the state at their end."""
+    return sample_turns(rng, lengths, shard=shard)[-1]
 
 
 def sample_manifest(chains: Sequence[Sequence[SampleSegment]], **changes: Any) -> Manifest:

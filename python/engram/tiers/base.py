@@ -1,4 +1,4 @@
-"""The words of the tiers: boundaries, outcomes, and the shape of a segment's payload."""
+"""The words of the tiers: segments, outcomes, and the shape of a segment's payload."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class PayloadLayout(Protocol):
     """What a segment of this model holds, in the order in which it is stored."""
 
     def __call__(self, num_tokens: int, has_state: bool) -> Sequence[BufferPlan]:
-        """Buffers of a segment of `num_tokens` KV rows, without the tokens themselves."""
+        """Buffers of a state, or of `num_tokens` KV rows without the tokens themselves."""
         ...
 
 
@@ -51,22 +51,23 @@ class Fill(Enum):
 
 
 @dataclass(eq=False, slots=True)
-class Boundary:
-    """A token count at which the recurrent state exists, and the segment that ends there.
+class Segment:
+    """A stored unit of state, wherever its bytes are: rows of tokens, or the state after them.
 
     `in_ram` says that room in the RAM tier is taken; `payload` is the one contiguous host buffer
     (uint8, 1-d) there, allocated by whoever fills it, so that no scheduler waits for pinned memory;
-    `parent` is the boundary at `start` (None for a segment that starts the sequence).  Chains are
-    object references: a boundary replaced in the index stays whole for whoever holds it.
+    `parent` are the rows that reach `start` (None at the sequence's start), the rows before these
+    rows or below this state.  Chains are object references: a segment replaced in the index stays
+    whole for whoever holds it.
 
     `segment_id` is that of its file, if it has one.  `wanted` says that somebody asked to keep it,
-    or one that stands on it: all below a wanted boundary is wanted.
+    or one that stands on it: all below a wanted segment is wanted.
     """
 
     key: str
     start: int
     end: int
-    parent: Boundary | None
+    parent: Segment | None
     buffers: tuple[BufferSpec, ...]
     has_state: bool
     in_ram: bool = False
@@ -93,18 +94,18 @@ class Boundary:
         """True when the bytes are in RAM and complete."""
         return self.in_ram and self.fill is Fill.READY
 
-    def chain(self, after: int = 0) -> list[Boundary]:
-        """The boundaries of the chain that end past token `after`, first one first."""
-        found: list[Boundary] = []
-        node: Boundary | None = self
+    def chain(self, after: int = 0) -> list[Segment]:
+        """The segments of the chain that end past token `after`, first one first."""
+        found: list[Segment] = []
+        node: Segment | None = self
         while node is not None and node.end > after:
             found.append(node)
             node = node.parent
         return found[::-1]
 
-    def ancestors(self) -> Iterator[Boundary]:
-        """This boundary and those before it on its chain, last one first."""
-        node: Boundary | None = self
+    def ancestors(self) -> Iterator[Segment]:
+        """This segment and those before it on its chain, last one first."""
+        node: Segment | None = self
         while node is not None:
             yield node
             node = node.parent

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Final
@@ -28,11 +28,11 @@ from engram.snapshot.manifest import SegmentRef
 from engram.snapshot.segment import BufferSpec, SegmentHeader, Shard
 from engram.store.base import SegmentStore
 from engram.tiers.base import (
-    Boundary,
     DeviceReader,
     PayloadLayout,
     Persisted,
     Promoted,
+    Segment,
     Tier,
 )
 from engram.tiers.payload import bytes_of, tokens_of, views, zero_padding
@@ -50,7 +50,7 @@ LOOKUP_LEASE_S: Final = 60.0
 
 @dataclass(slots=True)
 class _Lease:
-    held: tuple[Boundary, ...]
+    held: tuple[Segment, ...]
     expires: float
     promised: bool
 
@@ -59,21 +59,25 @@ class _Lease:
 class _Below:
     """What a segment of a chain stands on: in RAM, and by the name it was read under.
 
-    The boundary's own `segment_id` goes when another thread finds its file damaged.
+    The segment's own `segment_id` goes when another thread finds its file damaged.
     """
 
-    boundary: Boundary
+    segment: Segment
     segment_id: str
 
 
 @dataclass(slots=True)
 class TierManager:
-    """Owner of one rank's RAM tier and of its way to the store."""
+    """Owner of one rank's RAM tier and of its way to the store.
+
+    `stateful` says that the model has a recurrent state: a sequence goes on only where it exists.
+    """
 
     ram: RamTier
     store: SegmentStore
     shard: Shard
     layout: PayloadLayout
+    stateful: bool
     clock: Callable[[], float] = time.monotonic
     _leases: dict[str, _Lease] = field(default_factory=dict)
     _reading: dict[str, list[Future[Promoted]]] = field(default_factory=dict)
@@ -93,56 +97,80 @@ class TierManager:
         key: str,
         start: int,
         tokens: Sequence[int],
-        parent: Boundary | None,
+        parent: Segment | None,
         read: DeviceReader,
         *,
-        has_state: bool,
         on_done: Callable[[], None],
     ) -> bool:
-        """Queue the copy of the segment [start, start + len(tokens)) that ends at `key`.
+        """Queue the copy of the rows [start, start + len(tokens)) and of the state at their end.
 
-        `on_done` is called on the copy thread once the device memory is no longer read.  Returns
-        False, without calling it, when the RAM tier has no room: the state is then not kept.
+        `parent` are the rows that end at `start`.  `on_done` is called on the copy thread once the
+        device memory is no longer read.  Returns False, without calling it, when the RAM tier has
+        no room: the state is then not kept.
         """
         end = start + len(tokens)
-        buffers = self._buffers(key, start, end, has_state)
         with self.ram.lock:
             self._expire()
+            taken: list[Segment] = []
             try:
-                boundary = self.ram.reserve(key, start, end, parent, buffers, has_state=has_state)
-            except RamTierFullError:
+                rows = self._take(key, start, end, parent, has_state=False)
+                taken.append(rows)
+                if self.stateful:
+                    taken.append(self._take(key, end, end, rows, has_state=True))
+            except RamTierFullError as full:
                 self.ram.stats.capture_refused += 1
+                for segment in taken:
+                    self.ram.fail(segment, full)
                 return False
             # The index cannot hold a whole boundary here: the caller has looked, and whoever else
             # publishes has read it from disk, which makes this copy the newer one.
-            self.ram.publish(boundary, replace=True)
-        self._copy.submit(self._fill, boundary, np.asarray(tokens, dtype="<u4"), read, on_done)
+            for segment in taken:
+                self.ram.publish(segment, replace=True)
+        self._copy.submit(self._fill, taken, np.asarray(tokens, dtype="<u4"), read, on_done)
         return True
+
+    def _take(
+        self, key: str, start: int, end: int, parent: Segment | None, *, has_state: bool
+    ) -> Segment:
+        buffers = self._buffers(key, start, end, has_state)
+        return self.ram.reserve(key, start, end, parent, buffers, has_state=has_state)
 
     def _fill(
         self,
-        boundary: Boundary,
+        taken: Sequence[Segment],
         tokens: np.ndarray,
         read: DeviceReader,
         on_done: Callable[[], None],
     ) -> None:
         try:
-            payload = self.ram.allocate(boundary.nbytes)
-            zero_padding(payload, boundary.buffers)
-            tokens_of(payload, boundary.buffers)[:] = tokens
-            read(views(payload, boundary.buffers))
+            payloads = []
+            targets: dict[str, torch.Tensor] = {}
+            for segment in taken:
+                payload = self.ram.allocate(segment.nbytes)
+                zero_padding(payload, segment.buffers)
+                targets.update(views(payload, segment.buffers))
+                payloads.append(payload)
+            tokens_of(payloads[0], taken[0].buffers)[:] = tokens
+            read(targets)
         except BaseException as error:
-            logger.exception("capture of %s failed", boundary.key)
+            logger.exception("capture of %s failed", taken[0].key)
             self.ram.stats.capture_failed += 1
-            self.ram.fail(boundary, error)
+            # The state first: it stands on the rows.
+            for segment in reversed(taken):
+                self.ram.fail(segment, error)
         else:
-            boundary.payload = payload
             self.ram.stats.captured += 1
-            self.ram.complete(boundary)
+            for segment, payload in zip(taken, payloads, strict=True):
+                segment.payload = payload
+                self.ram.complete(segment)
         finally:
             on_done()
 
     # ---- lookup and leases ----
+
+    def boundary(self, key: str) -> Segment | None:
+        """The segment from which a sequence goes on at `key`: its state there if it has one."""
+        return self.ram.get(key, self.stateful)
 
     def lookup(self, owner: str, keys: Sequence[str], page_size: int) -> list[int]:
         """Lengths, in pages of `keys`, that can be loaded now; they are leased to `owner`.
@@ -151,19 +179,31 @@ class TierManager:
         """
         with self.ram.lock:
             for index in range(len(keys) - 1, -1, -1):
-                boundary = self.ram.get(keys[index])
+                boundary = self.boundary(keys[index])
                 if boundary is None:
                     continue
                 after = boundary.end - (index + 1) * page_size
                 if not self.ram.loadable(boundary, after):
                     continue
                 chain = boundary.chain(after)
-                self.lease(owner, chain, seconds=LOOKUP_LEASE_S, promised=True)
-                return [(node.end - after) // page_size for node in chain]
+                ends = list(self._loadable_ends(chain))
+                promised = dict.fromkeys([*chain, *ends])
+                self.lease(owner, list(promised), seconds=LOOKUP_LEASE_S, promised=True)
+                return [(end.end - after) // page_size for end in ends]
         return []
 
+    def _loadable_ends(self, chain: Sequence[Segment]) -> Iterator[Segment]:
+        """Where on a loadable chain a sequence could go on, first one first."""
+        for segment in chain:
+            end = self.boundary(segment.key)
+            if end is None or end is chain[-1]:
+                continue
+            if end is segment or (end.parent is segment and end.resident):
+                yield end
+        yield chain[-1]
+
     def lease(
-        self, owner: str, chain: Sequence[Boundary], *, seconds: float, promised: bool = False
+        self, owner: str, chain: Sequence[Segment], *, seconds: float, promised: bool = False
     ) -> None:
         """Keep a chain in RAM for `owner` until it is released or `seconds` have passed.
 
@@ -190,8 +230,8 @@ class TierManager:
 
     # ---- persist ----
 
-    def persist(self, boundary: Boundary) -> Future[Persisted]:
-        """Make the chain of a boundary durable.  The future fails with an `EngramError`.
+    def persist(self, boundary: Segment) -> Future[Persisted]:
+        """Make the chain that ends in a boundary durable.  The future fails with an `EngramError`.
 
         A chain that waits for its turn longer than there is room to hold it may have left RAM by
         then: `CaptureLostError`, whose `details` say which boundary to compute again.
@@ -205,44 +245,42 @@ class TierManager:
     def _persist(self, write: Write[Persisted]) -> Persisted:
         refs: list[SegmentRef] = []
         written = 0
-        for boundary in write.chain:
-            # Readers may find a file of the chain damaged at any time and take its boundary's
-            # segment id away: what this save relies on is in `refs` and read once.
+        for segment in write.chain:
+            # Readers may find a file of the chain damaged at any time and take its segment's id
+            # away: what this save relies on is in `refs` and read once.
             parent = refs[-1].segment_id if refs else None
-            header = self._plan(
-                boundary.key, boundary.start, boundary.end, parent, boundary.has_state
-            )
-            segment_id = boundary.segment_id
+            header = self._plan(segment.key, segment.start, segment.end, parent, segment.has_state)
+            segment_id = segment.segment_id
             if segment_id and not self.store.has_segment(
                 self.shard, segment_id, header.file_length
             ):
                 # Quarantined, cut or deleted: no manifest may name it.
-                self.ram.lose_file(boundary)
+                self.ram.lose_file(segment)
                 segment_id = None
             if segment_id is None:
                 try:
-                    segment_id = self._write_segment(boundary, header)
+                    segment_id = self._write_segment(segment, header)
                 except CaptureLostError as lost:
                     lost.details["boundary"] = write.chain[-1].end
                     raise
                 written += header.file_length
             refs.append(_ref(header, segment_id))
-            self._writes.let_go(write, boundary)
+            self._writes.let_go(write, segment)
         return Persisted(tuple(refs), sum(ref.bytes for ref in refs), written)
 
-    def _write_segment(self, boundary: Boundary, header: SegmentHeader) -> str:
+    def _write_segment(self, segment: Segment, header: SegmentHeader) -> str:
         try:
-            boundary.filled.result(FILL_TIMEOUT_S)
+            segment.filled.result(FILL_TIMEOUT_S)
         except Exception as error:
             raise CaptureLostError(
-                f"the copy of the state at token {boundary.end} failed: {error!r}"
+                f"the copy of the state at token {segment.end} failed: {error!r}"
             ) from error
-        payload = boundary.payload
+        payload = segment.payload
         if payload is None:
             # Evicted between being found and being held.
-            raise CaptureLostError(f"the state at token {boundary.end} has left memory")
+            raise CaptureLostError(f"the state at token {segment.end} has left memory")
         segment_id = self.store.put_segment(header, bytes_of(payload))
-        self.ram.mark_durable(boundary, segment_id)
+        self.ram.mark_durable(segment, segment_id)
         self.ram.stats.persisted_segments += 1
         self.ram.stats.persisted_bytes += header.file_length
         return segment_id
@@ -258,7 +296,7 @@ class TierManager:
         same tokens that are in RAM already will do.
         """
         with self.ram.lock:
-            held = self.ram.get(refs[-1].key)
+            held = self.ram.get(refs[-1].key, refs[-1].has_state)
             if held is not None and self.ram.loadable(held, 0) and self._same(held, refs, exact):
                 self.ram.want(held)
                 self.lease(owner, held.chain(), seconds=seconds)
@@ -290,22 +328,22 @@ class TierManager:
             future.cancel()
 
     @staticmethod
-    def _same(boundary: Boundary, refs: Sequence[SegmentRef], exact: bool) -> bool:
+    def _same(held: Segment, refs: Sequence[SegmentRef], exact: bool) -> bool:
         if not exact:
             return True
-        return [b.segment_id for b in boundary.chain()] == [ref.segment_id for ref in refs]
+        return [s.segment_id for s in held.chain()] == [ref.segment_id for ref in refs]
 
     def _promote(
         self, refs: Sequence[SegmentRef], owner: str, seconds: float, exact: bool
     ) -> Promoted:
-        held: list[Boundary] = []
+        held: list[Segment] = []
         read = 0
         try:
             for number, ref in enumerate(refs):
                 below = _Below(held[-1], refs[number - 1].segment_id) if held else None
-                boundary, nbytes = self._bring(ref, below, exact)
-                held.append(boundary)
-                self.ram.want(boundary)
+                segment, nbytes = self._bring(ref, below, exact)
+                held.append(segment)
+                self.ram.want(segment)
                 read += nbytes
             with self.ram.lock:
                 if owner in self._reading:
@@ -315,20 +353,20 @@ class TierManager:
         source = Tier.DISK if read else Tier.RAM
         return Promoted(source, sum(ref.bytes for ref in refs), read)
 
-    def _bring(self, ref: SegmentRef, below: _Below | None, exact: bool) -> tuple[Boundary, int]:
-        """The boundary of `ref` on top of `below`, in RAM and held once, and the bytes read.
+    def _bring(self, ref: SegmentRef, below: _Below | None, exact: bool) -> tuple[Segment, int]:
+        """The segment of `ref` on top of `below`, in RAM and held once, and the bytes read.
 
         Other bits of the same tokens will not do here: a chain of which one part is stored under
         another parent could not be restored once it was saved.
         """
         with self.ram.lock:
-            known = self.ram.get(ref.key)
+            known = self.ram.get(ref.key, ref.has_state)
             reuse = None
             if (
                 known is not None
                 and known.in_ram
                 and known.segment_id == ref.segment_id
-                and known.parent is (below.boundary if below else None)
+                and known.parent is (below.segment if below else None)
             ):
                 self.ram.hold((known,))
                 reuse = known
@@ -341,16 +379,16 @@ class TierManager:
             return reuse, 0
         return self._fetch(ref, below, exact)
 
-    def _fetch(self, ref: SegmentRef, below: _Below | None, exact: bool) -> tuple[Boundary, int]:
-        parent = below.boundary if below else None
-        boundary: Boundary | None = None
+    def _fetch(self, ref: SegmentRef, below: _Below | None, exact: bool) -> tuple[Segment, int]:
+        parent = below.segment if below else None
+        segment: Segment | None = None
 
         def into(header: SegmentHeader) -> memoryview:
-            nonlocal boundary
+            nonlocal segment
             self._check(header, ref, below.segment_id if below else None)
-            boundary = self._reserve(ref, header, parent)
-            boundary.payload = self.ram.allocate(boundary.nbytes)
-            return bytes_of(boundary.payload)
+            segment = self._reserve(ref, header, parent)
+            segment.payload = self.ram.allocate(segment.nbytes)
+            return bytes_of(segment.payload)
 
         try:
             self.store.read_segment(self.shard, ref.segment_id, into)
@@ -358,22 +396,22 @@ class TierManager:
             if isinstance(error, SnapshotCorruptError):
                 self.ram.stats.corrupt += 1
                 self.ram.forget_files(frozenset((ref.segment_id,)))
-            if boundary is not None:
-                self.ram.fail(boundary, error)
+            if segment is not None:
+                self.ram.fail(segment, error)
             raise
-        assert boundary is not None
+        assert segment is not None
         with self.ram.lock:
-            self.ram.mark_durable(boundary, ref.segment_id)
-            self.ram.hold((boundary,))
-            known = self.ram.get(ref.key)
+            self.ram.mark_durable(segment, ref.segment_id)
+            self.ram.hold((segment,))
+            known = self.ram.get(ref.key, ref.has_state)
             stale = known is not None and not self.ram.loadable(known, 0)
-            self.ram.publish(boundary, replace=exact or stale)
-            self.ram.complete(boundary)
+            self.ram.publish(segment, replace=exact or stale)
+            self.ram.complete(segment)
         self.ram.stats.promoted_segments += 1
         self.ram.stats.promoted_bytes += ref.bytes
-        return boundary, ref.bytes
+        return segment, ref.bytes
 
-    def _reserve(self, ref: SegmentRef, header: SegmentHeader, parent: Boundary | None) -> Boundary:
+    def _reserve(self, ref: SegmentRef, header: SegmentHeader, parent: Segment | None) -> Segment:
         """Room for a segment that is read, at the cost of the oldest leases if need be."""
         with self.ram.lock:
             self._expire()
@@ -425,10 +463,10 @@ class TierManager:
 
     # ---- life ----
 
-    def views(self, boundary: Boundary) -> dict[str, torch.Tensor]:
-        """The buffers of a boundary in RAM, by name."""
-        assert boundary.payload is not None
-        return views(boundary.payload, boundary.buffers)
+    def views(self, segment: Segment) -> dict[str, torch.Tensor]:
+        """The buffers of a segment in RAM, by name."""
+        assert segment.payload is not None
+        return views(segment.payload, segment.buffers)
 
     def depths(self) -> dict[str, int]:
         """How much is under way: chains written and waiting to be, promotions, leases, bytes."""

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Final, Generic, TypeVar
 
-from engram.tiers.base import Boundary
+from engram.tiers.base import Segment
 from engram.tiers.ram import RamTier
 
 WRITE_SHARE: Final = 0.5
@@ -23,8 +23,8 @@ class Write(Generic[Done]):
     """Work for the writer: `held` is what it keeps in RAM until that is on disk."""
 
     work: Callable[[Write[Done]], Done]
-    chain: Sequence[Boundary] = ()
-    held: list[Boundary] = field(default_factory=list)
+    chain: Sequence[Segment] = ()
+    held: list[Segment] = field(default_factory=list)
     future: Future[Done] = field(default_factory=Future)
 
 
@@ -49,11 +49,11 @@ class WriteQueue:
             self._start()
         return write.future
 
-    def let_go(self, write: Write[Any], boundary: Boundary) -> None:
-        """A boundary is on disk: no effect if the write does not hold it."""
+    def let_go(self, write: Write[Any], segment: Segment) -> None:
+        """A segment is on disk: no effect if the write does not hold it."""
         with self._ram.lock:
-            if boundary in write.held:
-                self._release(write, boundary)
+            if segment in write.held:
+                self._release(write, segment)
                 self._start()
 
     def depths(self) -> dict[str, int]:
@@ -79,8 +79,8 @@ class WriteQueue:
         """Hold and hand to the thread what may be held; called under the lock of the RAM tier."""
         while self._waiting:
             write = self._waiting[0]
-            needed = [b for b in write.chain if b.in_ram and not b.durable]
-            nbytes = sum(b.nbytes for b in needed)
+            needed = [s for s in write.chain if s.in_ram and not s.durable]
+            nbytes = sum(s.nbytes for s in needed)
             full = self._held_bytes + nbytes > self._ram.capacity * WRITE_SHARE
             if needed and self._held_bytes and full:
                 return
@@ -103,11 +103,11 @@ class WriteQueue:
     def _end(self, write: Write[Any]) -> None:
         with self._ram.lock:
             self._running -= 1
-            for boundary in list(write.held):
-                self._release(write, boundary)
+            for segment in list(write.held):
+                self._release(write, segment)
             self._start()
 
-    def _release(self, write: Write[Any], boundary: Boundary) -> None:
-        write.held.remove(boundary)
-        self._ram.release((boundary,))
-        self._held_bytes -= boundary.nbytes
+    def _release(self, write: Write[Any], segment: Segment) -> None:
+        write.held.remove(segment)
+        self._ram.release((segment,))
+        self._held_bytes -= segment.nbytes

@@ -8,7 +8,6 @@ from random import Random
 
 import pytest
 
-from engram.catalog import segments as segments_module
 from engram.catalog.catalog import Catalog
 from engram.catalog.database import Database
 from engram.catalog.rows import BranchRow, UnreferencedSegment
@@ -29,6 +28,8 @@ from engram.testing.samples import (
     sample_chain,
     sample_manifest,
     sample_segment,
+    sample_state,
+    sample_turns,
     seeded_random,
 )
 
@@ -61,10 +62,9 @@ def insert_and_fail(catalog: Catalog, *manifests: Manifest) -> None:
 
 def turns(rng: Random, count: int, **fields: object) -> list[Manifest]:
     """One conversation: each turn's snapshot stands on the segments of all turns before."""
-    chain = sample_chain(rng, [2] * count)
     return [
         sample_manifest(
-            [chain[:turn]],
+            [chain],
             **{
                 "snapshot_id": f"{fields.get('conversation_id', 'c')}-{turn}",
                 "conversation_id": "c",
@@ -73,7 +73,7 @@ def turns(rng: Random, count: int, **fields: object) -> list[Manifest]:
                 **fields,
             },
         )
-        for turn in range(1, count + 1)
+        for turn, chain in enumerate(sample_turns(rng, [2] * count), 1)
     ]
 
 
@@ -151,11 +151,23 @@ class TestSnapshots:
     def test_snapshots_of_a_namespace_are_those_it_can_restore(
         self, catalog: Catalog, rng: Random
     ) -> None:
-        for manifest in turns(rng, 2):
-            insert(catalog, manifest)
-        found = [row.snapshot_id for row in catalog.of_namespace(SHARD.namespace)]
-        assert found == ["c-1", "c-2"]
-        assert catalog.of_namespace("00" * 32) == []
+        manifests = [insert(catalog, manifest) for manifest in turns(rng, 2)]
+        found = catalog.boundary_keys(SHARD.namespace)
+        assert found == {m.snapshot_id: [m.boundary_key] for m in manifests}
+        assert catalog.boundary_keys("00" * 32) == {}
+
+    def test_without_states_wherever_rows_end_can_be_gone_on_from(
+        self, catalog: Catalog, rng: Random
+    ) -> None:
+        chain = sample_chain(rng, (2, 3, 4))[:-1]
+        insert(catalog, sample_manifest([chain]))
+        keys = [segment.header.key for segment in chain]
+        assert catalog.boundary_keys(SHARD.namespace) == {"snap-1": keys}
+        assert catalog.boundary_keys_of("snap-1") == keys
+        assert catalog.boundary_keys_of("unknown") == []
+        for length, key in enumerate(keys, 1):
+            refs = [segment.ref for segment in chain[:length]]
+            assert catalog.chain(SHARD.namespace, 0, key) == refs
 
     def test_a_snapshot_id_is_given_once(self, catalog: Catalog, rng: Random) -> None:
         manifest = insert(catalog, turns(rng, 1)[0])
@@ -193,14 +205,14 @@ class TestSnapshots:
         self, catalog: Catalog, rng: Random
     ) -> None:
         manifest = insert(catalog, turns(rng, 2)[1])
-        before = list(catalog.boundaries(SHARD.namespace))
+        before = catalog.chain(SHARD.namespace, 0, manifest.boundary_key)
         catalog.replace(
             change_manifest(manifest, pinned=True, user_metadata={"a": 1}),
             ManifestEntry(manifest_name("c-2", ""), "new stamp"),
         )
         assert catalog.get("c-2").pinned
         assert catalog.get("c-2").user_metadata == {"a": 1}
-        assert list(catalog.boundaries(SHARD.namespace)) == before
+        assert catalog.chain(SHARD.namespace, 0, manifest.boundary_key) == before
         assert catalog.unreferenced_segments() == []
         with pytest.raises(NotFoundError):
             catalog.replace(change_manifest(manifest, snapshot_id="x"), ManifestEntry("x", "y"))
@@ -282,7 +294,8 @@ class TestListing:
         assert second.conversation_id == "c"
         assert (second.snapshots, second.branches, second.newest_turn) == (4, 2, 3)
         assert (second.created_at, second.updated_at) == (1001.0, 2000.0)
-        assert second.bytes == main[2].bytes
+        files = {ref.segment_id: ref.bytes for turn in main for ref in turn.segments[0]}
+        assert second.bytes == sum(files.values())
         assert [c.conversation_id for c in catalog.conversations("", limit=1)] == ["a"]
         assert [c.conversation_id for c in catalog.conversations("", after="a")] == ["c"]
         assert catalog.branches("", "c") == [
@@ -294,20 +307,6 @@ class TestListing:
 
 
 class TestSegments:
-    def test_boundaries_are_what_manifests_name_once_each(
-        self, catalog: Catalog, rng: Random, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(segments_module, "_PAGE_ROWS", 2)
-        chain = sample_chain(rng, [2] * 5)
-        for turn in (2, 5, 3):
-            insert(
-                catalog,
-                sample_manifest([chain[:turn]], snapshot_id=f"s{turn}", turn_number=turn),
-            )
-        assert list(catalog.boundaries(SHARD.namespace)) == [segment.ref for segment in chain]
-        assert list(catalog.boundaries(SHARD.namespace, rank=1)) == []
-        assert list(catalog.boundaries("ab" * 32)) == []
-
     def test_each_rank_has_its_own(self, catalog: Catalog, rng: Random) -> None:
         seed = rng.random()
         chains = [
@@ -316,24 +315,24 @@ class TestSegments:
         insert(catalog, sample_manifest(chains))
         for rank, chain in enumerate(chains):
             refs = [segment.ref for segment in chain]
-            assert list(catalog.boundaries(SHARD.namespace, rank)) == refs
-            assert catalog.chain(SHARD.namespace, rank, chain[1].header.key) == refs[:2]
+            assert catalog.chain(SHARD.namespace, rank, chain[-1].header.key) == refs
         assert chains[0][0].segment_id != chains[1][0].segment_id
 
-    def test_a_chain_reaches_from_the_start_to_the_key(self, catalog: Catalog, rng: Random) -> None:
-        chain = sample_chain(rng, [2] * 4)
-        insert(catalog, sample_manifest([chain]))
-        for length in range(1, 5):
-            key = chain[length - 1].header.key
-            expected = [segment.ref for segment in chain[:length]]
-            assert catalog.chain(SHARD.namespace, 0, key) == expected
-        with pytest.raises(NotFoundError, match="no snapshot holds the boundary"):
-            catalog.chain(SHARD.namespace, 0, "ab" * 32)
-        with pytest.raises(NotFoundError):
-            catalog.chain(SHARD.namespace, 0, chain[0].header.key, "ab" * 32)
+    def test_a_chain_reaches_from_the_start_to_the_state(
+        self, catalog: Catalog, rng: Random
+    ) -> None:
+        first, second, third = sample_turns(rng, [2] * 3)
+        insert(catalog, sample_manifest([third], snapshot_id="s3", turn_number=3))
+        insert(catalog, sample_manifest([first], snapshot_id="s1", turn_number=1))
+        for chain in (first, third):
+            refs = [segment.ref for segment in chain]
+            assert catalog.chain(SHARD.namespace, 0, refs[-1].key) == refs
+        for key in (second[-1].header.key, "ab" * 32):
+            with pytest.raises(NotFoundError, match="no snapshot holds the boundary"):
+                catalog.chain(SHARD.namespace, 0, key)
 
     @pytest.mark.parametrize("newest_first", [True, False])
-    def test_of_two_chains_with_one_key_the_newest_or_the_one_asked_for(
+    def test_of_two_chains_with_one_key_the_newest(
         self, catalog: Catalog, rng: Random, newest_first: bool
     ) -> None:
         """The same tokens computed twice: equal keys, different bytes."""
@@ -346,35 +345,59 @@ class TestSegments:
         ]
         for manifest in saves if newest_first else reversed(saves):
             insert(catalog, manifest)
-        key = old[1].header.key
-        assert key == new[1].header.key
-        old_refs, new_refs = [s.ref for s in old], [s.ref for s in new]
-        assert catalog.chain(SHARD.namespace, 0, key) == new_refs
-        assert catalog.chain(SHARD.namespace, 0, key, old[1].segment_id) == old_refs
-        assert catalog.chain(SHARD.namespace, 0, key, new[1].segment_id) == new_refs
+        key = old[-1].header.key
+        assert key == new[-1].header.key
+        assert catalog.chain(SHARD.namespace, 0, key) == [s.ref for s in new]
+        catalog.delete("new")
+        assert catalog.chain(SHARD.namespace, 0, key) == [s.ref for s in old]
 
     def test_segments_are_unreferenced_when_the_last_snapshot_goes(
         self, catalog: Catalog, rng: Random
     ) -> None:
-        chain = sample_chain(rng, [2] * 3)
-        for turn in (2, 3):
-            insert(
-                catalog, sample_manifest([chain[:turn]], snapshot_id=f"s{turn}", turn_number=turn)
-            )
+        _, second, third = sample_turns(rng, [2] * 3)
+        for turn, chain in ((2, second), (3, third)):
+            insert(catalog, sample_manifest([chain], snapshot_id=f"s{turn}", turn_number=turn))
         assert catalog.unreferenced_segments() == []
         catalog.delete("s3")
-        last = UnreferencedSegment(SHARD, chain[2].segment_id, chain[2].header.file_length)
-        assert catalog.unreferenced_segments() == [last]
-        assert not catalog.is_referenced(SHARD, chain[2].segment_id)
-        assert catalog.is_referenced(SHARD, chain[1].segment_id)
+        last = [UnreferencedSegment(SHARD, s.segment_id, s.header.file_length) for s in third[2:]]
+        assert catalog.unreferenced_segments() == last, "rows of its own, and its state"
+        assert not catalog.is_referenced(SHARD, third[2].segment_id)
+        assert catalog.is_referenced(SHARD, third[1].segment_id)
         assert not catalog.is_referenced(SHARD, "ab" * 32)
-        assert chain[2].ref not in list(catalog.boundaries(SHARD.namespace))
         with pytest.raises(NotFoundError):
-            catalog.chain(SHARD.namespace, 0, chain[2].header.key)
+            catalog.chain(SHARD.namespace, 0, third[-1].header.key)
         catalog.delete("s2")
+        assert len(catalog.unreferenced_segments()) == 5
+        assert catalog.forget_segments(last) == 2
         assert len(catalog.unreferenced_segments()) == 3
-        assert catalog.forget_segments([last]) == 1
-        assert len(catalog.unreferenced_segments()) == 2
+
+    def test_a_segment_used_in_part_is_one_file(self, catalog: Catalog, rng: Random) -> None:
+        whole = sample_chain(rng, (5,))
+        part = whole[0].ref.model_copy(update={"end": 3, "key": "cd" * 32})
+        rest = sample_segment(rng, parent=whole[0], length=4)
+        start = rest.header.model_copy(update={"start": 3, "end": 7})
+        own = rest.ref.model_copy(update={"start": start.start, "end": start.end})
+        insert(catalog, sample_manifest([whole]))
+        insert(
+            catalog,
+            sample_manifest(
+                [[whole[0], rest]],
+                snapshot_id="other",
+                turn_number=2,
+                token_count=7,
+                segments=[[part, own]],
+            ),
+        )
+        assert catalog.counts().segments == 3
+        assert catalog.counts().segment_bytes == whole[0].ref.bytes + whole[1].ref.bytes + own.bytes
+        assert [c.bytes for c in catalog.conversations("")] == [catalog.counts().segment_bytes]
+        catalog.delete("snap-1")
+        assert [s.segment_id for s in catalog.unreferenced_segments()] == [whole[1].segment_id]
+        catalog.delete("other")
+        gone = catalog.unreferenced_segments()
+        assert {s.segment_id for s in gone} == {s.segment_id for s in (*whole, rest)}
+        assert len(gone) == 3
+        assert catalog.forget_segments(gone) == 4, "rows of the table"
 
     def test_a_segment_that_is_named_again_is_not_forgotten(
         self, catalog: Catalog, rng: Random
@@ -383,7 +406,7 @@ class TestSegments:
         catalog.delete(manifest.snapshot_id)
         unreferenced = catalog.unreferenced_segments()
         insert(catalog, manifest)
-        assert len(unreferenced) == 1
+        assert len(unreferenced) == 2
         assert catalog.forget_segments(unreferenced) == 0
         assert catalog.is_referenced(SHARD, unreferenced[0].segment_id)
 
@@ -399,7 +422,7 @@ class TestSegments:
             insert(catalog, manifest)
         insert(catalog, turns(rng, 1, tenant="them")[0])
         counts = catalog.counts()
-        assert (counts.snapshots, counts.conversations, counts.segments) == (4, 2, 4)
+        assert (counts.snapshots, counts.conversations, counts.segments) == (4, 2, 8)
         assert counts.segment_bytes > manifests[2].bytes
 
 
@@ -407,9 +430,12 @@ def same_tokens_other_bytes(rng: Random, chain: list[SampleSegment]) -> list[Sam
     """A chain over the same tokens and keys, of other sizes and hence other ids."""
     twin: list[SampleSegment] = []
     for segment in chain:
-        other = sample_segment(
-            rng, parent=twin[-1] if twin else None, length=len(segment.tokens), has_state=False
-        )
+        parent = twin[-1] if twin else None
+        if segment.header.has_state:
+            assert parent is not None
+            other = sample_state(rng, parent)
+        else:
+            other = sample_segment(rng, parent=parent, length=len(segment.tokens))
         header = other.header.model_copy(update={"key": segment.header.key})
         twin.append(SampleSegment(header, other.payload, segment.tokens, other.segment_id))
     return twin
@@ -421,7 +447,7 @@ class TestTransactions:
         with pytest.raises(RuntimeError):
             insert_and_fail(catalog, first, second)
         assert catalog.all_snapshots() == []
-        assert list(catalog.boundaries(SHARD.namespace)) == []
+        assert catalog.boundary_keys(SHARD.namespace) == {}
 
     def test_an_inner_failure_undoes_its_own_part_only(self, catalog: Catalog, rng: Random) -> None:
         first, second, third = turns(rng, 3)
@@ -531,7 +557,8 @@ class TestTransactions:
                 for manifest in part:
                     insert(catalog, manifest)
                     assert catalog.get(manifest.snapshot_id).turn_number == manifest.turn_number
-                    assert len(list(catalog.boundaries(SHARD.namespace))) >= 2
+                    keys = catalog.boundary_keys(SHARD.namespace)
+                    assert keys[manifest.snapshot_id] == [manifest.boundary_key]
                     if manifest.turn_number % 3 == 0:
                         assert catalog.delete(manifest.snapshot_id)
             except BaseException as error:
@@ -547,4 +574,4 @@ class TestTransactions:
         assert {row.turn_number for row in catalog.all_snapshots()} == {
             n for n in range(24) if n % 3
         }
-        assert len(catalog.unreferenced_segments()) == 16
+        assert len(catalog.unreferenced_segments()) == 24

@@ -8,7 +8,7 @@ from typer.testing import CliRunner, Result
 
 from engram.cli.main import app
 from engram.store.disk import DiskStore
-from engram.testing.samples import sample_chain, sample_manifest, seeded_random
+from engram.testing.samples import sample_manifest, sample_turns, seeded_random
 from unit.cli.test_store_health import contents, damage_manifest
 
 YEAR = "31536000000"  # a thousand of them: nothing of the samples is cold
@@ -17,15 +17,15 @@ YEAR = "31536000000"  # a thousand of them: nothing of the samples is cold
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
     """Three turns of one conversation, each on the one before."""
-    chain = sample_chain(seeded_random(), (5, 3, 4))
+    chains = sample_turns(seeded_random(), (5, 3, 4))
     root = tmp_path / "store"
     with DiskStore.open(root) as store:
-        for segment in chain:
-            store.put_segment(segment.header, memoryview(segment.payload), segment.segment_id)
-        for turn in (1, 2, 3):
+        for turn, chain in enumerate(chains, 1):
+            for segment in chain:
+                store.put_segment(segment.header, memoryview(segment.payload), segment.segment_id)
             store.put_manifest(
                 sample_manifest(
-                    [chain[:turn]], snapshot_id=f"snap-{turn}", turn_number=turn, pinned=turn == 1
+                    [chain], snapshot_id=f"snap-{turn}", turn_number=turn, pinned=turn == 1
                 )
             )
     return root
@@ -45,6 +45,8 @@ def test_the_json_of_a_plan(store: Path) -> None:
     report = json.loads(result.stdout)
     assert contents(store) == before
     size = sum(path.stat().st_size for path in store.rglob("*.seg"))
+    with DiskStore.open(store) as opened:
+        state = opened.get_manifest("snap-2").segments[0][-1]
     assert report == {
         "remove": [
             {
@@ -55,12 +57,12 @@ def test_the_json_of_a_plan(store: Path) -> None:
                 "snapshot_id": "snap-2",
                 "reason": "count",
                 "text": "not among the newest 1 of branch 'main'",
-                "freed_bytes": 0,
+                "freed_bytes": state.bytes,
             }
         ],
         "keep": {"pinned": 1, "within the policy": 1},
         "bytes_before": size,
-        "bytes_after": size,
+        "bytes_after": size - state.bytes,
         "over_quota": 0,
         "unreadable": [],
     }

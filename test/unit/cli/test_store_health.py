@@ -15,7 +15,7 @@ from engram.store.inspection import lock_holder
 from engram.store.layout import Layout
 from engram.testing.samples import sample_chain, sample_manifest, seeded_random
 
-SEGMENTS = 3  # of a sample chain
+SEGMENTS = 4  # of a sample chain
 
 
 def filled(root: Path) -> Manifest:

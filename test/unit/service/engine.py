@@ -24,7 +24,7 @@ from engram.errors import (
 )
 from engram.service import SnapshotService
 from engram.service.ports import Brought, Chains, EngineInfo, Generation, Located, Stored
-from engram.snapshot.manifest import SegmentRef
+from engram.snapshot.manifest import SegmentRef, rows_of
 from engram.snapshot.segment import TOKENS, SegmentHeader, Shard
 from engram.store.disk import DiskStore
 
@@ -148,31 +148,40 @@ class FakeEngine:
         start, new = (known + 1) * page, 0
         chains = []
         for rank in self._ranks():
-            header = SegmentHeader.plan(
-                shard=self.shard(rank),
-                key=keys[-1],
-                start=start,
-                end=len(tokens),
-                parent=before[rank][-1].segment_id if before[rank] else None,
-                has_state=True,
-                buffers=[("k.0", "U8", (len(tokens) - start, 8)), ("ssm.1", "U8", (1, 16))],
-            )
-            payload = memoryview(bytearray(self.rng.randbytes(header.payload_length)))
-            header.clear_padding(payload)
-            header.view(payload, TOKENS)[:] = tokens_to_bytes(tokens[start:])
-            segment_id = self.store.put_segment(header, payload)
-            ref = SegmentRef(
-                segment_id=segment_id,
-                key=keys[-1],
-                start=start,
-                end=len(tokens),
-                has_state=True,
-                bytes=header.file_length,
-            )
-            chains.append([*before[rank], ref])
-            new += ref.bytes
+            chain = list(rows_of(before[rank]))
+            chain.append(self._put(rank, keys[-1], chain, start, tokens[start:]))
+            chain.append(self._put(rank, keys[-1], chain, len(tokens), None))
+            chains.append(chain)
+            new += chain[-1].bytes + chain[-2].bytes
         self.durable[keys[-1]] = chains
         return new
+
+    def _put(
+        self, rank: int, key: str, below: list[SegmentRef], start: int, tokens: TokenArray | None
+    ) -> SegmentRef:
+        """Random rows of these tokens, or without them a random state, on top of a chain."""
+        has_state, count = tokens is None, 0 if tokens is None else len(tokens)
+        header = SegmentHeader.plan(
+            shard=self.shard(rank),
+            key=key,
+            start=start,
+            end=start + count,
+            parent=below[-1].segment_id if below else None,
+            has_state=has_state,
+            buffers=[("ssm.1", "U8", (1, 16))] if has_state else [("k.0", "U8", (count, 8))],
+        )
+        payload = memoryview(bytearray(self.rng.randbytes(header.payload_length)))
+        header.clear_padding(payload)
+        if tokens is not None:
+            header.view(payload, TOKENS)[:] = tokens_to_bytes(tokens)
+        return SegmentRef(
+            segment_id=self.store.put_segment(header, payload),
+            key=key,
+            start=start,
+            end=start + count,
+            has_state=has_state,
+            bytes=header.file_length,
+        )
 
     def _ranks(self) -> range:
         return range(self.info.world_size)
@@ -199,8 +208,7 @@ class FakeEngine:
         except asyncio.TimeoutError:
             raise DeadlineError("no answer") from None
         nbytes = await asyncio.to_thread(self._verify, chains)
-        for end, ref in enumerate(chains[0], 1):
-            self.durable[ref.key] = [list(chain[:end]) for chain in chains]
+        self.durable[chains[0][-1].key] = [list(chain) for chain in chains]
         return Brought("disk", nbytes, nbytes, in_vram=False, state_slot=None)
 
     def _verify(self, chains: Chains) -> int:

@@ -317,7 +317,7 @@ async def test_segments_then_manifest_then_catalog(
     await server.chat("c", turns=2)
     for turn in (1, 2):
         await server.service.save(tenant="", conversation_id="c", turn_number=turn)
-    assert events == ["put_segment", "put_segment", "put_manifest", "insert"] * 2
+    assert events == [*["put_segment"] * 4, "put_manifest", "insert"] * 2
 
 
 @on_a_loop
@@ -436,3 +436,14 @@ async def test_what_was_damaged_since_is_not_acknowledged_again(
     assert server.service.context.stats.corrupt == 2
     row = server.catalog.get(saved.snapshot_id)
     await server.service.delete(row)
+
+
+@on_a_loop
+async def test_a_snapshot_deleted_meanwhile_is_not_taken_for_a_damaged_one(server: Server) -> None:
+    await server.chat("c")
+    saved = await server.service.save(tenant="", conversation_id="c")
+    row = server.catalog.get(saved.snapshot_id)
+    await server.service.delete(row)
+    with pytest.raises(NotFoundError):
+        server.service._saver._check_whole(row)
+    assert server.service.context.stats.corrupt == 0

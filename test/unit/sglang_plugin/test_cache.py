@@ -61,9 +61,9 @@ def test_the_end_of_a_finished_request_is_captured(rank: Rank, rng: Random) -> N
     assert rank.serve(tokens, rid="b") == Served(30, 0, False)
     assert rank.boundaries(tokens) == [30, 60]
     keys = page_keys(tokens, 1)
-    second = rank.tiers.ram.get(keys[59])
+    second = rank.tiers.boundary(keys[59])
     assert second is not None
-    assert (second.start, second.end) == (30, 60), "only what is new is copied"
+    assert [(s.start, s.end) for s in second.chain()] == [(0, 30), (30, 60), (60, 60)]
     [turn] = rank.cache.finished_turns("b")
     assert (turn.key, turn.boundary) == (keys[59], 60)
     assert rank.stats.captured == 2
@@ -111,14 +111,14 @@ def test_chunks_are_not_captured(rank: Rank, rng: Random) -> None:
 def test_nothing_is_captured_twice(rank: Rank, rng: Random) -> None:
     tokens = random_tokens(rng, 60)
     rank.serve(tokens[:40])
-    first = rank.tiers.ram.get(page_keys(tokens, 1)[39])
+    first = rank.tiers.boundary(page_keys(tokens, 1)[39])
     rank.serve(tokens[:40])
     assert rank.stats.captured == 1
     rank.clear_vram()
     rank.serve(tokens[:50])  # restored: upstream offers the whole prefix again
     rank.clear_vram()
     rank.serve(tokens[:40])  # computed anew: the first write stands
-    assert rank.tiers.ram.get(page_keys(tokens, 1)[39]) is first
+    assert rank.tiers.boundary(page_keys(tokens, 1)[39]) is first
     assert rank.stats.captured == 2
     assert rank.boundaries(tokens) == [40, 50]
 
@@ -234,9 +234,9 @@ def test_a_segment_is_loaded_from_its_middle(rank: Rank, rng: Random) -> None:
     rank.serve(tokens[:60])
     rank.clear_vram()
     rank.serve(tokens[:25])
-    boundary = rank.tiers.ram.get(page_keys(tokens, 1)[59])
+    boundary = rank.tiers.boundary(page_keys(tokens, 1)[59])
     assert boundary is not None
-    assert boundary.start == 0, "the whole of it is one segment"
+    assert boundary.chain()[0].end == 60, "the rows are one segment"
     assert rank.serve(tokens) == Served(25, 35, False)
     rank.check_pools()
 
@@ -364,7 +364,7 @@ def test_a_prefix_that_is_in_vram_anyway_is_held_for_nobody(rank: Rank, rng: Ran
     """The HTTP process leased it for the request; the first look at the tree ends the lease."""
     tokens = random_tokens(rng, 60)
     rank.serve(tokens[:40])
-    boundary = rank.tiers.ram.get(page_keys(tokens[:40], 1)[-1])
+    boundary = rank.tiers.boundary(page_keys(tokens[:40], 1)[-1])
     assert boundary is not None
     rank.tiers.lease("waiting", boundary.chain(), seconds=1000.0)
     request = ToyRequest("waiting", tokens)
@@ -386,13 +386,13 @@ def test_a_hit_that_has_vanished_is_recomputed(
     rank.clear_vram()
     load = rank.linker.load
     if durable:
-        saved = rank.tiers.ram.get(page_keys(tokens, 1)[39])
+        saved = rank.tiers.boundary(page_keys(tokens, 1)[39])
         assert saved is not None
         rank.tiers.persist(saved).result(WAIT_S)
 
     def late(rid: str, transfers: list[Any]) -> bool:
         rank.tiers.release(rid)
-        boundary = rank.tiers.ram.get(page_keys(tokens, 1)[39])
+        boundary = rank.tiers.boundary(page_keys(tokens, 1)[39])
         assert boundary is not None
         rank.tiers.ram._evict(boundary)
         return load(rid, transfers)
@@ -414,7 +414,7 @@ def test_a_promise_does_not_outlive_what_was_promised(rank: Rank, rng: Random) -
     assert rank.cache.match_prefix(params).host_hit_length == 40
     assert rank.cache.linker.has_hit("r")
     rank.tiers.release("r")
-    boundary = rank.tiers.ram.get(page_keys(tokens, 1)[39])
+    boundary = rank.tiers.boundary(page_keys(tokens, 1)[39])
     assert boundary is not None
     rank.tiers.ram._evict(boundary)
     assert rank.cache.match_prefix(params).host_hit_length == 0
@@ -533,7 +533,7 @@ def test_what_is_resident_and_capturing_it_again(rank: Rank, rng: Random) -> Non
     assert rank.cache.resident(ids, "lora", None).length == 0
     assert rank.cache.capture_resident(array("q", tokens), None, None) is None
     assert rank.cache.capture_resident(ids[:20], None, None) is None, "no state stands there"
-    boundary = rank.tiers.ram.get(page_keys(tokens, 1)[29])
+    boundary = rank.tiers.boundary(page_keys(tokens, 1)[29])
     assert boundary is not None
     rank.tiers.ram._evict(boundary)
     assert rank.boundaries(tokens) == []

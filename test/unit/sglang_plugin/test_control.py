@@ -95,7 +95,7 @@ async def test_saved_by_one_process_and_served_by_the_next(new_rank: NewRank, rn
     assert (located.boundary, located.key) == (40, page_keys(tokens[:40], 1)[-1])
     stored = await ranks.persist(first.namespace, finished([*tokens[:40], 7], "b"), 40)
     assert stored.boundary == 40
-    assert [(ref.start, ref.end) for ref in stored.chains[0]] == [(0, 20), (20, 40)]
+    assert [(ref.start, ref.end) for ref in stored.chains[0]] == [(0, 20), (20, 40), (40, 40)]
     assert stored.bytes == stored.unique_bytes == sum(r.bytes for r in stored.chains[0])
     again = await ranks.persist(first.namespace, finished([*tokens[:40], 7], "b"), 40)
     assert (again.chains, again.unique_bytes) == (stored.chains, 0)
@@ -132,7 +132,7 @@ async def test_saved_by_one_process_and_served_by_the_next(new_rank: NewRank, rn
     assert (brought.source_tier, brought.in_vram, brought.read_bytes) == ("ram", True, 0)
     assert brought.state_slot is not None
     [stats] = await ranks.stats()
-    assert stats["promoted_segments"] == 2
+    assert stats["promoted_segments"] == 3
     assert stats["ram_bytes"] == second.tiers.ram.used
 
 
@@ -147,12 +147,13 @@ async def test_who_the_engine_is(rank: Rank) -> None:
 async def test_what_only_vram_has_is_captured_when_it_is_saved(rank: Rank, rng: Random) -> None:
     tokens = random_tokens(rng, 30)
     rank.serve(tokens, rid="r")
-    boundary = rank.tiers.ram.get(page_keys(tokens, 1)[-1])
+    boundary = rank.tiers.boundary(page_keys(tokens, 1)[-1])
     assert boundary is not None
-    rank.tiers.ram._evict(boundary)
+    for segment in reversed(boundary.chain()):
+        rank.tiers.ram._evict(segment)
     ranks = SglangRanks(Wire(rank).client)
     stored = await ranks.persist(rank.namespace, finished([*tokens, 7], "r"), 30)
-    assert [(ref.start, ref.end) for ref in stored.chains[0]] == [(0, 30)]
+    assert [(ref.start, ref.end) for ref in stored.chains[0]] == [(0, 30), (30, 30)]
     rank.settle()
     rank.check_pools()
 
@@ -162,13 +163,20 @@ async def test_what_will_be_saved_is_wanted_before_its_turn_comes(rank: Rank, rn
     tokens = random_tokens(rng, 30)
     for end in (10, 20, 30):
         rank.serve(tokens[:end], rid=f"r{end}")
-    chain = [rank.tiers.ram.get(page_keys(tokens, 1)[end - 1]) for end in (10, 20, 30)]
-    assert [b is not None and b.wanted for b in chain] == [False, False, False]
+
+    def wanted(*, states: bool) -> list[bool]:
+        keys = page_keys(tokens, 1)
+        found = [rank.tiers.ram.get(keys[end - 1], states) for end in (10, 20, 30)]
+        return [segment is not None and segment.wanted for segment in found]
+
+    assert wanted(states=True) == wanted(states=False) == [False, False, False]
     ranks = SglangRanks(Wire(rank).client)
     await ranks.locate(rank.namespace, finished([*tokens[:20], 7], "r20"), 20)
-    assert [b is not None and b.wanted for b in chain] == [True, True, False]
+    assert wanted(states=False) == [True, True, False]
+    assert wanted(states=True) == [False, True, False], "a state below is no part of it"
     await ranks.persist(rank.namespace, finished([*tokens, 7], "r30"), 30)
-    assert [b is not None and b.wanted for b in chain] == [True, True, True]
+    assert wanted(states=False) == [True, True, True]
+    assert wanted(states=True) == [False, True, True]
 
 
 @on_a_loop
@@ -202,7 +210,7 @@ async def test_a_promotion_that_was_given_up_takes_no_reader(
     go.set()
     assert [one.source_tier for one in await asyncio.gather(*asked[:2])] == ["disk", "disk"]
     [stats] = await ranks.stats()
-    assert (stats["promotions"], stats["promoted_segments"]) == (0, 2)
+    assert (stats["promotions"], stats["promoted_segments"]) == (0, 4)
 
 
 @on_a_loop

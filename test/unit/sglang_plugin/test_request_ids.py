@@ -12,7 +12,7 @@ from engram.errors import InternalError
 from engram.sglang_plugin.control import RankControl
 from engram.sglang_plugin.keys import page_keys
 from engram.sglang_plugin.messages import PersistRequest
-from engram.tiers.base import Boundary
+from engram.tiers.base import Segment
 from unit.sglang_plugin.tree import Rank
 
 
@@ -37,7 +37,7 @@ def persist(rank: Rank, rid: str | None, tokens: list[int]) -> PersistRequest:
     )
 
 
-def located(rank: Rank, rid: str | None, tokens: list[int]) -> Boundary:
+def located(rank: Rank, rid: str | None, tokens: list[int]) -> Segment:
     return control(rank)._locate(persist(rank, rid, tokens))
 
 

@@ -105,7 +105,7 @@ def test_what_ram_forgot_is_captured_again_from_the_resident_tree(rank: Rank, rn
     """Upstream has marked the node as stored, for good."""
     tokens = random_tokens(rng, 30)
     rank.serve(tokens)
-    boundary = rank.tiers.ram.get(page_keys(tokens, 1)[-1])
+    boundary = rank.tiers.boundary(page_keys(tokens, 1)[-1])
     assert boundary is not None
     rank.tiers.ram._evict(boundary)
     assert rank.boundaries(tokens) == []
@@ -136,7 +136,7 @@ def test_a_waiting_request_that_is_aborted_lets_go_of_its_lease(rank: Rank, rng:
     request = ToyRequest("r", [*tokens, 1])
     params = MatchPrefixParams(key=RadixKey(array("q", tokens)), req=request)
     assert rank.cache.match_prefix(params).host_hit_length == 40
-    boundary = rank.tiers.ram.get(page_keys(tokens, 1)[-1])
+    boundary = rank.tiers.boundary(page_keys(tokens, 1)[-1])
     assert boundary is not None
     assert boundary.holders == 1
     rank.cache.linker.release_request("r")

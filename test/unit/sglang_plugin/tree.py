@@ -178,7 +178,9 @@ class Rank:
     ) -> RankContext:
         namespace = Namespace({"model": "toy", "model.weights": "first", **pools.describe()})
         shard = Shard(namespace.id, 0, 1)
-        tiers = TierManager(RamTier(self.capacity), self.store, shard, pools.layout)
+        tiers = TierManager(
+            RamTier(self.capacity), self.store, shard, pools.layout, pools.has_state
+        )
         return RankContext(namespace, shard, tiers, 1, LAYERS, "toy", "a toy", LAUNCH)
 
     # ---- the toy model ----
@@ -313,7 +315,7 @@ class Rank:
     def boundaries(self, tokens: list[int], extra_key: str | None = None) -> list[int]:
         """Where boundaries of a sequence are held."""
         keys = page_keys(tokens, 1, extra_key)
-        return [end for end, key in enumerate(keys, 1) if self.tiers.ram.get(key) is not None]
+        return [end for end, key in enumerate(keys, 1) if self.tiers.boundary(key) is not None]
 
     def close(self) -> None:
         self.linker.close()

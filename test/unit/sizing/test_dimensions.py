@@ -102,21 +102,29 @@ def test_capacity_is_what_fits() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("tokens", [1, 4096])
-def test_a_segment_file_has_those_bytes_and_little_more(name: str, tokens: int) -> None:
+def test_segment_files_have_those_bytes_and_little_more(name: str, tokens: int) -> None:
     size = sized(name)
     digest = "0" * 64
-    header = SegmentHeader.plan(
-        shard=Shard(digest, 0, 1),
-        key=digest,
-        start=0,
-        end=tokens,
-        parent=None,
-        has_state=size.state_bytes > 0,
-        buffers=[(b.name, b.dtype, (tokens if b.per_token else 1, *b.shape)) for b in size.buffers],
-    )
-    beside = header.file_length - size.snapshot_bytes(tokens) - 4 * tokens
-    assert 0 < beside <= 64 * (len(size.buffers) + 1) + len(header.prefix) + 32
-    assert len(header.prefix) <= 32 << 10
+    rows = [(b.name, b.dtype, (tokens, *b.shape)) for b in size.buffers if b.per_token]
+    state = [(b.name, b.dtype, (1, *b.shape)) for b in size.buffers if not b.per_token]
+    headers = [
+        SegmentHeader.plan(
+            shard=Shard(digest, 0, 1),
+            key=digest,
+            start=start,
+            end=tokens,
+            parent=digest if start else None,
+            has_state=start > 0,
+            buffers=buffers,
+        )
+        for start, buffers in ((0, rows), (tokens, state))
+        if buffers or not start
+    ]
+    files = sum(header.file_length for header in headers)
+    prefixes = [len(header.prefix) for header in headers]
+    beside = files - size.snapshot_bytes(tokens) - 4 * tokens
+    assert 0 < beside <= 64 * (len(size.buffers) + 1) + sum(prefixes) + 32 * len(headers)
+    assert max(prefixes) <= 32 << 10
 
 
 def test_an_unknown_architecture_is_named() -> None:

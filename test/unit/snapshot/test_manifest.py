@@ -65,12 +65,16 @@ def manifests(draw: st.DrawFn) -> Manifest:
     # The tokens are random for each rank here; the boundary key must be theirs in common.
     refs = [[segment.ref for segment in chain] for chain in chains]
     key = refs[0][-1].key
+    stateful = draw(st.booleans())
     for chain_refs in refs:
-        chain_refs[-1] = chain_refs[-1].model_copy(update={"key": key})
+        chain_refs[-2:] = [ref.model_copy(update={"key": key}) for ref in chain_refs[-2:]]
+        if not stateful:
+            chain_refs.pop()
     total = sum(ref.bytes for chain_refs in refs for ref in chain_refs)
     return sample_manifest(
         chains,
         segments=refs,
+        bytes=total,
         snapshot_id=draw(IDS),
         tenant=draw(IDS | st.just("")),
         conversation_id=draw(IDS),
@@ -112,6 +116,9 @@ def test_what_a_manifest_knows_about_itself() -> None:
     assert manifest.world_size == 1
     assert manifest.boundary_key == chain[-1].header.key
     assert (manifest.token_count, manifest.recorded_count) == (6, 8)
+    assert manifest.boundary_keys == [manifest.boundary_key]
+    rows = [segment.header.key for segment in chain[:-1]]
+    assert sample_manifest([chain[:-1]]).boundary_keys == rows, "without a state, wherever rows end"
 
 
 def test_a_changed_manifest_is_checked_again() -> None:
@@ -183,6 +190,12 @@ def set_in(*path: str | int, to: Any) -> Callable[[dict[str, Any]], None]:
         (set_in("segments", 0, 1, "start", to=6), "segments of rank 0 do not follow"),
         (set_in("segments", 0, 1, "end", to=5), "segments of rank 0 do not follow"),
         (set_in("segments", 0, 2, "end", to=13), "rank 0 do not end at token_count"),
+        (set_in("segments", 0, 3, "end", to=13), "a state's end is its start"),
+        (lambda body: body["segments"].append(body["segments"].pop()[-1:]), "rank 0 do not end"),
+        (set_in("segments", 0, 3, "start", to=11), "a state's end is its start"),
+        (set_in("segments", 0, 3, "key", to=HEX), "the state of rank 0 is not that of its rows"),
+        (set_in("segments", 0, 3, "has_state", to=False), "segments of rank 0 do not follow"),
+        (set_in("segments", 0, 1, "has_state", to=True), "a state's end is its start"),
         (set_in("token_count", to=11), "rank 0 do not end at token_count"),
         (set_in("token_count", to=0), "token_count"),
         (set_in("segments", to=[[]]), "rank 0 do not end at token_count"),
@@ -221,8 +234,8 @@ def test_a_manifest_that_contradicts_itself(
 def test_ranks_must_agree_on_the_boundary() -> None:
     chains = [sample_chain(seeded_random(), shard=Shard(SHARD.namespace, r, 2)) for r in (0, 1)]
     refs = [[segment.ref for segment in chain] for chain in chains]
-    refs[1][-1] = refs[1][-1].model_copy(update={"key": HEX})
-    with pytest.raises(InvalidRequestError, match="different boundary keys"):
+    refs[1][-2:] = [ref.model_copy(update={"key": HEX}) for ref in refs[1][-2:]]
+    with pytest.raises(InvalidRequestError, match="different boundaries"):
         sample_manifest(chains, segments=refs)
 
 

@@ -24,7 +24,8 @@ def test_the_seed_is_printed(
 
 def test_a_chain_is_one() -> None:
     chain = sample_chain(seeded_random(), (3, 1, 2))
-    assert [(s.header.start, s.header.end) for s in chain] == [(0, 3), (3, 4), (4, 6)]
-    assert [s.header.parent for s in chain] == [None, chain[0].segment_id, chain[1].segment_id]
+    assert [(s.header.start, s.header.end) for s in chain] == [(0, 3), (3, 4), (4, 6), (6, 6)]
+    assert [s.header.parent for s in chain] == [None, *(s.segment_id for s in chain[:-1])]
+    assert [s.header.has_state for s in chain] == [False, False, False, True]
     assert all(SegmentHeader.decode(s.header.prefix) == s.header for s in chain)
     assert all(s.ref.bytes == len(s.file) for s in chain)

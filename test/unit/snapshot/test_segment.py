@@ -36,16 +36,17 @@ BUFFERS = st.lists(
 
 @st.composite
 def headers(draw: st.DrawFn) -> SegmentHeader:
-    start = draw(st.integers(0, 1000))
+    has_state = draw(st.booleans())
+    start = draw(st.integers(int(has_state), 1000))
     world_size = draw(st.integers(1, 9))
     return SegmentHeader.plan(
         shard=Shard(draw(HEX), draw(st.integers(0, world_size - 1)), world_size),
         key=draw(HEX),
         start=start,
-        end=start + draw(st.integers(1, 40)),
+        end=start if has_state else start + draw(st.integers(1, 40)),
         parent=draw(HEX) if start else None,
-        has_state=draw(st.booleans()),
-        buffers=draw(BUFFERS),
+        has_state=has_state,
+        buffers=draw(BUFFERS.filter(bool) if has_state else BUFFERS),
     )
 
 
@@ -69,7 +70,7 @@ def test_the_layout_keeps_the_rules_of_the_format(header: SegmentHeader) -> None
         assert position <= buffer["offset"] < position + 64
         position = buffer["offset"] + buffer["length"]
     assert header.payload_length == position
-    assert body["buffers"][0]["name"] == "tokens"
+    assert (body["buffers"][0]["name"] == "tokens") is not body["has_state"]
     assert header.file_length == len(header.prefix) + position + 32
 
 
@@ -114,7 +115,7 @@ def test_a_payload_longer_than_a_piece_is_hashed_whole(monkeypatch: pytest.Monke
 
 def test_a_buffer_may_be_of_any_type_if_its_bytes_fit() -> None:
     numpy = pytest.importorskip("numpy")
-    segment = sample_segment(seeded_random(), has_state=False)
+    segment = sample_segment(seeded_random())
     array = numpy.frombuffer(segment.payload, dtype="u1").copy()
     assert seal(segment.header, memoryview(array)).hex() == segment.segment_id
     two_dimensional = memoryview(array[:, None])
@@ -150,6 +151,19 @@ PLAN = {
         ({"start": 2}, "parent must be null exactly when start is 0"),
         ({"parent": "ab" * 32}, "parent must be null exactly when start is 0"),
         ({"has_state": 1}, "has_state"),
+        ({"has_state": True}, "the end of a state is its start"),
+        ({"has_state": True, "start": 0, "end": 0}, "the end of a state is its start, and not 0"),
+        ({"has_state": True, "start": 4}, "parent must be null"),
+        ({"has_state": True, "start": 4, "parent": "ab" * 32}, "a segment must have a buffer"),
+        (
+            {
+                "has_state": True,
+                "start": 4,
+                "parent": "ab" * 32,
+                "buffers": [("tokens", "U32", (4,))],
+            },
+            "a state has no 'tokens'",
+        ),
         ({"buffers": [("kv", "F33", (1,))]}, "unknown dtype 'F33'"),
         ({"buffers": [("kv", "F32", (0,))]}, "buffers"),
         ({"buffers": [("kv", "F32", (-1, -1))]}, "buffers"),

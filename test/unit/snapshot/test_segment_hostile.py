@@ -11,7 +11,7 @@ from engram.core.canonical import canonical_json
 from engram.errors import SegmentCorruptError, StoreFormatError
 from engram.snapshot.digest import verify
 from engram.snapshot.segment import MAX_HEADER_BYTES, SegmentHeader, payload_offset
-from engram.testing.samples import sample_segment, seeded_random
+from engram.testing.samples import sample_segment, sample_state, seeded_random
 
 
 def header_body() -> dict[str, Any]:
@@ -64,7 +64,7 @@ FIELDS = [
 BUFFER_FIELDS = ["name", "dtype", "shape", "offset", "length"]
 WRONG_VALUES = [None, 1.5, "1", True, [], {}, float("nan"), -1, 2**60]
 # Of these, the ones that are valid where they stand.
-ALLOWED = [("has_state", True), ("parent", None), ("name", "1")]
+ALLOWED = [("parent", None), ("name", "1")]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,8 @@ def test_a_field_that_is_missing(path: list[str | int]) -> None:
         (changed(["start"], 1), "parent must be null"),
         (changed(["parent"], HEX), "parent must be null"),
         (changed(["key"], HEX.upper()), "key"),
-        (changed(["buffers"], []), "first buffer must be 'tokens'"),
+        (changed(["buffers"], []), "a segment must have a buffer"),
+        (changed(["has_state"], True), "the end of a state is its start"),
         (changed(["buffers", 0, "name"], "ids"), "first buffer must be 'tokens'"),
         (changed(["buffers", 0, "dtype"], "I32"), "first buffer must be 'tokens'"),
         (changed(["buffers", 0, "dtype"], "u32"), "unknown dtype"),
@@ -125,6 +126,27 @@ def test_a_header_that_contradicts_itself(
     change: Callable[[dict[str, Any]], None], problem: str
 ) -> None:
     body = header_body()
+    change(body)
+    with pytest.raises(SegmentCorruptError, match=problem):
+        SegmentHeader.decode(with_header(canonical_json(body)))
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (changed(["end"], 6), "the end of a state is its start"),
+        (changed(["has_state"], False), "end is not after start"),
+        (changed(["parent"], None), "parent must be null exactly"),
+        (changed(["buffers", 0, "name"], "tokens"), "a state has no 'tokens'"),
+        (changed(["buffers"], []), "a segment must have a buffer"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_state_that_contradicts_itself(
+    change: Callable[[dict[str, Any]], None], problem: str
+) -> None:
+    rng = seeded_random()
+    body = sample_state(rng, sample_segment(rng)).header.model_dump(mode="json")
     change(body)
     with pytest.raises(SegmentCorruptError, match=problem):
         SegmentHeader.decode(with_header(canonical_json(body)))
@@ -183,7 +205,7 @@ def test_the_prefix_must_be_whole_and_its_padding_zero() -> None:
 
 
 def test_no_flipped_bit_goes_unnoticed() -> None:
-    segment = sample_segment(seeded_random(), length=2, has_state=False)
+    segment = sample_segment(seeded_random(), length=2)
     whole = segment.file
     prefix = len(segment.header.prefix)
     encoded = len(segment.header.prefix.rstrip(b"\0"))

@@ -11,7 +11,7 @@ import torch
 
 from engram.core.canonical import blake3_hex
 from engram.core.tokens import tokens_to_bytes
-from engram.tiers.base import Boundary, BufferPlan, DeviceReader
+from engram.tiers.base import BufferPlan, DeviceReader, Segment
 from engram.tiers.manager import TierManager
 
 SLOTS = 64
@@ -45,11 +45,9 @@ class FakeDevice:
 
     @staticmethod
     def layout(num_tokens: int, has_state: bool) -> list[BufferPlan]:
-        plans: list[BufferPlan] = [
-            ("k.0", "BF16", (num_tokens, 2, 3)),
-            ("v.0", "BF16", (num_tokens, 2, 3)),
-        ]
-        return [*plans, ("ssm.1", "F32", (1, 4, 5))] if has_state else plans
+        if has_state:
+            return [("ssm.1", "F32", (1, 4, 5))]
+        return [("k.0", "BF16", (num_tokens, 2, 3)), ("v.0", "BF16", (num_tokens, 2, 3))]
 
     def rows(self, kv_slots: Sequence[int], state_slot: int) -> dict[str, torch.Tensor]:
         """Copies of the rows in these slots, by buffer."""
@@ -93,10 +91,10 @@ def capture(
     run: TokenRun,
     *,
     count: int | None = None,
-) -> list[Boundary]:
-    """Capture the segments of a sequence, each from random slots, and wait for the copies."""
-    parent: Boundary | None = None
-    found: list[Boundary] = []
+) -> list[Segment]:
+    """Capture a sequence, each part from random slots, and wait for the copies; its boundaries."""
+    parent: Segment | None = None
+    found: list[Segment] = []
     for number, end in enumerate(run.ends[:count]):
         start = parent.end if parent is not None else 0
         slots, state = rng.sample(range(SLOTS), end - start), rng.randrange(STATES)
@@ -107,17 +105,23 @@ def capture(
             run.tokens[start:end],
             parent,
             device.reader(slots, state),
-            has_state=True,
             on_done=done.set,
         )
         assert queued, number
         assert done.wait(60)
         run.expected.append(device.rows(slots, state))
-        parent = manager.ram.get(run.keys[end - 1])
-        assert parent is not None
-        parent.filled.result(60)
-        found.append(parent)
+        boundary = manager.boundary(run.keys[end - 1])
+        assert boundary is not None
+        boundary.filled.result(60)
+        found.append(boundary)
+        parent = boundary.parent
     return found
+
+
+def contents(manager: TierManager, boundary: Segment) -> dict[str, torch.Tensor]:
+    """What is in RAM of a boundary: the state, and the rows that end there."""
+    assert boundary.parent is not None
+    return {**manager.views(boundary.parent), **manager.views(boundary)}
 
 
 def same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:

@@ -24,11 +24,17 @@ from engram.snapshot.segment import BufferSpec, SegmentHeader
 from engram.store.disk import DiskStore
 from engram.testing.faults import ControlledFileSystem, Fault, FaultControl
 from engram.testing.samples import SHARD, seeded_random
-from engram.tiers.base import Boundary, Tier
+from engram.tiers.base import Segment, Tier
 from engram.tiers.manager import TierManager
 from engram.tiers.payload import tokens_of
 from engram.tiers.ram import RamTier
-from unit.tiers.device import FakeDevice, TokenRun, capture, random_run, same_bits
+from unit.tiers.device import (
+    FakeDevice,
+    TokenRun,
+    capture,
+    random_run,
+    same_bits,
+)
 
 ROOMY = 1 << 20
 WAIT_S = 60
@@ -72,7 +78,7 @@ def new_manager(store: DiskStore, device: FakeDevice, clock: Clock) -> Iterator[
     made: list[TierManager] = []
 
     def new(capacity: int = ROOMY) -> TierManager:
-        made.append(TierManager(RamTier(capacity), store, SHARD, device.layout, clock))
+        made.append(TierManager(RamTier(capacity), store, SHARD, device.layout, True, clock))
         return made[-1]
 
     yield new
@@ -80,19 +86,37 @@ def new_manager(store: DiskStore, device: FakeDevice, clock: Clock) -> Iterator[
         manager.close()
 
 
-def check_contents(manager: TierManager, run: TokenRun, *, count: int | None = None) -> None:
-    """Every segment of the run is in RAM, bit by bit what was on the device."""
+def check_contents(
+    manager: TierManager, run: TokenRun, *, count: int | None = None, all_states: bool = True
+) -> None:
+    """The run is in RAM, bit by bit what was on the device; of its states, all or the last."""
     start = 0
-    for end, key, expected in zip(run.ends[:count], run.boundary_keys, run.expected, strict=False):
-        boundary = manager.ram.get(key)
-        assert boundary is not None
-        assert boundary.resident
-        assert (boundary.start, boundary.end) == (start, end)
-        assert same_bits(manager.views(boundary), expected)
-        assert boundary.payload is not None
-        tokens = tokens_of(boundary.payload, boundary.buffers)
-        assert tokens.tolist() == run.tokens[start:end]
+    ends = run.ends[:count]
+    for number, (end, expected) in enumerate(zip(ends, run.expected, strict=False), 1):
+        key = run.keys[end - 1]
+        rows = resident(manager.ram.get(key, False))
+        assert (rows.start, rows.end) == (start, end)
+        assert same_bits(manager.views(rows), {n: t for n, t in expected.items() if n != "ssm.1"})
+        assert rows.payload is not None
+        assert tokens_of(rows.payload, rows.buffers).tolist() == run.tokens[start:end]
         start = end
+        if all_states or number == len(ends):
+            state = resident(manager.boundary(key))
+            assert state.parent is rows
+            assert same_bits(manager.views(state), {"ssm.1": expected["ssm.1"]})
+
+
+def resident(segment: Segment | None) -> Segment:
+    assert segment is not None
+    assert segment.resident
+    return segment
+
+
+def rows_of(boundary: Segment) -> Segment:
+    """The rows that a state stands on."""
+    assert boundary.has_state
+    assert boundary.parent is not None
+    return boundary.parent
 
 
 def saved(
@@ -105,14 +129,33 @@ def saved(
 
 
 def payload_bytes(device: FakeDevice, num_tokens: int) -> int:
+    """What rows of so many tokens and the state at their end take in RAM."""
+    return rows_bytes(device, num_tokens) + state_bytes(device)
+
+
+def chain_bytes(device: FakeDevice, *lengths: int) -> int:
+    """What a promoted chain of rows of so many tokens takes in RAM."""
+    return sum(rows_bytes(device, length) for length in lengths) + state_bytes(device)
+
+
+def rows_bytes(device: FakeDevice, num_tokens: int) -> int:
+    return _payload_bytes(device, 0, num_tokens)
+
+
+def state_bytes(device: FakeDevice) -> int:
+    return _payload_bytes(device, 1, 1)
+
+
+def _payload_bytes(device: FakeDevice, start: int, end: int) -> int:
+    has_state = start == end
     header = SegmentHeader.plan(
         shard=SHARD,
         key="00" * 32,
-        start=0,
-        end=num_tokens,
-        parent=None,
-        has_state=True,
-        buffers=device.layout(num_tokens, True),
+        start=start,
+        end=end,
+        parent="00" * 32 if start else None,
+        has_state=has_state,
+        buffers=device.layout(end - start, has_state),
     )
     return header.payload_length
 
@@ -159,14 +202,15 @@ def test_a_lookup_past_a_device_prefix_counts_from_it(
     assert manager.lookup("rid", run.keys[6:], 1) == [7]
     manager.release("rid")
     # Only what is past the device's prefix has to be in RAM.
-    manager.ram.fail(_filling_again(manager, chain[0]), RuntimeError())
+    for segment in (chain[0], rows_of(chain[0])):
+        manager.ram.fail(_filling_again(manager, segment), RuntimeError())
     assert manager.lookup("rid", run.keys[6:], 1) == [7]
 
 
-def _filling_again(manager: TierManager, boundary: Boundary) -> Boundary:
-    boundary.filled = type(boundary.filled)()
-    boundary.holders += 1
-    return boundary
+def _filling_again(manager: TierManager, segment: Segment) -> Segment:
+    segment.filled = type(segment.filled)()
+    segment.holders += 1
+    return segment
 
 
 def test_lengths_are_pages(new_manager: NewManager, device: FakeDevice, rng: Random) -> None:
@@ -188,18 +232,19 @@ def test_nothing_is_promised_while_it_is_filled(
         assert go.wait(WAIT_S)
         read(targets)
 
-    assert manager.capture(
-        run.keys[-1], 0, run.tokens, None, slow, has_state=True, on_done=lambda: None
-    )
+    assert manager.capture(run.keys[-1], 0, run.tokens, None, slow, on_done=lambda: None)
     assert reached.wait(WAIT_S)
     assert manager.lookup("rid", run.keys, 1) == []
-    boundary = manager.ram.get(run.keys[-1])
+    boundary = manager.boundary(run.keys[-1])
     assert boundary is not None
     persisted = manager.persist(boundary)
     assert not persisted.done()
     go.set()
     refs = persisted.result(WAIT_S).refs
-    assert [ref.key for ref in refs] == [run.keys[-1]]
+    assert [(ref.key, ref.has_state) for ref in refs] == [
+        (run.keys[-1], False),
+        (run.keys[-1], True),
+    ]
     assert manager.lookup("rid", run.keys, 1) == [4]
     other = new_manager()
     other.promote(refs, "a", seconds=1, exact=True).result(WAIT_S)
@@ -216,9 +261,7 @@ def test_a_capture_that_fails_is_forgotten_and_lets_go_of_the_device(
         raise RuntimeError("the device is gone")
 
     done = threading.Event()
-    assert manager.capture(
-        run.keys[-1], 0, run.tokens, None, broken, has_state=True, on_done=done.set
-    )
+    assert manager.capture(run.keys[-1], 0, run.tokens, None, broken, on_done=done.set)
     assert done.wait(WAIT_S)
     assert manager.ram.stats.capture_failed == 1
     assert manager.ram.used == 0
@@ -237,8 +280,8 @@ def test_persisting_a_capture_that_fails_says_that_its_state_is_lost(
         assert go.wait(WAIT_S)
         raise RuntimeError("the device is gone")
 
-    manager.capture(run.keys[-1], 0, run.tokens, None, broken, has_state=True, on_done=lambda: None)
-    boundary = manager.ram.get(run.keys[-1])
+    manager.capture(run.keys[-1], 0, run.tokens, None, broken, on_done=lambda: None)
+    boundary = manager.boundary(run.keys[-1])
     assert boundary is not None
     future = manager.persist(boundary)
     go.set()
@@ -247,22 +290,22 @@ def test_persisting_a_capture_that_fails_says_that_its_state_is_lost(
     assert caught.value.details == {"boundary": 4}, "who asked can compute it again"
 
 
+@pytest.mark.parametrize("room_for_rows", [False, True])
 def test_a_capture_without_room_is_refused(
-    new_manager: NewManager, device: FakeDevice, rng: Random
+    new_manager: NewManager, device: FakeDevice, rng: Random, room_for_rows: bool
 ) -> None:
     run = random_run(rng, (4, 4))
-    size = capture(new_manager(), device, rng, run)[0].nbytes
-    manager = new_manager(size * 3 // 2)
+    size = payload_bytes(device, 4)
+    manager = new_manager(size + (rows_bytes(device, 4) if room_for_rows else state_bytes(device)))
     first = capture(manager, device, rng, run, count=1)[0]
     called: list[str] = []
-    held = manager.ram.hold([first])
+    held = manager.ram.hold(first.chain())
     queued = manager.capture(
         run.keys[-1],
         4,
         run.tokens[4:],
-        first,
+        rows_of(first),
         device.reader(range(4), 0),
-        has_state=True,
         on_done=lambda: called.append("done"),
     )
     manager.ram.release(held)
@@ -270,6 +313,7 @@ def test_a_capture_without_room_is_refused(
     assert not queued
     assert called == []
     assert manager.ram.stats.capture_refused == 1
+    assert manager.ram.used == size, "rows without their state are not kept"
     assert manager.lookup("rid", run.keys, 1) == [4], "what was there still is"
 
 
@@ -277,9 +321,7 @@ def test_a_capture_leaves_the_parent_it_stands_on(
     new_manager: NewManager, device: FakeDevice, rng: Random
 ) -> None:
     run, other = random_run(rng, (4, 4)), random_run(rng, (4,))
-    size = capture(new_manager(), device, rng, run)[0].nbytes
-    run.expected.clear()
-    manager = new_manager(2 * size)
+    manager = new_manager(2 * payload_bytes(device, 4))
     parent = capture(manager, device, rng, run, count=1)[0]
     capture(manager, device, rng, other)
     done = threading.Event()
@@ -287,14 +329,13 @@ def test_a_capture_leaves_the_parent_it_stands_on(
         run.keys[-1],
         4,
         run.tokens[4:],
-        parent,
+        rows_of(parent),
         device.reader(range(4), 1),
-        has_state=True,
         on_done=done.set,
     )
     assert done.wait(WAIT_S)
     run.expected.append(device.rows(range(4), 1))
-    check_contents(manager, run)
+    check_contents(manager, run, all_states=False)
 
 
 # ---- persist and promote ----
@@ -306,14 +347,15 @@ def test_saved_bytes_come_back_bit_by_bit(
     manager, run = new_manager(), random_run(rng, (5, 1, 7))
     chain = capture(manager, device, rng, run)
     done = manager.persist(chain[-1]).result(WAIT_S)
-    assert [ref.key for ref in done.refs] == run.boundary_keys
-    assert [(ref.start, ref.end) for ref in done.refs] == [(0, 5), (5, 6), (6, 13)]
+    assert [ref.key for ref in done.refs] == [*run.boundary_keys, run.keys[-1]]
+    assert [(ref.start, ref.end) for ref in done.refs] == [(0, 5), (5, 6), (6, 13), (13, 13)]
+    assert [ref.has_state for ref in done.refs] == [False, False, False, True]
     assert done.written == done.nbytes == sum(s.bytes for s in manager.store.iter_segments())
     fresh = new_manager()
     promoted = fresh.promote(done.refs, "rid", seconds=10, exact=True).result(WAIT_S)
     assert (promoted.source, promoted.read) == (Tier.DISK, done.written)
-    check_contents(fresh, run)
-    assert fresh.lookup("rid", run.keys, 1) == [5, 6, 13]
+    check_contents(fresh, run, all_states=False)
+    assert fresh.lookup("rid", run.keys, 1) == [13]
     again = fresh.promote(done.refs, "rid", seconds=10, exact=True).result(WAIT_S)
     assert (again.source, again.read, again.nbytes) == (Tier.RAM, 0, done.nbytes)
 
@@ -326,12 +368,12 @@ def test_only_what_is_new_is_written(
     first = manager.persist(chain[0]).result(WAIT_S)
     both = manager.persist(chain[1]).result(WAIT_S)
     again = manager.persist(chain[1]).result(WAIT_S)
-    assert both.refs[:1] == first.refs
-    assert (both.written, again.written) == (both.refs[1].bytes, 0)
+    assert both.refs[0] == first.refs[0]
+    assert (both.written, again.written) == (both.refs[1].bytes + both.refs[2].bytes, 0)
     assert again.refs == both.refs
-    assert sorted(s.segment_id for s in store.iter_segments()) == sorted(
-        ref.segment_id for ref in both.refs
-    )
+    assert {s.segment_id for s in store.iter_segments()} == {
+        ref.segment_id for ref in (*first.refs, *both.refs)
+    }
 
 
 def test_a_chain_is_promoted_on_top_of_what_is_in_ram(
@@ -343,8 +385,8 @@ def test_a_chain_is_promoted_on_top_of_what_is_in_ram(
     fresh.promote(refs[:1], "a", seconds=10, exact=True).result(WAIT_S)
     before = fresh.ram.stats.promoted_segments
     fresh.promote(refs, "b", seconds=10, exact=True).result(WAIT_S)
-    assert fresh.ram.stats.promoted_segments - before == 2
-    check_contents(fresh, run)
+    assert fresh.ram.stats.promoted_segments - before == 3
+    check_contents(fresh, run, all_states=False)
 
 
 def test_other_bits_for_the_same_tokens_do_when_nothing_exact_is_asked(
@@ -376,8 +418,8 @@ def test_a_parent_computed_anew_does_not_make_a_stored_child_look_damaged(
     found = manager.promote(refs, "a", seconds=10, exact=False).result(WAIT_S)
     assert found.source is Tier.DISK
     assert manager.ram.stats.corrupt == 0
-    assert manager.lookup("b", run.keys, 1) == [5, 8]
-    child = manager.ram.get(run.keys[-1])
+    assert manager.lookup("b", run.keys, 1) == [8]
+    child = manager.boundary(run.keys[-1])
     assert child is not None
     again = manager.persist(child).result(WAIT_S)
     assert list(again.refs) == refs, "a chain that was stored as one stays one"
@@ -395,10 +437,10 @@ def test_a_file_found_damaged_in_the_middle_of_a_save_is_no_bug_of_the_clients(
     parent, child = capture(manager, device, rng, run)
     mark = manager.ram.mark_durable
 
-    def mark_and_lose(boundary: Boundary, segment_id: str) -> None:
-        mark(boundary, segment_id)
-        if boundary is parent:
-            manager.ram.lose_file(boundary)
+    def mark_and_lose(segment: Segment, segment_id: str) -> None:
+        mark(segment, segment_id)
+        if segment is rows_of(parent):
+            manager.ram.lose_file(segment)
 
     monkeypatch.setattr(manager.ram, "mark_durable", mark_and_lose)
     refs = manager.persist(child).result(WAIT_S).refs
@@ -409,9 +451,15 @@ def test_a_damaged_segment_is_never_loadable(
     new_manager: NewManager, device: FakeDevice, rng: Random, store: DiskStore
 ) -> None:
     run = random_run(rng, (5, 6, 3))
-    refs = saved(new_manager, device, rng, run)
+    before = new_manager()
+    shorter, _, longer = (
+        before.persist(boundary).result(WAIT_S).refs
+        for boundary in capture(before, device, rng, run)
+    )
+    refs = list(longer)
     flip_a_bit(store.root, refs[1].segment_id, rng)
     manager = new_manager()
+    manager.promote(shorter, "shorter", seconds=10, exact=False).result(WAIT_S)
     for attempt in range(2):
         with pytest.raises(SnapshotCorruptError) as caught:
             manager.promote(refs, "rid", seconds=10, exact=False).result(WAIT_S)
@@ -420,6 +468,7 @@ def test_a_damaged_segment_is_never_loadable(
         manager.release("rid")
     assert manager.ram.stats.corrupt == 2
     check_contents(manager, run, count=1)
+    manager.release("shorter")
     nothing_is_held(manager)
 
 
@@ -427,14 +476,15 @@ def test_a_segment_of_another_sequence_is_refused(
     new_manager: NewManager, device: FakeDevice, rng: Random
 ) -> None:
     run, other = random_run(rng, (5,)), random_run(rng, (5,))
-    [ref] = saved(new_manager, device, rng, run)
-    [foreign] = saved(new_manager, device, rng, other)
-    forged = ref.model_copy(update={"segment_id": foreign.segment_id})
+    refs = saved(new_manager, device, rng, run)
+    foreign = saved(new_manager, device, rng, other)
+    part = rng.randrange(2)
+    forged = refs[part].model_copy(update={"segment_id": foreign[part].segment_id})
     manager = new_manager()
-    with pytest.raises(SnapshotCorruptError, match="key is"):
-        manager.promote([forged], "rid", seconds=10, exact=True).result(WAIT_S)
+    with pytest.raises(SnapshotCorruptError, match=["key is", "parent is|key is"][part]):
+        manager.promote([*refs[:part], forged], "rid", seconds=10, exact=True).result(WAIT_S)
     assert manager.lookup("rid", run.keys, 1) == []
-    assert manager.ram.used == 0
+    nothing_is_held(manager)
 
 
 def test_promoting_more_than_ram_holds_says_so_and_holds_nothing(
@@ -442,7 +492,7 @@ def test_promoting_more_than_ram_holds_says_so_and_holds_nothing(
 ) -> None:
     run = random_run(rng, (4, 4, 4))
     refs = saved(new_manager, device, rng, run)
-    manager = new_manager(payload_bytes(device, 4) * 2)
+    manager = new_manager(chain_bytes(device, 4, 4, 4) - 1)
     with pytest.raises(RamTierFullError):
         manager.promote(refs, "rid", seconds=10, exact=True).result(WAIT_S)
     nothing_is_held(manager)
@@ -457,7 +507,7 @@ def test_two_promotions_of_one_chain_take_its_room_once(
     waiting = [manager.promote(refs, f"r{n}", seconds=10, exact=False) for n in range(8)]
     for future in waiting:
         future.result(WAIT_S)
-    check_contents(manager, run)
+    check_contents(manager, run, all_states=False)
     for number in range(8):
         manager.release(f"r{number}")
     nothing_is_held(manager)
@@ -471,19 +521,17 @@ def test_a_lease_keeps_a_chain_in_ram_until_it_runs_out(
 ) -> None:
     run, other = random_run(rng, (4, 4)), random_run(rng, (4,))
     refs = saved(new_manager, device, rng, run)
-    manager = new_manager(payload_bytes(device, 4) * 2)
+    manager = new_manager(chain_bytes(device, 4, 4))
     manager.promote(refs, "rid", seconds=30, exact=True).result(WAIT_S)
     done = threading.Event()
 
     def capture_other() -> bool:
         read = device.reader(range(4), 0)
-        return manager.capture(
-            other.keys[-1], 0, other.tokens, None, read, has_state=True, on_done=done.set
-        )
+        return manager.capture(other.keys[-1], 0, other.tokens, None, read, on_done=done.set)
 
     clock.now += 29
     assert not capture_other()
-    check_contents(manager, run)
+    check_contents(manager, run, all_states=False)
     clock.now += 2
     assert capture_other()
     assert done.wait(WAIT_S)
@@ -496,7 +544,7 @@ def test_promoting_takes_the_room_of_the_oldest_leases(
     """Else a few restores of large snapshots would keep all others out for minutes."""
     runs = [random_run(rng, (4, 4)) for _ in range(3)]
     chains = [saved(new_manager, device, rng, run) for run in runs]
-    manager = new_manager(payload_bytes(device, 4) * 4)
+    manager = new_manager(chain_bytes(device, 4, 4) * 2)
     for name, refs in zip("abc", chains, strict=True):
         manager.promote(refs, name, seconds=30, exact=True).result(WAIT_S)
     assert manager.depths()["leases"] == 2
@@ -505,7 +553,7 @@ def test_promoting_takes_the_room_of_the_oldest_leases(
         True,
         True,
     ]
-    check_contents(manager, runs[2])
+    check_contents(manager, runs[2], all_states=False)
 
 
 def test_promoting_never_takes_the_room_of_what_a_lookup_promised(
@@ -513,15 +561,15 @@ def test_promoting_never_takes_the_room_of_what_a_lookup_promised(
 ) -> None:
     runs = [random_run(rng, (4, 4)) for _ in range(2)]
     first, second = (saved(new_manager, device, rng, run) for run in runs)
-    manager = new_manager(payload_bytes(device, 4) * 2)
+    manager = new_manager(chain_bytes(device, 4, 4))
     manager.promote(first, "a", seconds=30, exact=True).result(WAIT_S)
     assert manager.lookup("a", runs[0].keys, 1)
     with pytest.raises(RamTierFullError):
         manager.promote(second, "b", seconds=30, exact=True).result(WAIT_S)
-    check_contents(manager, runs[0])
+    check_contents(manager, runs[0], all_states=False)
     clock.now += 61
     manager.promote(second, "b", seconds=30, exact=True).result(WAIT_S)
-    check_contents(manager, runs[1])
+    check_contents(manager, runs[1], all_states=False)
 
 
 def test_releasing_ends_a_lease_early_and_renewing_prolongs_it(
@@ -565,15 +613,15 @@ def test_a_dropped_segment_is_gone_from_disk_and_lives_on_in_ram(
 ) -> None:
     manager, run = new_manager(), random_run(rng, (4,))
     [boundary] = capture(manager, device, rng, run)
-    [ref] = manager.persist(boundary).result(WAIT_S).refs
-    assert manager.drop([ref.segment_id]).result(WAIT_S) == 1
+    refs = manager.persist(boundary).result(WAIT_S).refs
+    assert manager.drop([ref.segment_id for ref in refs]).result(WAIT_S) == 2
     assert list(store.iter_segments()) == []
     check_contents(manager, run)
     assert (boundary.durable, boundary.segment_id) == (False, None)
-    assert manager.persist(boundary).result(WAIT_S).refs == (ref,), "it can be made durable again"
-    manager.drop([ref.segment_id]).result(WAIT_S)
+    assert manager.persist(boundary).result(WAIT_S).refs == refs, "it can be made durable again"
+    manager.drop([rng.choice(refs).segment_id]).result(WAIT_S)
     with pytest.raises(SegmentCorruptError):
-        new_manager().promote([ref], "rid", seconds=1, exact=True).result(WAIT_S)
+        new_manager().promote(refs, "rid", seconds=1, exact=True).result(WAIT_S)
 
 
 def test_a_drop_waits_for_the_writes_asked_for_before(
@@ -581,12 +629,14 @@ def test_a_drop_waits_for_the_writes_asked_for_before(
 ) -> None:
     manager, run = new_manager(), random_run(rng, (4, 4))
     chain = capture(manager, device, rng, run)
-    [first] = manager.persist(chain[0]).result(WAIT_S).refs
+    first = manager.persist(chain[0]).result(WAIT_S).refs
     both = manager.persist(chain[1])
-    dropped = manager.drop([first.segment_id])
-    assert dropped.result(WAIT_S) == 1
+    dropped = manager.drop([ref.segment_id for ref in first])
+    assert dropped.result(WAIT_S) == 2
     assert both.done()
-    assert [s.segment_id for s in store.iter_segments()] == [both.result().refs[1].segment_id]
+    assert {s.segment_id for s in store.iter_segments()} == {
+        ref.segment_id for ref in both.result().refs[1:]
+    }
 
 
 def test_persist_promote_and_drop_at_once(
@@ -594,8 +644,7 @@ def test_persist_promote_and_drop_at_once(
 ) -> None:
     """Whatever the order, bytes are right or an error says so, and nothing stays held."""
     runs = [random_run(rng, (3, 2, 4)) for _ in range(4)]
-    room = sum(b.nbytes for b in capture(new_manager(), device, rng, runs[0])) * 3
-    runs[0].expected.clear()
+    room = (chain_bytes(device, 3, 2, 4) + 2 * state_bytes(device)) * 3
     manager = new_manager(room)
     refs: dict[int, list[SegmentRef]] = {}
     for number, run in enumerate(runs):
@@ -615,15 +664,17 @@ def test_persist_promote_and_drop_at_once(
                     manager.promote(
                         refs[number], owner, seconds=60, exact=mine.random() < 0.5
                     ).result(WAIT_S)
-                    held = manager.ram.get(run.keys[-1])
+                    held = manager.boundary(run.keys[-1])
                     assert held is not None
-                    chain = held.chain()
+                    *rows, state = held.chain()
                     assert all(
-                        same_bits(manager.views(b), e)
-                        for b, e in zip(chain, run.expected, strict=True)
+                        same_bits({**manager.views(r), "ssm.1": e["ssm.1"]}, e)
+                        for r, e in zip(rows, run.expected, strict=True)
                     )
+                    last = run.expected[-1]["ssm.1"]
+                    assert same_bits(manager.views(state), {"ssm.1": last})
                 elif action == 1:
-                    boundary = manager.ram.get(run.boundary_keys[mine.randrange(3)])
+                    boundary = manager.boundary(run.boundary_keys[mine.randrange(3)])
                     if boundary is not None:
                         manager.persist(boundary).result(WAIT_S)
                 elif action == 2:
@@ -658,7 +709,7 @@ def test_a_save_never_names_a_file_that_has_gone(
     """The HTTP process quarantines what it finds damaged; the good bytes are in RAM still."""
     manager, run = new_manager(), random_run(rng, (3, 4))
     parent, child = capture(manager, device, rng, run)
-    [ref] = manager.persist(parent).result(WAIT_S).refs
+    ref = manager.persist(parent).result(WAIT_S).refs[0]
     store.delete_segment(SHARD, ref.segment_id)
     saved = manager.persist(child).result(WAIT_S)
     assert saved.refs[0].segment_id == ref.segment_id, "the same bytes again"
@@ -673,7 +724,7 @@ def test_a_save_writes_a_file_that_was_cut_again(
     """What a save acknowledges is durable, the turns it stands on included."""
     manager, run = new_manager(), random_run(rng, (3, 4))
     parent, child = capture(manager, device, rng, run)
-    [ref] = manager.persist(parent).result(WAIT_S).refs
+    ref = manager.persist(parent).result(WAIT_S).refs[0]
     path = next(store.root.rglob(f"{ref.segment_id}.seg"))
     path.write_bytes(path.read_bytes()[: rng.randrange(ref.bytes)])
     for one in manager.persist(child).result(WAIT_S).refs:
@@ -685,9 +736,9 @@ def test_a_save_that_stands_on_nothing_any_more_says_so(
 ) -> None:
     manager, run = new_manager(), random_run(rng, (3, 4))
     parent, child = capture(manager, device, rng, run)
-    [ref] = manager.persist(parent).result(WAIT_S).refs
+    ref = manager.persist(parent).result(WAIT_S).refs[0]
     with manager.ram.lock:
-        manager.ram._drop_payload(parent)
+        manager.ram._drop_payload(rows_of(parent))
     store.delete_segment(SHARD, ref.segment_id)
     with pytest.raises(CaptureLostError) as caught:
         manager.persist(child).result(WAIT_S)
@@ -712,7 +763,7 @@ def slow_manager(
     store = DiskStore.open(tmp_path / "slow", lock=False, fs=ControlledFileSystem(control))
 
     def new(capacity: int = ROOMY) -> TierManager:
-        made.append(TierManager(RamTier(capacity), store, SHARD, device.layout, clock))
+        made.append(TierManager(RamTier(capacity), store, SHARD, device.layout, True, clock))
         return made[-1]
 
     yield new
@@ -747,7 +798,7 @@ def test_what_waits_to_be_written_leaves_room_in_ram(
     other = random_run(rng, (4,))
     capture(manager, device, rng, other)
     check_contents(manager, other)
-    assert manager.ram.get(runs[0].keys[-1]) is not None
+    assert manager.boundary(runs[0].keys[-1]) is not None
     control.clear()
     assert [f.result(WAIT_S).written > 0 for f in waiting[:2]] == [True, True]
     lost = [f.exception(WAIT_S) for f in waiting[2:]]
@@ -768,11 +819,13 @@ def test_a_segment_is_let_go_as_soon_as_it_is_written(
     control.set(write=Fault(block=True))
     all_of_it = manager.persist(chain[-1])
     until(lambda: control.blocked("write") == 1)
-    assert [b.holders for b in chain] == [0, 1, 1], "what is on disk need not be held"
-    assert first.segment_id == chain[0].segment_id
+    held = [segment.holders for segment in chain[-1].chain()]
+    assert held == [0, 1, 1, 1], "what is on disk need not be held"
+    assert first.segment_id == rows_of(chain[0]).segment_id
+    assert [b.holders for b in chain[:2]] == [0, 0], "earlier states are not part of it"
     control.clear()
-    assert len(all_of_it.result(WAIT_S).refs) == 3
-    assert [b.holders for b in chain] == [0, 0, 0]
+    assert len(all_of_it.result(WAIT_S).refs) == 4
+    assert [segment.holders for segment in chain[-1].chain()] == [0, 0, 0, 0]
 
 
 def test_a_chain_larger_than_the_share_is_written_when_nothing_else_is(
@@ -837,5 +890,5 @@ def test_saved_and_promoted_chains_outlive_a_flood(
     manager.persist(boundary).result(WAIT_S)
     for _ in range(10):
         capture(manager, device, rng, random_run(rng, (4,)))
-    check_contents(manager, promoted)
+    check_contents(manager, promoted, all_states=False)
     check_contents(manager, kept)

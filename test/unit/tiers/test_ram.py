@@ -11,7 +11,7 @@ from engram.errors import RamTierFullError
 from engram.snapshot.segment import BufferSpec
 from engram.testing.samples import seeded_random
 from engram.tiers import ram as ram_module
-from engram.tiers.base import Boundary, Fill
+from engram.tiers.base import Fill, Segment
 from engram.tiers.ram import RamTier
 
 
@@ -28,16 +28,16 @@ def bytes_buffer(nbytes: int) -> tuple[BufferSpec, ...]:
     return (BufferSpec(name="k.0", dtype="U8", shape=(nbytes,), offset=0, length=nbytes),)
 
 
-def filling(ram: RamTier, name: str, nbytes: int, parent: Boundary | None = None) -> Boundary:
+def filling(ram: RamTier, name: str, nbytes: int, parent: Segment | None = None) -> Segment:
     start = parent.end if parent is not None else 0
     boundary = ram.reserve(
-        key(name), start, start + 1, parent, bytes_buffer(nbytes), has_state=True
+        key(name), start, start + 1, parent, bytes_buffer(nbytes), has_state=False
     )
     ram.publish(boundary)
     return boundary
 
 
-def ready(ram: RamTier, name: str, nbytes: int, parent: Boundary | None = None) -> Boundary:
+def ready(ram: RamTier, name: str, nbytes: int, parent: Segment | None = None) -> Segment:
     boundary = filling(ram, name, nbytes, parent)
     boundary.payload = ram.allocate(nbytes)
     ram.complete(boundary)
@@ -50,7 +50,7 @@ def test_least_recently_used_goes_first() -> None:
     ram.touch([a])
     ready(ram, "d", 10)
     assert (a.in_ram, b.in_ram, c.in_ram) == (True, False, True)
-    assert ram.get(b.key) is None, "not durable, so nothing is left of it"
+    assert ram.get(b.key, False) is None, "not durable, so nothing is left of it"
     assert b.payload is None
     assert (ram.used, ram.stats.evicted) == (30, 1)
 
@@ -173,7 +173,7 @@ def test_a_failed_fill_gives_its_room_back() -> None:
     error = RuntimeError("the copy failed")
     ram.fail(boundary, error)
     assert boundary.filled.exception() is error
-    assert (ram.used, boundary.fill, ram.get(boundary.key)) == (0, Fill.FAILED, None)
+    assert (ram.used, boundary.fill, ram.get(boundary.key, False)) == (0, Fill.FAILED, None)
     assert not ram.whole(boundary)
     ready(ram, "b", 10)
 
@@ -188,28 +188,28 @@ def test_on_a_failed_parent_nothing_new_can_stand() -> None:
     assert not ram.loadable(child, 0)
     assert ram.longest([parent.key, child.key]) is None
     instead = ready(ram, "b", 10)
-    assert ram.get(child.key) is instead, "a broken chain gives way"
+    assert ram.get(child.key, False) is instead, "a broken chain gives way"
 
 
 def test_the_first_write_wins() -> None:
     ram = RamTier(100)
     first = ready(ram, "a", 10)
-    second = ram.reserve(first.key, 0, 1, None, bytes_buffer(10), has_state=True)
+    second = ram.reserve(first.key, 0, 1, None, bytes_buffer(10), has_state=False)
     assert ram.publish(second) is first
-    assert ram.get(first.key) is first
+    assert ram.get(first.key, False) is first
 
 
 def test_room_of_the_second_write_comes_back() -> None:
     ram = RamTier(20)
     first = ready(ram, "a", 10)
-    second = ram.reserve(first.key, 0, 1, None, bytes_buffer(10), has_state=True)
+    second = ram.reserve(first.key, 0, 1, None, bytes_buffer(10), has_state=False)
     ram.publish(second)
     ram.complete(second)
     ram.touch([first])
     ready(ram, "b", 10)
     assert first.in_ram
     assert not second.in_ram
-    assert ram.get(first.key) is first
+    assert ram.get(first.key, False) is first
 
 
 def test_replacing_keeps_the_old_one_whole_for_its_holder() -> None:
@@ -217,7 +217,7 @@ def test_replacing_keeps_the_old_one_whole_for_its_holder() -> None:
     old = ready(ram, "a", 10)
     payload = old.payload
     held = ram.hold([old])
-    new = ram.reserve(old.key, 0, 1, None, bytes_buffer(10), has_state=True)
+    new = ram.reserve(old.key, 0, 1, None, bytes_buffer(10), has_state=False)
     assert ram.publish(new, replace=True) is new
     ram.complete(new)
     ready(ram, "b", 10)
@@ -228,7 +228,7 @@ def test_replacing_keeps_the_old_one_whole_for_its_holder() -> None:
     ram.release(held)
     ready(ram, "d", 10)
     assert not old.in_ram
-    assert ram.get(old.key) is new, "its successor stays"
+    assert ram.get(old.key, False) is new, "its successor stays"
 
 
 def test_what_is_durable_stays_in_the_index() -> None:
@@ -237,11 +237,11 @@ def test_what_is_durable_stays_in_the_index() -> None:
     ram.mark_durable(boundary, "11" * 32)
     ready(ram, "b", 10)
     assert (boundary.in_ram, boundary.payload) == (False, None)
-    assert ram.get(boundary.key) is boundary
+    assert ram.get(boundary.key, False) is boundary
     assert ram.whole(boundary)
     assert not ram.loadable(boundary, 0)
     ram.forget_files(frozenset(("11" * 32,)))
-    assert ram.get(boundary.key) is None
+    assert ram.get(boundary.key, False) is None
 
 
 def test_forgetting_a_file_leaves_the_bytes_in_ram() -> None:
@@ -249,7 +249,7 @@ def test_forgetting_a_file_leaves_the_bytes_in_ram() -> None:
     boundary = ready(ram, "a", 10)
     ram.mark_durable(boundary, "11" * 32)
     ram.forget_files(frozenset(("11" * 32,)))
-    assert ram.get(boundary.key) is boundary
+    assert ram.get(boundary.key, False) is boundary
     assert (boundary.durable, boundary.segment_id, boundary.resident) == (False, None, True)
 
 
@@ -261,7 +261,7 @@ def test_cold_entries_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         boundary = ready(ram, str(number), 10)
         ram.mark_durable(boundary, key(f"file {number}"))
         made.append(boundary)
-    assert [ram.get(b.key) is b for b in made] == [False, False, True, True, True, True]
+    assert [ram.get(b.key, False) is b for b in made] == [False, False, True, True, True, True]
 
 
 def test_loadable_past_a_token_needs_only_what_is_past_it() -> None:

@@ -16,7 +16,7 @@ from hypothesis.stateful import (
 from engram.core.canonical import blake3_hex
 from engram.errors import RamTierFullError
 from engram.snapshot.segment import BufferSpec
-from engram.tiers.base import Boundary, Fill
+from engram.tiers.base import Fill, Segment
 from engram.tiers.ram import RamTier
 
 CAPACITY = 100
@@ -30,20 +30,20 @@ class RamTierMachine(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
         self.ram = RamTier(CAPACITY)
-        self.made: list[Boundary] = []
-        self.filling: list[Boundary] = []
-        self.held: list[tuple[Boundary, ...]] = []
+        self.made: list[Segment] = []
+        self.filling: list[Segment] = []
+        self.held: list[tuple[Segment, ...]] = []
         self.failed_now = False
-        self.before: dict[Boundary, tuple[bool, int]] = {}
+        self.before: dict[Segment, tuple[bool, int]] = {}
         self.files = 0
 
     def _begin_step(self, failing: bool = False) -> None:
         self.failed_now = failing
         self.before = {b: (b.in_ram, b.holders) for b in self.made}
 
-    def _parent(self, number: int) -> Boundary | None:
-        standing = [b for b in self.made if self.ram.get(b.key) is b and self.ram.whole(b)]
-        choices: list[Boundary | None] = [None, *standing]
+    def _parent(self, number: int) -> Segment | None:
+        standing = [b for b in self.made if self.ram.get(b.key, False) is b and self.ram.whole(b)]
+        choices: list[Segment | None] = [None, *standing]
         return choices[number % len(choices)]
 
     @rule(name=st.sampled_from(NAMES), nbytes=st.integers(1, 60), number=ANY, replace=st.booleans())
@@ -55,16 +55,16 @@ class RamTierMachine(RuleBasedStateMachine):
         spec = BufferSpec(name="k.0", dtype="U8", shape=(nbytes,), offset=0, length=nbytes)
         used = self.ram.used
         try:
-            boundary = self.ram.reserve(before, start, start + 1, parent, (spec,), has_state=True)
+            boundary = self.ram.reserve(before, start, start + 1, parent, (spec,), has_state=False)
         except RamTierFullError:
             assert nbytes > self.ram.capacity - self.ram.used
             assert self.ram.used <= used
             return
-        known = self.ram.get(boundary.key)
+        known = self.ram.get(boundary.key, False)
         first_stands = known is not None and self.ram.whole(known) and not replace
         stands = self.ram.publish(boundary, replace=replace)
         assert stands is (known if first_stands else boundary)
-        assert self.ram.get(boundary.key) is stands
+        assert self.ram.get(boundary.key, False) is stands
         self.made.append(boundary)
         self.filling.append(boundary)
 
@@ -85,7 +85,7 @@ class RamTierMachine(RuleBasedStateMachine):
         boundary = self.filling.pop(number % len(self.filling))
         self.ram.fail(boundary, RuntimeError("the copy failed"))
         assert not boundary.in_ram
-        assert self.ram.get(boundary.key) is not boundary
+        assert self.ram.get(boundary.key, False) is not boundary
 
     @precondition(lambda self: any(b.resident for b in self.made))
     @rule(number=ANY)
@@ -126,7 +126,7 @@ class RamTierMachine(RuleBasedStateMachine):
         segment_id = chosen.segment_id
         assert segment_id is not None
         self.ram.forget_files(frozenset((segment_id,)))
-        if self.ram.get(chosen.key) is chosen:
+        if self.ram.get(chosen.key, False) is chosen:
             assert chosen.in_ram
             assert not chosen.durable
 
@@ -150,7 +150,7 @@ class RamTierMachine(RuleBasedStateMachine):
             left = self.before.get(boundary, (False, 0))[0] and not boundary.in_ram
             assert not (left and children and not self.failed_now)
 
-    def _could_go(self, boundary: Boundary) -> bool:
+    def _could_go(self, boundary: Segment) -> bool:
         """Whether neither it nor anything that stands on it is held or being filled."""
         above = [b for b in self.made if b.in_ram and boundary in b.ancestors()]
         return not any(b.holders or b.fill is Fill.FILLING for b in above)
@@ -168,7 +168,7 @@ class RamTierMachine(RuleBasedStateMachine):
     @invariant()
     def the_index_holds_only_what_can_be_had(self) -> None:
         for boundary in self.made:
-            if self.ram.get(boundary.key) is boundary:
+            if self.ram.get(boundary.key, False) is boundary:
                 assert boundary.in_ram or boundary.durable
             if boundary.in_ram and boundary.fill is Fill.READY:
                 assert boundary.payload is not None
@@ -183,7 +183,7 @@ class RamTierMachine(RuleBasedStateMachine):
             self.ram.release(held)
         assert all(b.holders == 0 for b in self.made)
         spec = BufferSpec(name="k.0", dtype="U8", shape=(CAPACITY,), offset=0, length=CAPACITY)
-        self.ram.reserve(blake3_hex(b"the last"), 0, 1, None, (spec,), has_state=True)
+        self.ram.reserve(blake3_hex(b"the last"), 0, 1, None, (spec,), has_state=False)
         assert self.ram.used == CAPACITY
         assert not any(b.in_ram for b in self.made)
 

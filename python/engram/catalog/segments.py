@@ -81,7 +81,8 @@ class SegmentTable:
             return []
         rows = self._db.rows(
             "SELECT DISTINCT namespace, rank, world_size, segment_id, bytes FROM segments"
-            f" WHERE NOT {_FILE_REFERENCED} ORDER BY id"
+            # The first says less, but at a fraction of the cost: it is asked of every row.
+            f" WHERE NOT {_REFERENCED} AND NOT {_FILE_REFERENCED} ORDER BY id"
         )
         return [
             UnreferencedSegment(

@@ -159,12 +159,14 @@ class SnapshotTable:
         """
         _check_limit(limit)
         created_at, snapshot_id = (-1.0, "") if after is None else _parse_cursor(after)
+        # Only the conditions there are: "? IS NULL OR ..." would hide the index from SQLite.
+        wanted = {"conversation_id": conversation_id, "branch_name": branch_name}
+        given = {name: value for name, value in wanted.items() if value is not None}
         rows = self._db.rows(
-            "SELECT * FROM snapshots WHERE tenant = ?1"
-            " AND (?2 IS NULL OR conversation_id = ?2) AND (?3 IS NULL OR branch_name = ?3)"
-            " AND (created_at, snapshot_id) > (?4, ?5)"
-            " ORDER BY created_at, snapshot_id LIMIT ?6",
-            (tenant, conversation_id, branch_name, created_at, snapshot_id, limit + 1),
+            "SELECT * FROM snapshots WHERE tenant = ?"
+            + "".join(f" AND {name} = ?" for name in given)
+            + " AND (created_at, snapshot_id) > (?, ?) ORDER BY created_at, snapshot_id LIMIT ?",
+            (tenant, *given.values(), created_at, snapshot_id, limit + 1),
         )
         page = tuple(self._snapshot(row) for row in rows[:limit])
         more = len(rows) > limit

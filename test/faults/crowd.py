@@ -70,6 +70,7 @@ class Crowd:
             (12, self.restore),
             (10, self.delete),
             (4, self.forget),
+            (3, self.collect),
         ]
 
     async def act(self) -> None:
@@ -159,6 +160,11 @@ class Crowd:
         await self.keeper.gone(saved.snapshot_id)
         self.tell({"event": "deleted", "id": saved.snapshot_id})
         self.counts["deletions"] += 1
+
+    async def collect(self) -> None:
+        """Remove what no snapshot names, however young: saves that are under way need theirs."""
+        await self.keeper.collect()
+        self.counts["collections"] += 1
 
     async def forget(self) -> None:
         """All that is in RAM and not held goes, as under pressure."""

@@ -27,6 +27,7 @@ from engram.core.settings import Settings
 from engram.core.tokens import TokenArray, to_tokens, tokens_to_bytes
 from engram.errors import CaptureLostError
 from engram.service import SnapshotService
+from engram.service.collecting import collect_once
 from engram.service.ports import Brought, Chains, EngineInfo, Generation, Located, Stored
 from engram.snapshot.segment import Shard
 from engram.store.disk import DiskStore
@@ -302,6 +303,15 @@ class Keeper:
     async def gone(self, snapshot_id: str) -> None:
         """Delete a snapshot by its id."""
         await self.service.delete(self.catalog.get(snapshot_id))
+
+    async def collect(self) -> int:
+        """Go through the whole store once, without grace; how many segments were removed."""
+        removed = 0
+        while True:
+            report = await collect_once(self.service.context, grace=0.0)
+            removed += report.removed
+            if report.last:
+                return removed
 
     def orphans(self) -> set[str]:
         """Segment files that no snapshot names."""

@@ -35,7 +35,6 @@ def say(message: Mapping[str, Any]) -> None:
 async def serve(root: Path, seed: int, name: str, known: Ledger) -> None:
     """A server under load, until somebody kills the process."""
     keeper = Keeper.start(root, ram_bytes=RAM_BYTES)
-    await keeper.service.context.engine()
     crowd = Crowd(keeper, Random(seed), say, name=name, known=known)
     say({"serving": True})
     await run_crowd(crowd, CLIENTS, lambda: False)

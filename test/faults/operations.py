@@ -68,17 +68,20 @@ async def _delete(keeper: Keeper) -> None:
     await keeper.gone(SECOND)
 
 
+async def _collect(keeper: Keeper) -> None:
+    assert keeper.orphans(), "there is something to collect"
+    await keeper.collect()
+    assert not keeper.orphans()
+
+
+def _forgotten_segments(root: Path) -> None:
+    """The second turn without its manifest: rows and a state that nobody names."""
+    [path] = [p for p in Layout(root).manifests.rglob("*.json") if b'"second"' in p.read_bytes()]
+    path.unlink()
+
+
 def _no_catalog(root: Path) -> None:
     Layout(root).catalog.unlink()
-
-
-def _damaged_manifest(root: Path) -> None:
-    """One bit of the second turn's manifest: what opening has to move aside."""
-    [path] = [p for p in Layout(root).manifests.rglob("*.json") if b'"second"' in p.read_bytes()]
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.unlink()
-    path.write_bytes(data)
 
 
 def _no_marker(root: Path) -> None:
@@ -105,14 +108,21 @@ class Operation:
     alter: Callable[[Path], None] = _unchanged
     empty: bool = False
 
+    @property
+    def again(self) -> bool:
+        """Whether it is worth doing once more where it had no effect."""
+        return self.act is not None and self.before != self.after
 
+
+_FIRST: Final = frozenset({FIRST})
 _BOTH: Final = frozenset({FIRST, SECOND})
 
 OPERATIONS: Final = (
     Operation("first save", frozenset(), frozenset({FIRST}), _save_first, _first_turn, empty=True),
     Operation("save", _BOTH, _BOTH | {NEW}, _save_new, _new_turn),
     Operation("branch", _BOTH, _BOTH | {NEW}, _branch),
-    Operation("delete", _BOTH, frozenset({FIRST}), _delete),
+    Operation("delete", _BOTH, _FIRST, _delete),
+    Operation("gc", _FIRST, _FIRST, _collect, alter=_forgotten_segments),
     Operation("start on nothing", frozenset(), frozenset(), None, empty=True),
     Operation("start", _BOTH, _BOTH, None),
     Operation("start without a catalog", _BOTH, _BOTH, None, alter=_no_catalog),

@@ -251,7 +251,7 @@ class Stage:
                 # What SQLite calls damaged when a server starts is moved aside and built anew.
                 check_files(keeper, aside=operation.act is None)
                 # And it works: the operation may be done again, to its end.
-                if operation.act is not None and listed == operation.before:
+                if operation.again and listed == operation.before:
                     keeper.tokens = dict(self.tokens) if not operation.empty else {}
                     await operation.prepare(keeper)
                     await operation.act(keeper)

@@ -18,5 +18,5 @@ def test_five_minutes_of_many_threads(tmp_path: Path, scaled: Callable[[float], 
     hours = run_threads(tmp_path / "store", seeded_random(), scaled(SECONDS))
     print(hours)  # noqa: T201  for the report of a run
     assert hours.listed > 0
-    for act in ("saves", "branches", "restores", "deletions", "demotions"):
+    for act in ("saves", "branches", "restores", "deletions", "demotions", "collections"):
         assert hours.counts[act] > 0, act

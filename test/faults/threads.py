@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -19,15 +19,11 @@ from faults.ledger import Ledger, check_files, check_keeper
 THREADS: Final = 16
 RAM_BYTES: Final = 1 << 17
 MOST_SNAPSHOTS: Final = 60
-GRACE_S: Final = 5.0
-"""How old an orphan may be at the end: those of the last seconds may still be on their way."""
-
-Collect = Callable[[Keeper], Awaitable[int]]
 
 
 @dataclass
 class Hours:
-    """What so much traffic has shown."""
+    """What so much traffic has shown; `collected` are the orphans found at its end."""
 
     seconds: float
     listed: int = 0
@@ -35,7 +31,7 @@ class Hours:
     counts: Counter[str] = field(default_factory=Counter)
 
 
-def run_threads(root: Path, rng: Random, seconds: float, collect: Collect | None = None) -> Hours:
+def run_threads(root: Path, rng: Random, seconds: float) -> Hours:
     """Let threads act on one server, each on its own, as clients do over HTTP; then check it.
 
     Afterwards every promise is kept, every snapshot restores exactly, every reference resolves, the
@@ -70,16 +66,7 @@ def run_threads(root: Path, rng: Random, seconds: float, collect: Collect | None
         except BaseException as error:
             failures.append(error)
 
-    def collector() -> None:
-        try:
-            while collect is not None and time.monotonic() < end and not failures:
-                hours.collected += on_loop(collect(keeper))
-                time.sleep(0.05)
-        except BaseException as error:
-            failures.append(error)
-
     clients = [threading.Thread(target=client) for _ in range(THREADS)]
-    clients.append(threading.Thread(target=collector))
     try:
         for thread in clients:
             thread.start()
@@ -91,8 +78,7 @@ def run_threads(root: Path, rng: Random, seconds: float, collect: Collect | None
         hours.listed = on_loop(check_keeper(keeper, ledger))
         check_files(keeper)
         check_ram(keeper)
-        if collect is not None:
-            on_loop(collect(keeper))
+        hours.collected = on_loop(keeper.collect())
         assert keeper.orphans() == set(), "segments that nobody names"
     finally:
         loop.call_soon_threadsafe(loop.stop)

@@ -69,7 +69,7 @@ class Catalog(SnapshotTable, SegmentTable):
             database = Database.open(path, check=at_once)
         except CatalogDamagedError as damage:
             report.rebuilt_because = str(damage)
-            _move_aside(path, source, str(damage))
+            move_aside(path, source, str(damage))
             database = Database.open(path)
         catalog = cls(database, report, source)
         try:
@@ -202,7 +202,7 @@ def _bytes_of(path: Path) -> int:
     return sum(part.stat().st_size for part in parts if part.exists())
 
 
-def _move_aside(path: Path, source: ManifestSource, reason: str) -> None:
+def move_aside(path: Path, source: ManifestSource, reason: str) -> None:
     """Quarantine the database with its companions, or they would be played into the new one."""
     for suffix in _COMPANIONS:
         part = path.with_name(path.name + suffix)

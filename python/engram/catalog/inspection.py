@@ -6,6 +6,7 @@ import contextlib
 import shutil
 import sqlite3
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from engram.catalog.catalog import Catalog
@@ -15,7 +16,14 @@ from engram.errors import StoreError
 
 
 def inspect_catalog(path: Path, *, in_use: bool) -> CatalogCounts | str:
-    """How much a catalog holds, or why it cannot be used (then the next start rebuilds it).
+    """How much a catalog holds, or why it cannot be used (then the next start rebuilds it)."""
+    with copied_catalog(path, in_use=in_use) as catalog:
+        return catalog if isinstance(catalog, str) else catalog.counts()
+
+
+@contextlib.contextmanager
+def copied_catalog(path: Path, *, in_use: bool) -> Iterator[Catalog | str]:
+    """A copy of a catalog as it is, not brought in line with anything; or why it cannot be used.
 
     ``in_use`` says that a server has it open: then SQLite makes the copy. Otherwise the files are
     copied, because SQLite would leave files of its own beside a catalog that a crash left behind.
@@ -29,9 +37,10 @@ def inspect_catalog(path: Path, *, in_use: bool) -> CatalogCounts | str:
                 _copy(path, copy)
             database = Database.open(copy)
         except (OSError, sqlite3.Error, StoreError, CatalogDamagedError) as error:
-            return str(error)
+            yield str(error)
+            return
         try:
-            return Catalog(database, OpenReport()).counts()
+            yield Catalog(database, OpenReport())
         finally:
             database.close()
 

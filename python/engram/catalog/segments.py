@@ -115,8 +115,9 @@ class SegmentTable:
             " (SELECT count(*) FROM (SELECT DISTINCT tenant, conversation_id FROM snapshots))"
             "  AS conversations,"
             " count(*) AS segments, coalesce(sum(bytes), 0) AS segment_bytes"
-            " FROM (SELECT DISTINCT namespace, rank, segment_id, bytes FROM segments"
-            f" WHERE {_REFERENCED})"
+            # Grouped as the index has them, which spares sorting hundreds of thousands of ids.
+            " FROM (SELECT max(bytes) AS bytes FROM segments"
+            f" WHERE {_REFERENCED} GROUP BY namespace, rank, segment_id)"
         )
         assert row is not None
         return CatalogCounts(**dict(row))

@@ -162,10 +162,12 @@ class SnapshotTable:
         # Only the conditions there are: "? IS NULL OR ..." would hide the index from SQLite.
         wanted = {"conversation_id": conversation_id, "branch_name": branch_name}
         given = {name: value for name, value in wanted.items() if value is not None}
+        # A conversation is found by its own index; "+" keeps SQLite from walking that of the age.
+        age = "created_at, snapshot_id" if conversation_id is None else "+created_at, +snapshot_id"
         rows = self._db.rows(
             "SELECT * FROM snapshots WHERE tenant = ?"
             + "".join(f" AND {name} = ?" for name in given)
-            + " AND (created_at, snapshot_id) > (?, ?) ORDER BY created_at, snapshot_id LIMIT ?",
+            + f" AND ({age}) > (?, ?) ORDER BY {age} LIMIT ?",
             (tenant, *given.values(), created_at, snapshot_id, limit + 1),
         )
         page = tuple(self._snapshot(row) for row in rows[:limit])
@@ -245,6 +247,15 @@ class SnapshotTable:
         if not rows:
             raise _not_found(f"no conversation {conversation_id!r}", conversation_id)
         return [BranchRow(**dict(row)) for row in rows]
+
+    def totals(self) -> tuple[int, int]:
+        """How many snapshots there are, and of how many conversations, of all tenants."""
+        row = self._db.row(
+            "SELECT (SELECT count(*) FROM snapshots),"
+            " (SELECT count(*) FROM (SELECT DISTINCT tenant, conversation_id FROM snapshots))"
+        )
+        assert row is not None
+        return row[0], row[1]
 
     def manifest_entries(self) -> dict[str, tuple[ManifestEntry, str, str]]:
         """What is indexed: manifest name -> (entry, snapshot id, tenant)."""

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from engram.cli import doctor, retention, size
+from engram.cli import doctor, fsck, gc, retention, size, transfer
 from engram.version import __version__
 
 app = typer.Typer(
@@ -17,6 +17,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("doctor")(doctor.doctor)
+app.command("export")(transfer.export)
+app.command("fsck")(fsck.fsck)
+app.command("gc")(gc.gc)
+app.command("import")(transfer.import_)
 app.command("retention")(retention.retention)
 app.command("size")(size.size)
 

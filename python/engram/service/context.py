@@ -22,6 +22,7 @@ from engram.service.queue import SaveQueue
 from engram.service.results import ServiceStats
 from engram.snapshot.manifest import Manifest
 from engram.store.base import Store
+from engram.upkeep.collect import Sweep
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class ServiceContext:
         # Saves share it, a deletion has it alone: between segments that are durable and the
         # manifest that names them, a deletion would take them for orphans.
         self.guard = SharedLock()
+        self.sweep = Sweep()
         self._store_threads = ThreadPoolExecutor(STORE_THREADS, "engram-store")
         # Quick by comparison: not behind reads of files.
         self._catalog_threads = ThreadPoolExecutor(CATALOG_THREADS, "engram-catalog")

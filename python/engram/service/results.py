@@ -66,6 +66,9 @@ class ServiceStats:
     hold_timeouts: int = 0
     hold_failures: int = 0
     lost_turns: int = 0
+    collected_segments: int = 0
+    collected_bytes: int = 0
+    collected_temps: int = 0
     last_failures: list[str] = field(default_factory=list)
 
     def note(self, what: str) -> None:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from engram.catalog.catalog import Catalog
-from engram.catalog.rows import SnapshotRow, UnreferencedSegment
+from engram.catalog.rows import SnapshotRow
 from engram.conversation.turns import Tag
 from engram.core.ids import DEFAULT_BRANCH
 from engram.core.settings import Settings
 from engram.core.tokens import TokenArray
 from engram.errors import NotFoundError
 from engram.service.automatic import AutomaticSaver
+from engram.service.collecting import drop_segments
 from engram.service.context import ServiceContext
 from engram.service.finder import TurnFinder, need_place
 from engram.service.ports import EngineInfo, Generator, Ranks
@@ -180,7 +180,7 @@ class SnapshotService:
             await context.in_store(self._remove, row)
             context.deleted(row, keys)
             orphans = await context.in_catalog(context.catalog.unreferenced_segments)
-            await context.with_engine(lambda engine: self._drop(engine, orphans))
+            await context.with_engine(lambda engine: drop_segments(context, engine, orphans))
 
     def _remove(self, row: SnapshotRow) -> None:
         # The manifest first: a row without its file is healed at the next start, and what was
@@ -188,21 +188,6 @@ class SnapshotService:
         with self.context.store.reserve_at_hand():
             self.context.store.delete_manifest(row.snapshot_id, row.tenant)
             self.context.catalog.delete(row.snapshot_id, row.tenant)
-
-    async def _drop(self, engine: EngineInfo, orphans: Sequence[UnreferencedSegment]) -> None:
-        """Files of this engine's namespace go through the ranks, which may hold them in RAM."""
-        context = self.context
-        by_rank: list[list[str]] = [[] for _ in range(engine.world_size)]
-        for orphan in orphans:
-            if orphan.shard.namespace == engine.namespace.id:
-                by_rank[orphan.shard.rank].append(orphan.segment_id)
-            else:
-                await context.in_store(
-                    context.store.delete_segment, orphan.shard, orphan.segment_id
-                )
-        if any(by_rank):
-            await context.ranks.drop(engine.namespace.id, by_rank)
-        await context.in_catalog(context.catalog.forget_segments, orphans)
 
     async def stats(self) -> dict[str, Any]:
         """Counters of the service and of every rank, what waits now, and the store's health."""

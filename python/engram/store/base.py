@@ -11,7 +11,7 @@ processes at once; manifests are written by the one process that holds the store
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -32,11 +32,16 @@ file's, but nothing in it may be trusted until `SegmentStore.read_segment` retur
 
 @dataclass(frozen=True)
 class StoredSegment:
-    """A segment found by a listing. ``bytes`` is the length of its file."""
+    """A segment found by a listing.
+
+    ``bytes`` is the length of its file, ``written_at`` when that was written, in seconds since the
+    epoch.
+    """
 
     shard: Shard
     segment_id: str
     bytes: int
+    written_at: float
 
 
 class SegmentStore(ABC):
@@ -77,6 +82,14 @@ class SegmentStore(ABC):
     @abstractmethod
     def verify_segment(self, shard: Shard, segment_id: str) -> SegmentHeader:
         """`read_segment` without keeping the payload, in bounded memory."""
+
+    @abstractmethod
+    def iter_payload(self, shard: Shard, segment_id: str) -> Iterator[memoryview]:
+        """The payload in pieces of bounded size, each valid until the next is asked for.
+
+        Nothing of it may be relied on until the iterator has ended: it raises
+        `SegmentCorruptError` where it would, if the digest is another.
+        """
 
     @abstractmethod
     def read_tokens(self, shard: Shard, segment_id: str) -> tuple[SegmentHeader, TokenArray]:
@@ -171,6 +184,15 @@ class StoreHealth:
 
 class Store(SegmentStore, NamespaceStore, ManifestStore):
     """All three: what a server keeps its snapshots in."""
+
+    @abstractmethod
+    def remains_of_manifests(self, names: Iterable[str] = ()) -> Iterator[bytes]:
+        """What can be read of the manifests in quarantine, and of the stored ones of these names:
+        however damaged, at most `MAX_MANIFEST_BYTES` of each."""
+
+    @abstractmethod
+    def remove_abandoned_temps(self) -> int:
+        """Remove temporary files that crashes have left; how many. Those being written stay."""
 
     @abstractmethod
     def health(self) -> StoreHealth:

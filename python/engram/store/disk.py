@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 from engram.errors import StoreError
+from engram.snapshot.manifest import MAX_MANIFEST_BYTES
 from engram.snapshot.segment import Shard
 from engram.store.base import Store, StoreHealth
 from engram.store.durable import (
     DirectoryMaker,
     free_bytes,
     remove_abandoned_temps,
+    store_error,
     sync_directory,
 )
 from engram.store.filesystem import FileSystem
-from engram.store.layout import Layout
+from engram.store.layout import MANIFEST_SUFFIX, Layout
 from engram.store.lock import StoreLock
 from engram.store.marker import Marker, check_marker, write_marker
-from engram.store.quarantine import Quarantine
-from engram.store.record_files import DiskManifests, DiskNamespaces
+from engram.store.quarantine import Quarantine, QuarantinedFile
+from engram.store.record_files import DiskManifests, DiskNamespaces, read_small_file
 from engram.store.reserve import Reserve
 from engram.store.segment_files import DiskSegments
 
@@ -128,6 +132,40 @@ class DiskStore(DiskSegments, DiskNamespaces, DiskManifests, Store):
             self.removed_temps,
             self.free_bytes(),
         )
+
+    def remains_of_manifests(self, names: Iterable[str] = ()) -> Iterator[bytes]:
+        held = [q.path for q in self._quarantine.entries() if q.name.endswith(MANIFEST_SUFFIX)]
+        for path in [*held, *(self._layout.manifest(name) for name in names)]:
+            data = read_small_file(path, MAX_MANIFEST_BYTES, self._fs)
+            if data is not None:
+                yield data
+
+    def remove_abandoned_temps(self) -> int:
+        return remove_abandoned_temps(self.root, self._fs)
+
+    def remove_empty_directories(self) -> int:
+        """Remove directories of segments that hold nothing; how many.
+
+        Only while nothing else uses the store: a writer relies on those it has made.
+        """
+        removed = 0
+        for directory, _, _ in os.walk(self._layout.segments, topdown=False):
+            path = Path(directory)
+            if path != self._layout.segments and not any(path.iterdir()):
+                try:
+                    self._fs.rmdir(path)
+                except OSError as error:
+                    raise store_error("remove", path, error) from error
+                removed += 1
+        return removed
+
+    def find_quarantined(self, name: str) -> Path | None:
+        """Where the newest file in quarantine lies that had this name; None if there is none."""
+        return self._quarantine.find(name)
+
+    def quarantined(self) -> list[QuarantinedFile]:
+        """The damaged files that are held, oldest first."""
+        return self._quarantine.entries()
 
     def quarantined_names(self) -> frozenset[str]:
         """The names that files had before they were found damaged and moved aside."""

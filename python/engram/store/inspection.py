@@ -11,6 +11,7 @@ from engram.errors import EngramError, StoreFormatError
 from engram.snapshot.manifest import Manifest, decode_manifest
 from engram.snapshot.segment import Shard
 from engram.store.disk import DiskStore
+from engram.store.durable import TEMP_SUFFIX
 from engram.store.filesystem import FileSystem
 from engram.store.layout import Layout
 from engram.store.lock import holder_in, lock_directory
@@ -103,6 +104,34 @@ def lock_holder(root: Path) -> str | None:
         if fd is not None:
             os.close(fd)
     return None
+
+
+def abandoned_temps(root: Path) -> list[Path]:
+    """Temporary files below a store's root that nobody is writing."""
+    found = []
+    for directory, _, names in os.walk(root):
+        for name in names:
+            if name.startswith(".") and name.endswith(TEMP_SUFFIX):
+                path = Path(directory, name)
+                if not _is_written(path):
+                    found.append(path)
+    return sorted(found)
+
+
+def _is_written(path: Path) -> bool:
+    """Whether a process holds a temporary file, or has finished it just now."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True
+    try:
+        # A writer that makes its file in these microseconds takes another name.
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
 
 
 def is_store(root: Path) -> bool:

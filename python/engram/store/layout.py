@@ -12,6 +12,7 @@ from engram.errors import InvalidRequestError
 from engram.snapshot.segment import Shard
 
 SEGMENT_SUFFIX: Final = ".seg"
+MANIFEST_SUFFIX: Final = ".json"
 _SHARD_NAME: Final = re.compile(r"rank-(\d{1,9})-of-(\d{1,9})", re.ASCII)
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
 

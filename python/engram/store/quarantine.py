@@ -6,9 +6,11 @@ The newest are kept, as many as the bounds below allow, for whoever wants to rep
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import secrets
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -24,8 +26,23 @@ MAX_FILES: Final = 1_000
 MAX_BYTES: Final = 4 << 30
 """Bounds of what is kept. The newest file is, however large it is."""
 NOTE_SUFFIX: Final = ".reason.json"
+_MAX_NOTE_BYTES: Final = 1 << 16
 _STAMP_LENGTH: Final = 30
 """`<20 digits of nanoseconds>-<8 hex>-` before the name a file had."""
+
+
+@dataclass(frozen=True)
+class QuarantinedFile:
+    """A damaged file that is held. ``name`` and ``file`` are what it was called before it was moved
+    to ``path``; times are seconds since the epoch. What its note does not tell is None or empty.
+    """
+
+    path: Path
+    name: str
+    bytes: int
+    file: str
+    reason: str
+    quarantined_at: float | None
 
 
 class Quarantine:
@@ -80,6 +97,10 @@ class Quarantine:
         """The names that the files held had."""
         return frozenset(path.name[_STAMP_LENGTH:] for path in self._files())
 
+    def entries(self) -> list[QuarantinedFile]:
+        """What is held and why, oldest first."""
+        return [_entry(path) for path in self._files()]
+
     def size(self) -> tuple[int, int]:
         """How many damaged files are held, and their bytes."""
         sizes = [_size(path) for path in self._files()]
@@ -104,6 +125,28 @@ class Quarantine:
             for gone in (path, path.with_name(path.name + NOTE_SUFFIX)):
                 with contextlib.suppress(FileNotFoundError):
                     self._fs.unlink(gone)
+
+
+def _entry(path: Path) -> QuarantinedFile:
+    note = _note(path.with_name(path.name + NOTE_SUFFIX))
+    file, reason, at = (note.get(name) for name in ("file", "reason", "quarantined_at"))
+    return QuarantinedFile(
+        path=path,
+        name=path.name[_STAMP_LENGTH:],
+        bytes=_size(path),
+        file=file if isinstance(file, str) else "",
+        reason=reason if isinstance(reason, str) else "",
+        quarantined_at=float(at) if isinstance(at, (int, float)) else None,
+    )
+
+
+def _note(path: Path) -> dict[str, object]:
+    try:
+        with path.open("rb") as opened:
+            note = json.loads(opened.read(_MAX_NOTE_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return note if isinstance(note, dict) else {}
 
 
 def _size(path: Path) -> int:

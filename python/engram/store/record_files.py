@@ -156,6 +156,13 @@ class DiskManifests(ManifestStore):
                             entries.append(ManifestEntry(file.name, _stamp(file.stat())))
         return sorted(entries, key=lambda entry: entry.name)
 
+    def find_manifest(self, name: str) -> ManifestEntry | None:
+        """The listing's entry of one manifest; None if there is none of that name."""
+        try:
+            return ManifestEntry(name, _stamp(self._layout.manifest(name).stat()))
+        except FileNotFoundError:
+            return None
+
     def load_manifest(self, entry: ManifestEntry) -> Manifest | DamagedManifest:
         path = self._layout.manifest(entry.name)
         try:

@@ -112,6 +112,20 @@ class DiskSegments(SegmentStore):
                     raise SegmentCorruptError("segment has bytes between its buffers")
             return header
 
+    def iter_payload(self, shard: Shard, segment_id: str) -> Iterator[memoryview]:
+        with self._opened(shard, segment_id) as segment:
+            header = segment.header
+            trailer = self._trailer(segment, segment_id)
+            hasher = SegmentHasher(header.prefix)
+            buffer = memoryview(bytearray(min(header.payload_length, PIECE_BYTES)))
+            for start in range(0, header.payload_length, PIECE_BYTES):
+                piece = buffer[: min(PIECE_BYTES, header.payload_length - start)]
+                self._read_exactly(segment.fd, piece, len(header.prefix) + start)
+                hasher.update(piece)
+                yield piece
+            if hasher.digest() != trailer:
+                raise SegmentCorruptError("segment does not match its digest")
+
     def read_tokens(self, shard: Shard, segment_id: str) -> tuple[SegmentHeader, TokenArray]:
         with self._opened(shard, segment_id) as segment:
             data = memoryview(bytearray(segment.header.tokens_length))
@@ -128,10 +142,10 @@ class DiskSegments(SegmentStore):
                     segment_id = name.removesuffix(SEGMENT_SUFFIX)
                     if name.endswith(SEGMENT_SUFFIX) and is_digest(segment_id):
                         try:
-                            size = Path(directory, name).stat().st_size
+                            status = Path(directory, name).stat()
                         except FileNotFoundError:
                             continue
-                        yield StoredSegment(shard, segment_id, size)
+                        yield StoredSegment(shard, segment_id, status.st_size, status.st_mtime)
 
     def _is_intact(self, header: SegmentHeader, segment_id: str) -> bool:
         """Whether the very segment is stored. A damaged file is quarantined; what the device

@@ -153,6 +153,22 @@ class SegmentStoreContract:
             store.read_segment(segment.header.shard, segment.segment_id, lambda _: buffer)
         assert read(store, segment)[1] == segment.payload
 
+    def test_a_payload_comes_in_pieces(self, store: SegmentStore, rng: random.Random) -> None:
+        for segment in sample_chain(rng):
+            put(store, segment)
+            pieces = store.iter_payload(segment.header.shard, segment.segment_id)
+            assert b"".join(bytes(piece) for piece in pieces) == segment.payload
+
+    @pytest.mark.parametrize("position", [-1, -33, -40])
+    def test_pieces_of_a_damaged_segment_end_in_an_error(
+        self, store: SegmentStore, damage: DamageSegment, rng: random.Random, position: int
+    ) -> None:
+        segment = sample_segment(rng)
+        put(store, segment)
+        damage(segment.header.shard, segment.segment_id, flip_bit(position))
+        with pytest.raises(SegmentCorruptError):
+            list(store.iter_payload(segment.header.shard, segment.segment_id))
+
     def test_tokens_are_read_alone(self, store: SegmentStore, rng: random.Random) -> None:
         segment = sample_segment(rng, length=9)
         put(store, segment)
@@ -182,6 +198,7 @@ class SegmentStoreContract:
             lambda: read(store, segment),
             lambda: store.read_tokens(SHARD, segment.segment_id),
             lambda: store.verify_segment(SHARD, segment.segment_id),
+            lambda: list(store.iter_payload(SHARD, segment.segment_id)),
         ):
             with pytest.raises(SegmentCorruptError, match=segment.segment_id) as caught:
                 attempt()

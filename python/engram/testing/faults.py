@@ -102,6 +102,9 @@ class FaultyFileSystem(FileSystem):
     def allocate(self, path: Path, nbytes: int) -> None:
         self._call("allocate", path, lambda: self._real.allocate(path, nbytes))
 
+    def rmdir(self, path: Path) -> None:
+        self._call("rmdir", path, lambda: self._real.rmdir(path))
+
     def open_read(self, path: Path) -> int:
         return self._call("open_read", path, lambda: self._real.open_read(path))
 
@@ -243,6 +246,10 @@ class ControlledFileSystem(FileSystem):
     def allocate(self, path: Path, nbytes: int) -> None:
         self._control.meet("write", str(path))
         super().allocate(path, nbytes)
+
+    def rmdir(self, path: Path) -> None:
+        self._control.meet("write", str(path))
+        super().rmdir(path)
 
     def open_read(self, path: Path) -> int:
         self._control.meet("read", str(path))

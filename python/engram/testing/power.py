@@ -146,6 +146,11 @@ class ForgetfulFileSystem(FileSystem):
             super().unlink(path)
             self._set(path, None)
 
+    def rmdir(self, path: Path) -> None:
+        with self._changing():
+            super().rmdir(path)
+            self._set(path, None)
+
     def mkdir(self, path: Path) -> None:
         with self._changing():
             existed = path.is_dir()

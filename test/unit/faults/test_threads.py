@@ -14,5 +14,5 @@ def test_what_holds_among_many_threads(in_memory: Path) -> None:
     hours = run_threads(in_memory / "store", seeded_random(), SECONDS)
     print(hours)  # noqa: T201
     assert hours.listed > 0
-    for act in ("saves", "branches", "restores", "deletions", "demotions"):
+    for act in ("saves", "branches", "restores", "deletions", "demotions", "collections"):
         assert hours.counts[act] > 0, act

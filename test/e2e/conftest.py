@@ -1,6 +1,7 @@
 """Fixtures: worlds that tests share, because starting a server is what takes the time.
 
-One world runs at a time; tests are sorted by the world they need.
+One world runs at a time in a process of tests; tests are sorted by the world they need, and those
+that need the same one, or one that another has left behind, stay in one process.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from e2e.small_world import small_world
 from e2e.worlds import Stage, World, restarted_world
 
 WORLDS = ("restarted", "other", "small", "battered", "pressured", "alone", "slow")
+STANDS_ON = {"other": "restarted", "alone": "pressured"}
+"""Worlds that begin with what another has left behind."""
 TIMEOUT_S = 1200
 """For one test, the starts of its servers included; a busy machine takes minutes for those."""
 
@@ -26,6 +29,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = [index for index, item in enumerate(items) if item.path.parent == here]
     mine = [items[index] for index in places]
     for item in mine:
+        item.add_marker(pytest.mark.xdist_group(_group_of(item)))
         if item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(TIMEOUT_S))
     for index, item in zip(places, sorted(mine, key=_world_of), strict=True):
@@ -37,6 +41,16 @@ def _world_of(item: pytest.Item) -> tuple[int, str]:
     if "variant" in names and isinstance(item, pytest.Function):
         return len(WORLDS) + 1, item.callspec.params["variant"].name
     return next((n for n, world in enumerate(WORLDS, 1) if world in names), 0), ""
+
+
+def _group_of(item: pytest.Item) -> str:
+    """What has to run in one process."""
+    number, variant = _world_of(item)
+    if number == 0:
+        return item.path.stem
+    if number > len(WORLDS):
+        return variant
+    return STANDS_ON.get(WORLDS[number - 1], WORLDS[number - 1])
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Collection
 from pathlib import Path
 from typing import Final
@@ -20,6 +21,10 @@ from engram.errors import AlreadyExistsError, StoreError
 from engram.snapshot.listing import DamagedManifest, ManifestEntry, manifest_name
 from engram.snapshot.manifest import Manifest
 
+logger = logging.getLogger(__name__)
+
+CHECKED_AT_ONCE_BYTES: Final = 16 << 20
+"""Above this a catalog is checked while the server serves: some thousand snapshots."""
 _COMPANIONS: Final = ("", "-wal", "-shm")
 
 
@@ -31,9 +36,12 @@ class Catalog(SnapshotTable, SegmentTable, InventoryTable, UsageTable, RemovalTa
     Errors: `StoreError` or `StoreFullError` if SQLite cannot work.
     """
 
-    def __init__(self, database: Database, report: OpenReport) -> None:
+    def __init__(
+        self, database: Database, report: OpenReport, source: ManifestSource | None = None
+    ) -> None:
         super().__init__(database)
         self.report = report
+        self._source = source
 
     @classmethod
     def open(cls, path: Path, source: ManifestSource) -> Catalog:
@@ -41,56 +49,118 @@ class Catalog(SnapshotTable, SegmentTable, InventoryTable, UsageTable, RemovalTa
 
         A file that is missing, damaged or of another schema is moved aside and built anew. A crash
         between a manifest's file and its row leaves a difference, which is healed here.
+
+        What would take seconds for a large one is left to `check`: that every value is intact, and
+        that no manifest was written again. A small one is checked at once.
         """
+        suspect = _suspect(path)
+        at_once = suspect.exists() or _bytes_of(path) <= CHECKED_AT_ONCE_BYTES
+        try:
+            catalog = cls._open(path, source, at_once=at_once)
+        except StoreError:
+            if at_once:
+                raise
+            catalog = cls._open(path, source, at_once=True)
+        suspect.unlink(missing_ok=True)
+        return catalog
+
+    @classmethod
+    def _open(cls, path: Path, source: ManifestSource, *, at_once: bool) -> Catalog:
         report = OpenReport()
         if not path.exists():
             report.rebuilt_because = "there was none"
         try:
-            database = Database.open(path)
+            database = Database.open(path, check=at_once)
         except CatalogDamagedError as damage:
             report.rebuilt_because = str(damage)
             move_aside(path, source, str(damage))
             database = Database.open(path)
-        catalog = cls(database, report)
+        catalog = cls(database, report, source)
         try:
             with catalog.atomic():
                 catalog._reconcile(source)
+                if at_once:
+                    catalog._refresh(source)
         except BaseException:
             catalog.close()
             raise
         return catalog
+
+    @property
+    def checked(self) -> bool:
+        """Whether everything in it is known to be intact. Until then no segment is removed on its
+        word: `unreferenced_segments` has none, and `is_referenced` says yes."""
+        return self._db.checked
+
+    def check(self) -> None:
+        """Do what opening left out, while others go on; takes seconds, and nothing if it is done.
+
+        Damage is told in ``report.suspect``, and the next `open` rebuilds the catalog. Raises
+        `StoreError` where it could not be found out, as when the catalog is closed meanwhile.
+        """
+        if self.checked or self._source is None:
+            return
+        try:
+            self._db.check()
+        except CatalogDamagedError as damage:
+            self.report.suspect = str(damage)
+            _suspect(self._db.path).touch()
+            logger.error(
+                "Engram: the catalog is damaged (%s): no segment is removed, and the next start "
+                "rebuilds it",
+                damage,
+            )
+            return
+        with self.atomic():
+            self._refresh(self._source)
 
     def close(self) -> None:
         """Close the database. May be called again."""
         self._db.close()
 
     def _reconcile(self, source: ManifestSource) -> None:
-        """Rows without their file go; files without a row, or written again since, are read.
+        """Rows without their file go; files without a row are read.
 
         The row of a damaged manifest stays for as long as the file lies in quarantine: whoever
         restores it is told so, its turn is not counted again, and its segments wait for a repair.
         """
         indexed = self.manifest_entries()
-        stored = {entry.name: entry for entry in source.list_manifests()}
+        stored = source.manifest_names()
         quarantined = source.quarantined_names()
-        for name, (_, snapshot_id, tenant) in indexed.items():
-            if name not in stored and name not in quarantined:
-                self.delete(snapshot_id, tenant)
-                self.report.removed += 1
-        for name, entry in stored.items():
-            known, *names = indexed.get(name, (None,))
+        for name in sorted(indexed.keys() - stored - quarantined):
+            _, snapshot_id, tenant = indexed[name]
+            self.delete(snapshot_id, tenant)
+            self.report.removed += 1
+        for name in sorted(stored - indexed.keys()):
+            entry = source.manifest_entry(name)
+            if entry is None:
+                continue
+            manifest = source.load_manifest(entry)
+            if isinstance(manifest, DamagedManifest):
+                self.report.damaged.append(manifest)
+                continue
+            self.report.added += 1
+            self._add(manifest, entry, source, stored)
+
+    def _refresh(self, source: ManifestSource) -> None:
+        """Files written again since their row was made are read again; within `atomic`.
+
+        Others may be saving and deleting: what has only a file, or only a row, is theirs.
+        """
+        indexed = self.manifest_entries()
+        for entry in source.list_manifests():
+            if entry.name not in indexed:
+                continue
+            known, snapshot_id, tenant = indexed[entry.name]
             if known == entry:
                 continue
             manifest = source.load_manifest(entry)
             if isinstance(manifest, DamagedManifest):
                 self.report.damaged.append(manifest)
                 continue
-            if known is None:
-                self.report.added += 1
-            else:
-                self.delete(*names)
-                self.report.refreshed += 1
-            self._add(manifest, entry, source, stored.keys())
+            self.delete(snapshot_id, tenant)
+            self.report.refreshed += 1
+            self._add(manifest, entry, source, indexed.keys())
 
     def _add(
         self,
@@ -124,6 +194,16 @@ class Catalog(SnapshotTable, SegmentTable, InventoryTable, UsageTable, RemovalTa
         self.report.damaged.append(
             DamagedManifest(loser.name, reason, None if moved_to is None else str(moved_to))
         )
+
+
+def _suspect(path: Path) -> Path:
+    """The file that says that the catalog was found damaged while it was in use."""
+    return path.with_name(path.name + "-suspect")
+
+
+def _bytes_of(path: Path) -> int:
+    parts = (path.with_name(path.name + suffix) for suffix in _COMPANIONS)
+    return sum(part.stat().st_size for part in parts if part.exists())
 
 
 def move_aside(path: Path, source: ManifestSource, reason: str) -> None:

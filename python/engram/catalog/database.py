@@ -8,7 +8,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,10 +17,13 @@ from engram.catalog.schema import migrate, schema_problem
 from engram.errors import EngramError, StoreError, StoreFullError
 
 BUSY_TIMEOUT_MS: Final = 10_000
+PROGRESS_STEPS: Final = 10_000
+"""Steps of SQLite's machine, some hundred a millisecond, after which a check sees that it is to
+end."""
 PAGE_BYTES: Final = 4096
 """What SQLite writes at least; how much more it wanted it does not tell."""
 # What SQLite says when not the file but its surroundings are the trouble; all else is damage.
-_NOT_DAMAGE: Final = ("locked", "busy", "disk is full", "unable to open")
+_NOT_DAMAGE: Final = ("locked", "busy", "disk is full", "unable to open", "interrupted")
 
 
 class CatalogDamagedError(Exception):
@@ -33,17 +36,23 @@ class Database:
     def __init__(
         self, path: Path, connection: sqlite3.Connection, reader: sqlite3.Connection
     ) -> None:
-        self._path = path
+        self.path = path
         self._connection = connection
         self._lock = threading.RLock()
         self._depth = 0
         self._writer: int | None = None
         self._reader = reader
         self._read_lock = threading.RLock()
+        self._closed = False
+        self.checked = False
+        """Whether every page, reference and row has been found intact since it was opened."""
 
     @classmethod
-    def open(cls, path: Path) -> Database:
-        """Open and check, or make, a catalog file. Raises `CatalogDamagedError` or `StoreError`."""
+    def open(cls, path: Path, *, check: bool = True) -> Database:
+        """Open or make a catalog file, and `check` it at once unless told not to.
+
+        Raises `CatalogDamagedError` or `StoreError`.
+        """
         connection: sqlite3.Connection | None = None
         try:
             # Made here and not by SQLite, so that only the owner may read it. Empty is valid.
@@ -52,13 +61,15 @@ class Database:
             raise _catalog_error(path, error) from error
         try:
             connection = _connect(path)
-            problem = _problem(connection)
+            problem = _problem(connection) if check else None
             if problem is None:
                 connection.execute("PRAGMA journal_mode = WAL")
                 connection.execute("PRAGMA synchronous = FULL")
                 connection.execute("PRAGMA foreign_keys = ON")
                 migrate(connection)
-                problem = schema_problem(connection) or damaged_row(connection)
+                problem = schema_problem(connection)
+                if check and problem is None:
+                    problem = damaged_row(connection)
         except (sqlite3.Error, UnicodeDecodeError) as error:
             if connection is not None:
                 connection.close()
@@ -75,13 +86,33 @@ class Database:
         except sqlite3.Error as error:
             connection.close()
             raise _catalog_error(path, error) from error
-        return cls(path, connection, reader)
+        database = cls(path, connection, reader)
+        database.checked = check
+        return database
 
     def close(self) -> None:
         """Close the connections. May be called again."""
         with self._lock, self._read_lock:
+            self._closed = True
             self._reader.close()
             self._connection.close()
+
+    def check(self) -> None:
+        """Read everything and see whether it is intact, while others go on; takes seconds.
+
+        Raises `CatalogDamagedError`, or `StoreError` where it could not be found out.
+        """
+        try:
+            with closing(_connect(self.path)) as connection:
+                connection.set_progress_handler(lambda: self._closed, PROGRESS_STEPS)
+                problem = _problem(connection) or damaged_row(connection)
+        except (sqlite3.Error, UnicodeDecodeError) as error:
+            if isinstance(error, sqlite3.Error) and any(t in str(error) for t in _NOT_DAMAGE):
+                raise _catalog_error(self.path, error) from error
+            raise CatalogDamagedError(str(error)) from error
+        if problem is not None:
+            raise CatalogDamagedError(problem)
+        self.checked = True
 
     @contextmanager
     def atomic(self) -> Iterator[None]:
@@ -151,7 +182,7 @@ class Database:
             try:
                 self._connection.executemany(sql, parameters)
             except sqlite3.Error as error:
-                raise _catalog_error(self._path, error) from error
+                raise _catalog_error(self.path, error) from error
 
     def rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[sqlite3.Row]:
         """All rows of a query; within `atomic` it sees what was changed there."""
@@ -164,23 +195,27 @@ class Database:
         """The first row of a query."""
         return next(iter(self.rows(sql, parameters)), None)
 
+    def damaged(self, what: str) -> EngramError:
+        """The error for a value that cannot be relied on."""
+        return _catalog_error(self.path, sqlite3.DatabaseError(what))
+
     def _run(self, sql: str, parameters: Sequence[Any] = ()) -> sqlite3.Cursor:
         try:
             return self._connection.execute(sql, parameters)
         except sqlite3.Error as error:
-            raise _catalog_error(self._path, error) from error
+            raise _catalog_error(self.path, error) from error
 
     def _read(self, sql: str, parameters: Sequence[Any] = ()) -> sqlite3.Cursor:
         try:
             return self._reader.execute(sql, parameters)
         except sqlite3.Error as error:
-            raise _catalog_error(self._path, error) from error
+            raise _catalog_error(self.path, error) from error
 
     def _fetch(self, cursor: sqlite3.Cursor) -> list[sqlite3.Row]:
         try:
             return cursor.fetchall()
         except sqlite3.Error as error:
-            raise _catalog_error(self._path, error) from error
+            raise _catalog_error(self.path, error) from error
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -207,9 +242,12 @@ def _catalog_error(path: Path, error: sqlite3.Error | OSError) -> EngramError:
         return StoreFullError.of(
             needed=PAGE_BYTES, free=_free_bytes(path.parent), where=str(path.parent)
         )
+    locked = any(word in str(error) for word in ("locked", "busy"))
     return StoreError(
         f"catalog {path}: {error}",
-        hint="restart the server: a damaged catalog is rebuilt from the manifests",
+        hint="end the other program that has the catalog open, then try again"
+        if locked
+        else "restart the server: a damaged catalog is rebuilt from the manifests",
         details={"file": str(path)},
     )
 

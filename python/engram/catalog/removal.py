@@ -22,7 +22,8 @@ class RemovalTable:
         """Remove the rows of snapshots, by (snapshot id, tenant), in one transaction.
 
         Returns the segments that nothing refers to since. Their rows stay until their files are
-        gone (`Catalog.forget_segments`). A snapshot that is not there is no error.
+        gone (`Catalog.forget_segments`); none until the catalog has been checked through, as with
+        `Catalog.unreferenced_segments`. A snapshot that is not there is no error.
         """
         segments: set[int] = set()
         orphans: dict[UnreferencedSegment, None] = {}
@@ -44,7 +45,7 @@ class RemovalTable:
                 if row is not None:
                     shard = Shard(row["namespace"], row["rank"], row["world_size"])
                     orphans[UnreferencedSegment(shard, row["segment_id"], row["bytes"])] = None
-        return list(orphans)
+        return list(orphans) if self._db.checked else []
 
     def count_snapshots(self, tenant: str, conversation_id: str) -> int:
         """How many snapshots a conversation has; 0 for an unknown one."""

@@ -100,3 +100,5 @@ class OpenReport:
     refreshed: int = 0
     removed: int = 0
     damaged: list[DamagedManifest] = field(default_factory=list)
+    suspect: str | None = None
+    """What was found wrong with the catalog after it was opened; the next start rebuilds it."""

@@ -56,7 +56,12 @@ class SegmentTable:
         return [_ref(row) for row in rows]
 
     def is_referenced(self, shard: Shard, segment_id: str) -> bool:
-        """Whether some snapshot names the segment."""
+        """Whether some snapshot names the segment; so it seems while that is not known for sure.
+
+        Until the catalog has been checked through, a damaged row may hide a reference.
+        """
+        if not self._db.checked:
+            return True
         row = self._db.row(
             "SELECT 1 FROM segments WHERE namespace = ? AND rank = ? AND segment_id = ?"
             f" AND {_REFERENCED}",
@@ -69,10 +74,15 @@ class SegmentTable:
 
         Files that no manifest ever named are not among them: compare the store's own listing with
         `is_referenced`. Chains stay whole, because a snapshot names all segments it stands on.
+        There are none until the catalog has been checked through: nothing goes on a word that may
+        be damaged.
         """
+        if not self._db.checked:
+            return []
         rows = self._db.rows(
             "SELECT DISTINCT namespace, rank, world_size, segment_id, bytes FROM segments"
-            f" WHERE NOT {FILE_REFERENCED} ORDER BY id"
+            # The first says less, but at a fraction of the cost: it is asked of every row.
+            f" WHERE NOT {_REFERENCED} AND NOT {FILE_REFERENCED} ORDER BY id"
         )
         return [
             UnreferencedSegment(
@@ -105,8 +115,9 @@ class SegmentTable:
             " (SELECT count(*) FROM (SELECT DISTINCT tenant, conversation_id FROM snapshots))"
             "  AS conversations,"
             " count(*) AS segments, coalesce(sum(bytes), 0) AS segment_bytes"
-            " FROM (SELECT DISTINCT namespace, rank, segment_id, bytes FROM segments"
-            f" WHERE {_REFERENCED})"
+            # Grouped as the index has them, which spares sorting hundreds of thousands of ids.
+            " FROM (SELECT max(bytes) AS bytes FROM segments"
+            f" WHERE {_REFERENCED} GROUP BY namespace, rank, segment_id)"
         )
         assert row is not None
         return CatalogCounts(**dict(row))

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Final
 
+from engram.catalog.checksum import row_is_intact
 from engram.catalog.database import Database
 from engram.catalog.rows import (
     BranchRow,
@@ -103,7 +104,7 @@ class SnapshotTable:
             raise NotFoundError(
                 f"no snapshot {snapshot_id!r}", details={"snapshot_id": snapshot_id}
             )
-        return _snapshot(row)
+        return self._snapshot(row)
 
     def find(
         self, tenant: str, conversation_id: str, branch_name: str, turn_number: int | None = None
@@ -120,7 +121,7 @@ class SnapshotTable:
         )
         if row is None:
             raise self._unknown(tenant, conversation_id, branch_name, turn_number)
-        return _snapshot(row)
+        return self._snapshot(row)
 
     def find_rid(self, rid: str, tenant: str = "") -> SnapshotRow | None:
         """The newest snapshot of the request ``rid``, on whichever branch; None without one."""
@@ -128,7 +129,7 @@ class SnapshotTable:
             "SELECT * FROM snapshots WHERE tenant = ? AND rid = ? ORDER BY created_at DESC LIMIT 1",
             (tenant, rid),
         )
-        return None if row is None else _snapshot(row)
+        return None if row is None else self._snapshot(row)
 
     def earlier(
         self, tenant: str, conversation_id: str, branch_name: str, before_turn: int
@@ -158,21 +159,25 @@ class SnapshotTable:
         """
         _check_limit(limit)
         created_at, snapshot_id = (-1.0, "") if after is None else _parse_cursor(after)
+        # Only the conditions there are: "? IS NULL OR ..." would hide the index from SQLite.
+        wanted = {"conversation_id": conversation_id, "branch_name": branch_name}
+        given = {name: value for name, value in wanted.items() if value is not None}
+        # A conversation is found by its own index; "+" keeps SQLite from walking that of the age.
+        age = "created_at, snapshot_id" if conversation_id is None else "+created_at, +snapshot_id"
         rows = self._db.rows(
-            "SELECT * FROM snapshots WHERE tenant = ?1"
-            " AND (?2 IS NULL OR conversation_id = ?2) AND (?3 IS NULL OR branch_name = ?3)"
-            " AND (created_at, snapshot_id) > (?4, ?5)"
-            " ORDER BY created_at, snapshot_id LIMIT ?6",
-            (tenant, conversation_id, branch_name, created_at, snapshot_id, limit + 1),
+            "SELECT * FROM snapshots WHERE tenant = ?"
+            + "".join(f" AND {name} = ?" for name in given)
+            + f" AND ({age}) > (?, ?) ORDER BY {age} LIMIT ?",
+            (tenant, *given.values(), created_at, snapshot_id, limit + 1),
         )
-        page = tuple(_snapshot(row) for row in rows[:limit])
+        page = tuple(self._snapshot(row) for row in rows[:limit])
         more = len(rows) > limit
         return SnapshotPage(page, _cursor(page[-1]) if more else None)
 
     def all_snapshots(self) -> list[SnapshotRow]:
         """The snapshots of all tenants, oldest first: for retention, never for a listing."""
         rows = self._db.rows("SELECT * FROM snapshots ORDER BY created_at, tenant, snapshot_id")
-        return [_snapshot(row) for row in rows]
+        return [self._snapshot(row) for row in rows]
 
     def boundary_keys(self, namespace: str) -> dict[str, list[str]]:
         """Snapshot id -> page keys at which it can be gone on from (`Manifest.boundary_keys`), of
@@ -243,6 +248,15 @@ class SnapshotTable:
             raise _not_found(f"no conversation {conversation_id!r}", conversation_id)
         return [BranchRow(**dict(row)) for row in rows]
 
+    def totals(self) -> tuple[int, int]:
+        """How many snapshots there are, and of how many conversations, of all tenants."""
+        row = self._db.row(
+            "SELECT (SELECT count(*) FROM snapshots),"
+            " (SELECT count(*) FROM (SELECT DISTINCT tenant, conversation_id FROM snapshots))"
+        )
+        assert row is not None
+        return row[0], row[1]
+
     def manifest_entries(self) -> dict[str, tuple[ManifestEntry, str, str]]:
         """What is indexed: manifest name -> (entry, snapshot id, tenant)."""
         rows = self._db.rows(
@@ -280,6 +294,12 @@ class SnapshotTable:
                 for rank, position, ref in refs
             ],
         )
+
+    def _snapshot(self, row: sqlite3.Row) -> SnapshotRow:
+        """What a row says. One that nobody has checked yet is checked now."""
+        if not self._db.checked and not row_is_intact(row):
+            raise self._db.damaged(f"row {row['id']} of snapshots does not match its checksum")
+        return _snapshot(row)
 
     def _unknown(
         self, tenant: str, conversation_id: str, branch_name: str, turn_number: int | None

@@ -68,6 +68,12 @@ def _collect(directory: Path, grace: float, key: Key | None) -> StoreCollection:
 @contextmanager
 def _opened(store: DiskStore) -> Iterator[Catalog]:
     catalog = Catalog.open(store.catalog_path, store)
+    catalog.check()
+    if not catalog.checked:
+        # Found damaged only now: opening it once more builds it anew.
+        catalog.close()
+        catalog = Catalog.open(store.catalog_path, store)
+        catalog.check()
     try:
         yield catalog
     finally:

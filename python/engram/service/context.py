@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, ParamSpec, TypeVar
@@ -13,7 +14,7 @@ from engram.catalog.rows import SnapshotRow
 from engram.conversation.tracker import ConversationTracker
 from engram.conversation.turns import FinishedRequest, Tag, Turn
 from engram.core.settings import Settings
-from engram.errors import NamespaceChangedError, NotFoundError
+from engram.errors import EngramError, NamespaceChangedError, NotFoundError
 from engram.service.boundaries import BoundaryIndex
 from engram.service.conversations import Conversations
 from engram.service.guard import SharedLock
@@ -24,6 +25,8 @@ from engram.service.results import ServiceStats
 from engram.snapshot.manifest import Manifest
 from engram.store.base import Store
 from engram.upkeep.collect import Sweep
+
+logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -74,6 +77,7 @@ class ServiceContext:
         self._catalog_threads = ThreadPoolExecutor(CATALOG_THREADS, "engram-catalog")
         self._engine: EngineInfo | None = None
         self._describing: asyncio.Task[EngineInfo] | None = None
+        self._checking: asyncio.Future[None] | None = None
         self._forgotten = 0
         self._written_down = ""
         self._learning: dict[tuple[str, str, str], asyncio.Task[None]] = {}
@@ -140,7 +144,17 @@ class ServiceContext:
             boundaries.filled()
             if known:
                 await self.write_down(engine)
+        if not self.catalog.checked and self._checking is None:
+            # Not among the tasks that a stop waits for: the next start does it again.
+            loop = asyncio.get_running_loop()
+            self._checking = loop.run_in_executor(self._store_threads, self._check_catalog)
         return engine
+
+    def _check_catalog(self) -> None:
+        try:
+            self.catalog.check()
+        except EngramError as error:
+            logger.warning("Engram: the catalog could not be checked: %s", error)
 
     async def write_down(self, engine: EngineInfo) -> None:
         """Describe the engine's namespace in the store, before a snapshot names it.

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from engram.catalog.rows import SnapshotRow
+from engram.catalog.rows import SnapshotRow, UnreferencedSegment
 from engram.errors import NotFoundError
 from engram.retention import Reason, Removal
 from engram.service.collecting import drop_segments
@@ -109,11 +109,8 @@ class Remover:
         )
         gone: list[SnapshotRow] = []
         try:
-            await context.in_store(self._delete_manifests, rows, gone)
+            orphans = await context.in_store(self._take_out, rows, gone)
         finally:
-            orphans = await context.in_catalog(
-                context.catalog.remove_snapshots, [(row.snapshot_id, row.tenant) for row in gone]
-            )
             for row, own in zip(gone, keys, strict=False):
                 context.deleted(row, own)
         if not self._swept:
@@ -125,9 +122,17 @@ class Remover:
         context.freed(freed)
         return freed
 
-    def _delete_manifests(self, rows: Sequence[SnapshotRow], gone: list[SnapshotRow]) -> None:
+    def _take_out(
+        self, rows: Sequence[SnapshotRow], gone: list[SnapshotRow]
+    ) -> list[UnreferencedSegment]:
         # The manifest first: a row without its file is healed at the next start, and what was
         # deleted must not come back.
-        for row in rows:
-            self._context.store.delete_manifest(row.snapshot_id, row.tenant)
-            gone.append(row)
+        store, catalog = self._context.store, self._context.catalog
+        with store.reserve_at_hand():
+            try:
+                for row in rows:
+                    store.delete_manifest(row.snapshot_id, row.tenant)
+                    gone.append(row)
+            finally:
+                orphans = catalog.remove_snapshots([(r.snapshot_id, r.tenant) for r in gone])
+        return orphans

@@ -77,7 +77,8 @@ class TurnSaver:
             await self.check_free(found, snapshot_id)
             row = await self._context.row(found.tag, found.number)
             if row is not None:
-                await self._context.in_store(self._check_whole, row)
+                async with self._context.guard.shared():
+                    await self._context.in_store(self._check_whole, row)
                 return _result(row, begun, existing=True)
             with self._place(found, snapshot_id) as saving:
                 if found.turn is None:
@@ -223,7 +224,8 @@ class TurnSaver:
         await self.check_free(found, snapshot_id)
         row = await context.row(found.tag, found.number)
         if row is not None:
-            await context.in_store(self._check_whole, row)
+            async with context.guard.shared():
+                await context.in_store(self._check_whole, row)
             return _result(row, begun, existing=True)
         # So that `reached` below meets a branch that is known.
         await context.learn(found.tag)
@@ -386,11 +388,13 @@ class TurnSaver:
         )
 
     def _check_whole(self, row: SnapshotRow) -> Manifest:
-        """The manifest of a snapshot that is about to be acknowledged once more.
+        """The manifest of a snapshot that is about to be acknowledged once more; in the guard.
 
-        Raises `SnapshotCorruptError` if it or a file it names is gone, cut or known as damaged.
+        Raises `SnapshotCorruptError` if it or a file it names is gone, cut or known as damaged, and
+        `NotFoundError` if it was deleted since ``row`` was read.
         """
         store = self._context.store
+        self._context.catalog.get(row.snapshot_id, row.tenant)
         try:
             manifest = store.get_manifest(row.snapshot_id, row.tenant)
             for rank, chain in enumerate(manifest.segments):

@@ -61,7 +61,8 @@ def around_launch_server(
         return original(server_args, *args, **kw)
     try:
         store = open_store(server_args, lock=True)
-        catalog = Catalog.open(store.catalog_path, store)
+        with store.reserve_at_hand():
+            catalog = Catalog.open(store.catalog_path, store)
     except EngramError as error:
         raise SystemExit(f"engram: error: {error}") from None
     _report(store, catalog)
@@ -104,17 +105,17 @@ def before_setup_and_run_http_server(
 
 
 def _report(store: DiskStore, catalog: Catalog) -> None:
-    counts, healed = catalog.counts(), catalog.report
+    healed = catalog.report
+    snapshots, conversations = catalog.totals()
     logger.info(
-        "Engram: snapshot store %s: %d snapshots of %d conversations, %.1f MB",
+        "Engram: snapshot store %s: %d snapshots of %d conversations",
         store.root,
-        counts.snapshots,
-        counts.conversations,
-        counts.segment_bytes / 1e6,
+        snapshots,
+        conversations,
     )
     if store.marker_rebuilt:
         logger.warning("Engram: the marker of the snapshot store was damaged or lost; rebuilt")
-    if healed.rebuilt_because and counts.snapshots:
+    if healed.rebuilt_because and snapshots:
         logger.warning("Engram: the catalog was rebuilt: %s", healed.rebuilt_because)
     for damage in healed.damaged:
         logger.warning("Engram: manifest %s is damaged: %s", damage.name, damage.reason)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -145,6 +146,14 @@ class ManifestStore(ABC):
         """Remove a manifest. One that is not there is no error."""
 
     @abstractmethod
+    def manifest_names(self) -> set[str]:
+        """The names of all stored manifests."""
+
+    @abstractmethod
+    def manifest_entry(self, name: str) -> ManifestEntry | None:
+        """One manifest of the listing; None if it is not there."""
+
+    @abstractmethod
     def list_manifests(self) -> list[ManifestEntry]:
         """All stored manifests by name, without reading them."""
 
@@ -208,3 +217,10 @@ class Store(SegmentStore, NamespaceStore, ManifestStore, ConversationStore):
     @abstractmethod
     def health(self) -> StoreHealth:
         """What an operator wants to know of the store, without a walk over it."""
+
+    @abstractmethod
+    def reserve_at_hand(self) -> AbstractContextManager[None]:
+        """What is done within may use a little room that is kept back, if the device is full.
+
+        For what makes room by writing first: removing a snapshot, opening the catalog.
+        """

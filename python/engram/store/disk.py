@@ -6,6 +6,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +32,7 @@ from engram.store.lock import StoreLock
 from engram.store.marker import Marker, check_marker, write_marker
 from engram.store.quarantine import Quarantine, QuarantinedFile
 from engram.store.record_files import DiskManifests, DiskNamespaces, read_small_file
+from engram.store.reserve import Reserve
 from engram.store.segment_files import DiskSegments
 
 
@@ -67,6 +69,7 @@ class DiskStore(DiskSegments, DiskNamespaces, DiskManifests, DiskConversations, 
         self._directories = DirectoryMaker(root, fs)
         self._quarantine = Quarantine(self._layout, self._directories, fs)
         self._manifest_lock = threading.Lock()
+        self._reserve = Reserve(self._layout.reserve, fs)
         self.marker_rebuilt = False
         self.removed_temps = 0
 
@@ -136,6 +139,9 @@ class DiskStore(DiskSegments, DiskNamespaces, DiskManifests, DiskConversations, 
     def free_bytes(self) -> int | None:
         """Bytes that may still be written; None where the system cannot tell."""
         return free_bytes(self.root)
+
+    def reserve_at_hand(self) -> AbstractContextManager[None]:
+        return self._reserve.at_hand()
 
     def quarantine_file(self, path: Path, reason: str) -> Path | None:
         """Move a file of this store aside; where it is now, or None if it could not be moved."""
@@ -215,6 +221,7 @@ class DiskStore(DiskSegments, DiskNamespaces, DiskManifests, DiskConversations, 
             write_marker(self._layout, self._fs)
             self.marker_rebuilt = marker is Marker.DAMAGED or in_use
         self.removed_temps = remove_abandoned_temps(self.root, self._fs)
+        self._reserve.keep()
 
 
 def open_keyring(layout: Layout, key: Key | None, fs: FileSystem, *, make: bool) -> Keyring | None:

@@ -36,6 +36,10 @@ class Layout:
         return self.root / "lock"
 
     @property
+    def reserve(self) -> Path:
+        return self.root / "reserve"
+
+    @property
     def catalog(self) -> Path:
         return self.root / "catalog.sqlite"
 

@@ -60,6 +60,9 @@ class ReadOnlyFileSystem(SweepingFileSystem):
     def rmdir(self, path: Path) -> None:
         _refuse(path)
 
+    def allocate(self, path: Path, nbytes: int) -> None:
+        _refuse(path)
+
 
 class ReadOnlyStore(DiskStore):
     """A `DiskStore` for looking: damage is found and told as ever, and stays where it is.

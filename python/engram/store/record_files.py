@@ -30,6 +30,7 @@ from engram.store.durable import (
     store_error,
     sync_directory,
     unlink_durable,
+    walk_names,
     write_durable,
 )
 from engram.store.filesystem import FileSystem
@@ -126,6 +127,22 @@ class DiskManifests(ManifestStore):
         with self._writing_manifests():
             unlink_durable(self._layout.manifest(manifest_name(snapshot_id, tenant)), self._fs)
 
+    def manifest_names(self) -> set[str]:
+        """The names of all stored manifests: `list_manifests` looks at every file."""
+        return {
+            name
+            for directory, names in walk_names(self._layout.manifests)
+            for name in names
+            if name.endswith(".json") and not name.startswith(".")
+        }
+
+    def manifest_entry(self, name: str) -> ManifestEntry | None:
+        """One manifest as `list_manifests` has it; None if there is none."""
+        try:
+            return ManifestEntry(name, _stamp(self._layout.manifest(name).stat()))
+        except FileNotFoundError:
+            return None
+
     def list_manifests(self) -> list[ManifestEntry]:
         entries = []
         for directory, _, _ in os.walk(self._layout.manifests):
@@ -135,13 +152,6 @@ class DiskManifests(ManifestStore):
                         with contextlib.suppress(FileNotFoundError):
                             entries.append(ManifestEntry(file.name, _stamp(file.stat())))
         return sorted(entries, key=lambda entry: entry.name)
-
-    def manifest_entry(self, name: str) -> ManifestEntry | None:
-        """One manifest as `list_manifests` has it; None if there is none."""
-        try:
-            return ManifestEntry(name, _stamp(self._layout.manifest(name).stat()))
-        except FileNotFoundError:
-            return None
 
     def load_manifest(self, entry: ManifestEntry) -> Manifest | DamagedManifest:
         path = self._layout.manifest(entry.name)

@@ -359,6 +359,8 @@ class ManifestStoreContract:
         entry = store.put_manifest(manifest)
         assert store.get_manifest(manifest.snapshot_id) == manifest
         assert store.list_manifests() == [entry]
+        assert store.manifest_names() == {entry.name}
+        assert store.manifest_entry(entry.name) == entry
         assert store.load_manifest(entry) == manifest
         assert list(store.iter_manifests()) == [manifest]
 
@@ -396,6 +398,7 @@ class ManifestStoreContract:
         store.delete_manifest(manifest.snapshot_id)
         store.delete_manifest(manifest.snapshot_id)
         assert store.list_manifests() == []
+        assert store.manifest_names() == set()
         with pytest.raises(NotFoundError, match=manifest.snapshot_id):
             store.get_manifest(manifest.snapshot_id)
         assert isinstance(store.load_manifest(entry), DamagedManifest)

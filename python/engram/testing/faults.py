@@ -99,6 +99,9 @@ class FaultyFileSystem(FileSystem):
     def mkdir(self, path: Path) -> None:
         self._call("mkdir", path, lambda: self._real.mkdir(path))
 
+    def allocate(self, path: Path, nbytes: int) -> None:
+        self._call("allocate", path, lambda: self._real.allocate(path, nbytes))
+
     def rmdir(self, path: Path) -> None:
         self._call("rmdir", path, lambda: self._real.rmdir(path))
 
@@ -239,6 +242,10 @@ class ControlledFileSystem(FileSystem):
     def mkdir(self, path: Path) -> None:
         self._control.meet("write", str(path))
         super().mkdir(path)
+
+    def allocate(self, path: Path, nbytes: int) -> None:
+        self._control.meet("write", str(path))
+        super().allocate(path, nbytes)
 
     def rmdir(self, path: Path) -> None:
         self._control.meet("write", str(path))

@@ -72,10 +72,18 @@ class Storm:
     """`run` returns when `saves` were acknowledged as durable, or after `end` was called."""
 
     def __init__(
-        self, url: str, numbers: random.Random, *, clients: int, conversations: int, saves: int
+        self,
+        url: str,
+        numbers: random.Random,
+        *,
+        clients: int,
+        conversations: int,
+        saves: int,
+        name: str = "storm",
     ) -> None:
+        """Conversations are called `name` and a number."""
         self.url = url
-        self.turns: dict[str, list[Turn]] = {f"storm-{n}": [] for n in range(conversations)}
+        self.turns: dict[str, list[Turn]] = {f"{name}-{n}": [] for n in range(conversations)}
         self.counts: Counter[str] = Counter()
         self._seeds = [numbers.randrange(2**32) for _ in range(clients)]
         self._wanted = saves
@@ -355,11 +363,12 @@ class Verdict:
     largest_difference: float = 0.0
 
 
-def verify(storm: Storm, url: str, *, repeats: int = 10) -> Verdict:
+def verify(storm: Storm, url: str, *, repeats: int = 10, replies: bool = True) -> Verdict:
     """Restore every acknowledged snapshot and compare its next turn with one computed cold.
 
-    Cold is a request under an extra key of its own, which shares nothing with any other. Replies of
-    the storm are compared with cold ones too: each must be the answer to its own prompt. `repeats`
+    Cold is a request under an extra key of its own, which shares nothing with any other. With
+    `replies` those of the storm are compared with cold ones too: each must be the answer to its own
+    prompt. `repeats`
     snapshots are restored twice into an empty tree, which must give equal bits. Raises
     `StormError`.
     """
@@ -378,7 +387,7 @@ def verify(storm: Storm, url: str, *, repeats: int = 10) -> Verdict:
                 _flush(http)
                 _same(_restored(http, turn, prompt), first, "second restore")
                 verdict.repeated += 1
-        for number, turn in enumerate(storm.replies):
+        for number, turn in enumerate(storm.replies if replies else ()):
             prompt = turn.tokens[: turn.prompt_length]
             cold = _cold(http, prompt, f"reply-{number}")
             assert turn.reply is not None
@@ -390,6 +399,34 @@ def verify(storm: Storm, url: str, *, repeats: int = 10) -> Verdict:
                     verdict.undecided_saves += 1
                     verdict.undecided_present += _there_or_not(http, turn)
     return verdict
+
+
+def check_listings(http: httpx.Client, storm: Storm) -> int:
+    """Every snapshot listed of the storm's conversations restores, with the tokens of its turn, and
+    none of them was deleted; how many are listed. Raises `StormError`."""
+    turns = {turn.rid: turn for turns in storm.turns.values() for turn in turns}
+    count = 0
+    for conversation in storm.turns:
+        listed = http.post("/list_snapshots", json={"conversation_id": conversation})
+        if listed.status_code == 404:
+            continue
+        for metadata in listed.json()["snapshots"]:
+            place = {
+                "conversation_id": conversation,
+                "turn_number": metadata["turn_number"],
+                "branch_name": metadata["branch_name"],
+            }
+            restored = http.post("/restore_snapshot", json=place)
+            if restored.status_code != 200:
+                raise StormError(f"listed, but: {restored.status_code} {restored.text}")
+            _same(restored.json()["snapshot_id"], metadata["snapshot_id"], "snapshot_id")
+            info = http.post("/get_snapshot_info", json=place).json()["metadata"]
+            turn = turns.get(info["rid"])
+            # A turn whose client never got the reply may have been saved with the server's word.
+            if turn is not None:
+                _same(tuple(info["fill_ids"]), turn.tokens, "tokens")
+            count += 1
+    return count
 
 
 def _restored(http: httpx.Client, turn: Turn, prompt: Sequence[int]) -> Reply:

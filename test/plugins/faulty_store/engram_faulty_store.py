@@ -40,7 +40,7 @@ def _committing(run: Callable[..., Any]) -> Callable[..., Any]:
             except OSError as error:
                 full = error.errno == errno.ENOSPC
                 said = "database or disk is full" if full else "disk I/O error"
-                raise database._catalog_error(self._path, sqlite3.OperationalError(said)) from error
+                raise database._catalog_error(self.path, sqlite3.OperationalError(said)) from error
         return run(self, sql, parameters)
 
     return faulty

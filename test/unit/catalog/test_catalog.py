@@ -575,3 +575,17 @@ class TestTransactions:
             n for n in range(24) if n % 3
         }
         assert len(catalog.unreferenced_segments()) == 24
+
+
+def test_a_conversations_listing_walks_its_own_index(catalog: Catalog) -> None:
+    plan = catalog._db.rows(
+        "EXPLAIN QUERY PLAN SELECT * FROM snapshots WHERE tenant = ? AND conversation_id = ?"
+        " AND (+created_at, +snapshot_id) > (?, ?) ORDER BY +created_at, +snapshot_id LIMIT ?",
+        ("", "c", -1.0, "", 10),
+    )
+    assert "conversation_id=?" in " ".join(row["detail"] for row in plan)
+
+
+def test_totals(catalog: Catalog) -> None:
+    counts = catalog.counts()
+    assert catalog.totals() == (counts.snapshots, counts.conversations)

@@ -174,7 +174,7 @@ class TestRebuilding:
             file.write_bytes(data)
         really_open = Database.open
 
-        def find_damage(path: Path) -> Database:
+        def find_damage(path: Path, *, check: bool = True) -> Database:
             monkeypatch.setattr(Database, "open", really_open)
             raise CatalogDamagedError("damage that shows before the log is touched")
 

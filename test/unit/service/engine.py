@@ -150,15 +150,7 @@ class FakeEngine:
 
     def _needed(self, tokens: TokenArray) -> int:
         """Bytes that `_write` would write."""
-        before = self.durable.copy()
-        put, self.store.put_segment = self.store.put_segment, lambda *_: "0" * 64  # type: ignore[method-assign]
-        state = self.rng.getstate()
-        try:
-            return 0 if self._last_key(tokens) in before else self._write(tokens)
-        finally:
-            self.store.put_segment = put  # type: ignore[method-assign]
-            self.rng.setstate(state)
-            self.durable = before
+        return 0 if self._last_key(tokens) in self.durable else self._write(tokens, dry=True)
 
     def _last_key(self, tokens: TokenArray) -> str:
         return self.page_keys(tokens, self.info.page_size, None, None)[-1]
@@ -169,7 +161,7 @@ class FakeEngine:
             raise CaptureLostError("the state is gone", details={"boundary": boundary})
         return keys[-1]
 
-    def _write(self, tokens: TokenArray) -> int:
+    def _write(self, tokens: TokenArray, *, dry: bool = False) -> int:
         page = self.info.page_size
         keys = self.page_keys(tokens, page, None, None)
         known = max((n for n, key in enumerate(keys) if key in self.durable), default=-1)
@@ -178,17 +170,25 @@ class FakeEngine:
         chains = []
         for rank in self._ranks():
             chain = list(rows_of(before[rank]))
-            chain.append(self._put(rank, keys[-1], chain, start, tokens[start:]))
-            chain.append(self._put(rank, keys[-1], chain, len(tokens), None))
+            chain.append(self._put(rank, keys[-1], chain, start, tokens[start:], dry))
+            chain.append(self._put(rank, keys[-1], chain, len(tokens), None, dry))
             chains.append(chain)
             new += chain[-1].bytes + chain[-2].bytes
-        self.durable[keys[-1]] = chains
+        if not dry:
+            self.durable[keys[-1]] = chains
         return new
 
     def _put(
-        self, rank: int, key: str, below: list[SegmentRef], start: int, tokens: TokenArray | None
+        self,
+        rank: int,
+        key: str,
+        below: list[SegmentRef],
+        start: int,
+        tokens: TokenArray | None,
+        dry: bool,
     ) -> SegmentRef:
-        """Random rows of these tokens, or without them a random state, on top of a chain."""
+        """Random rows of these tokens, or without them a random state, on top of a chain; if `dry`
+        only what would be stored."""
         has_state, count = tokens is None, 0 if tokens is None else len(tokens)
         header = SegmentHeader.plan(
             shard=self.shard(rank),
@@ -199,12 +199,15 @@ class FakeEngine:
             has_state=has_state,
             buffers=[("ssm.1", "U8", (1, 16))] if has_state else [("k.0", "U8", (count, 8))],
         )
-        payload = memoryview(bytearray(self.rng.randbytes(header.payload_length)))
-        header.clear_padding(payload)
-        if tokens is not None:
-            header.view(payload, TOKENS)[:] = tokens_to_bytes(tokens)
+        segment_id = "0" * 64
+        if not dry:
+            payload = memoryview(bytearray(self.rng.randbytes(header.payload_length)))
+            header.clear_padding(payload)
+            if tokens is not None:
+                header.view(payload, TOKENS)[:] = tokens_to_bytes(tokens)
+            segment_id = self.store.put_segment(header, payload)
         return SegmentRef(
-            segment_id=self.store.put_segment(header, payload),
+            segment_id=segment_id,
             key=key,
             start=start,
             end=start + count,

@@ -456,3 +456,14 @@ async def test_many_branches_take_no_more_room_than_one(server: Server) -> None:
     assert len(server.catalog.branches("", "c")) == 101
     names = [server.store.get_manifest(row.snapshot_id) for row in server.catalog.all_snapshots()]
     assert max(len(encode_manifest(manifest)) for manifest in names) < 4096
+
+
+@on_a_loop
+async def test_a_snapshot_deleted_meanwhile_is_not_taken_for_a_damaged_one(server: Server) -> None:
+    await server.chat("c")
+    saved = await server.service.save(tenant="", conversation_id="c")
+    row = server.catalog.get(saved.snapshot_id)
+    await server.service.delete(row)
+    with pytest.raises(NotFoundError):
+        server.service._saver._check_whole(row)
+    assert server.service.context.stats.corrupt == 0

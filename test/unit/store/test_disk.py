@@ -47,8 +47,9 @@ NAMESPACE = Namespace({"model": "m", "page_size": 1})
 
 
 def files(root: Path, below: str = "") -> dict[str, bytes]:
-    """Every file below a folder of the store, by its path, but for the lock."""
-    found = (p for p in (root / below).rglob("*") if p.is_file() and p.name != "lock")
+    """Every file below a folder of the store, by its path, but for the lock and the reserve."""
+    own = {"lock", "reserve"}
+    found = (p for p in (root / below).rglob("*") if p.is_file() and p.name not in own)
     return {str(p.relative_to(root)): p.read_bytes() for p in found}
 
 

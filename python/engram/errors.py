@@ -17,6 +17,7 @@
     |   |-- SegmentCorruptError      409  snapshot_corrupt
     |   `-- ManifestCorruptError     409  snapshot_corrupt
     |-- CaptureLostError             409  capture_lost        bytes gone, cannot be recomputed
+    |-- StateUnhealthyError          409  state_unhealthy     NaN, infinity, or a norm that ran away
     |-- RamTierFullError             503  ram_tier_full
     |-- SaveQueueFullError           503  save_queue_full     more is saved than the store can write
     |-- GenerationAbortedError       503  generation_aborted  by SGLang, with its reason
@@ -58,6 +59,7 @@ __all__ = [
     "SegmentCorruptError",
     "SnapshotCorruptError",
     "StaleTreeError",
+    "StateUnhealthyError",
     "StoreBusyError",
     "StoreError",
     "StoreFormatError",
@@ -193,6 +195,13 @@ class CaptureLostError(EngramError):
     """State that was captured is gone from memory and cannot be computed again."""
 
     code = "capture_lost"
+    http_status = 409
+
+
+class StateUnhealthyError(EngramError):
+    """A recurrent state is not kept because it holds a NaN or an infinity, or its norm ran away."""
+
+    code = "state_unhealthy"
     http_status = 409
 
 

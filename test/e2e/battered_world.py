@@ -58,7 +58,7 @@ class Wound:
         return f"{self.file}-{self.damage}-{self.when}"
 
 
-FILES = ("first-segment", "last-segment", "manifest")
+FILES = ("rows", "state", "manifest")
 WOUNDS = [
     Wound(file, damage, when)
     for file in FILES
@@ -77,6 +77,8 @@ def battered_world(stage: Stage, folder: Path) -> World:
     world = start(stage.server(folder, ROOMY, store=store, env=FLOAT32), store)
     for wound in WOUNDS:
         _record(world.client, numbers, world, wound.conversation)
+        if wound.file != "manifest":
+            world.client.save(conversation_id=wound.conversation, turn_number=1)
     for field in OTHER_SETTINGS:
         _record(world.client, numbers, world, of_setting(field))
     world.facts["storm"] = storm_until_the_scheduler_dies(world.server, numbers)
@@ -104,9 +106,11 @@ def wound_file(world: World, wound: Wound) -> Path:
     if wound.file == "manifest":
         path = layout.manifest(manifest_name(snapshot_id, ""))
     else:
-        ref = manifest.segments[0][0 if wound.file == "first-segment" else -1]
+        first, *_, state = manifest.segments[0]
+        ref = first if wound.file == "rows" else state
         path = layout.segment(shard_of(manifest), ref.segment_id)
-        world.facts[wound.conversation] = (path, ref.start)
+        # Both turns stand on the first rows; without the newer state there is the older one.
+        world.facts[wound.conversation] = (path, 0 if wound.file == "rows" else first.end)
     world.facts.setdefault(wound.conversation, (path, 0))
     DAMAGES[wound.damage](path)
     return path

@@ -39,7 +39,9 @@ def small_world(stage: Stage, folder: Path) -> World:
     world.cases["evicted"] = _evicted(world, numbers)
     world.cases["short"] = _short(client, numbers)
     for name in ("base", "flipped"):
-        world.cases[name] = save_and_peek(client, numbers, name, two_turns(client, numbers, name))
+        talk = two_turns(client, numbers, name)
+        client.save(conversation_id=name, turn_number=1)
+        world.cases[name] = save_and_peek(client, numbers, name, talk)
     world.server.kill()
     world.server.start()
     return world

@@ -104,7 +104,7 @@ def test_start_tells_what_it_healed(battered: World) -> None:
 
 
 def test_damage_is_counted(battered: World) -> None:
-    case = battered.cases[Wound("last-segment", "flipped", "running").conversation]
+    case = battered.cases[Wound("state", "flipped", "running").conversation]
     before = health(battered)
     place = {"conversation_id": case.name, "turn_number": 2}
     missing = battered.client.refused("/restore_snapshot", place, 409)

@@ -52,10 +52,10 @@ def test_turn_that_ends_inside_another_path_survives(small: World) -> None:
     assert second.output == first.output
 
 
-def test_what_lies_before_a_damaged_segment_is_still_used(small: World) -> None:
+def test_an_earlier_state_is_used_when_a_later_one_is_damaged(small: World) -> None:
     case = small.cases["flipped"]
     manifest = read_manifest(small.store, case.saved["snapshot_id"])
-    intact = manifest.segments[0][-2].end
+    intact = manifest.segments[0][0].end
     damaged = flip_byte(small.store, manifest, "ssm.3", offset=5)
     reply = case.talk.peek(small.client, case.message)
     assert reply.cached == intact

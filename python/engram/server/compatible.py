@@ -143,6 +143,7 @@ def _metadata(
         "namespace": row.namespace,
         "user_metadata": row.user_metadata,
         "rid": row.rid,
+        "health": row.health,
         "damaged": damaged,
     }
 

@@ -37,12 +37,16 @@ class Located:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """Segments that are durable on every rank; sizes in bytes of segment files."""
+    """Segments that are durable on every rank; sizes in bytes of segment files.
+
+    `health` is what is wrong with the state of a rank that was told to keep it all the same.
+    """
 
     boundary: int
     chains: tuple[tuple[SegmentRef, ...], ...]
     bytes: int
     unique_bytes: int
+    health: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,22 +131,28 @@ class RequestGate:
             request.prompt[:-1], engine.page_size, request.extra_key, request.cache_salt
         )
         stored = boundaries.longest(keys, engine.page_size)
-        if stored is None:
-            return
-        context.stats.held_requests += 1
-        chains = await context.in_catalog(self._chains, engine, stored.key)
-        try:
-            await context.ranks.promote(
-                engine.namespace.id,
-                chains,
-                owner=request.rid,
-                seconds=HOLD_LEASE_S,
-                exact=False,
-                timeout=timeout,
-            )
-        except SnapshotCorruptError:
-            boundaries.forget(stored.key)
-            raise
+        context.stats.held_requests += stored is not None
+        damage: SnapshotCorruptError | None = None
+        while stored is not None:
+            chains = await context.in_catalog(self._chains, engine, stored.key)
+            try:
+                await context.ranks.promote(
+                    engine.namespace.id,
+                    chains,
+                    owner=request.rid,
+                    seconds=HOLD_LEASE_S,
+                    exact=False,
+                    timeout=timeout,
+                )
+            except SnapshotCorruptError as error:
+                # Where it is damaged, an earlier state of the conversation may be whole.
+                damage = error
+                boundaries.forget(stored.key)
+                stored = boundaries.longest(keys, engine.page_size)
+            else:
+                break
+        if damage is not None:
+            raise damage
 
     def _chains(self, engine: EngineInfo, key: str) -> list[list[SegmentRef]]:
         chain = self._context.catalog.chain

@@ -164,8 +164,12 @@ class Restorer:
         engine.namespace.require(found)
 
     def _tokens(self, manifest: Manifest) -> TokenArray:
-        """The tokens stored with the segments, checked against the manifest."""
+        """The tokens stored with the rows, checked against the manifest."""
         shard = Shard(manifest.namespace, 0, manifest.world_size)
+        state = manifest.segments[0][-1]
+        if not self._context.store.has_segment(shard, state.segment_id, state.bytes):
+            # Whoever asks for the tokens is told that nothing can go on from them.
+            self._context.store.verify_segment(shard, state.segment_id)
         parts = [
             self._context.store.read_tokens(shard, ref.segment_id)[1][: ref.end - ref.start]
             for ref in rows_of(manifest.segments[0])

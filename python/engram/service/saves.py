@@ -330,7 +330,7 @@ class TurnSaver:
             segments=stored.chains,
             bytes=stored.bytes,
             unique_bytes=stored.unique_bytes,
-            health=None,
+            health=stored.health,
             user_metadata={},
             pinned=False,
             expires_at=None,

@@ -60,9 +60,10 @@ FLAGS: Final = (
     Flag("snapshot_keep_named_branches", "Exempt named branches from retention.", active=False),
     Flag("snapshot_auto_restore", "Let requests bring their stored prefix into RAM themselves."),
     Flag(
-        "snapshot_health_check_interval", "Saves between norm-drift checks; 0: never.", active=False
+        "snapshot_health_check_interval",
+        "Compare a state's norm with the one so many turns earlier; 0: never.",
     ),
-    Flag("snapshot_health_failure_policy", "What to do with a state that fails.", active=False),
+    Flag("snapshot_health_failure_policy", "What to do with a state that fails."),
     Flag("enable_memory_tiers", "Move snapshots between tiers by policy.", active=False),
     Flag("max_warm_conversations", "Conversations kept in the RAM tier.", active=False),
     Flag("max_warm_memory_gb", "Size of the RAM tier of each rank."),

@@ -36,6 +36,7 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from engram.sglang_plugin.contain import Containment, contained
 from engram.sglang_plugin.linker import EngramLinker
 from engram.sglang_plugin.streams import SideStream
+from engram.tiers.health import StateCheck
 from engram.tiers.manager import TierManager
 
 logger = logging.getLogger(__name__)
@@ -205,9 +206,9 @@ class EngramRadixCache(UnifiedRadixCache):
         fence = self._stream.fence()
         token = self._lock(node)
 
-        def read(targets: dict[str, torch.Tensor]) -> None:
+        def read(targets: dict[str, torch.Tensor], check: StateCheck) -> None:
             with self._stream.after(fence):
-                self._pools.gather(targets, kv_slots, state_slot)
+                self._pools.gather(targets, kv_slots, state_slot, check)
             self._stream.synchronize()
 
         queued = False

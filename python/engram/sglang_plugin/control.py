@@ -167,6 +167,7 @@ class RankControl:
                 "refs": [ref.model_dump(mode="json") for ref in done.refs],
                 "bytes": done.nbytes,
                 "unique_bytes": done.written,
+                "health": done.health,
             }
 
         return _then(self._tiers.persist(boundary), result)

@@ -67,6 +67,7 @@ class SglangRanks:
             chains,
             sum(ref.bytes for chain in chains for ref in chain),
             sum(answer["unique_bytes"] for answer in answers),
+            next((answer["health"] for answer in answers if answer["health"]), None),
         )
 
     async def _persist(

@@ -22,6 +22,7 @@ from engram.tiers.payload import DTYPE_NAMES
 
 if TYPE_CHECKING:
     from engram.tiers.base import BufferPlan
+    from engram.tiers.health import StateCheck
 
 
 class Kind(Enum):
@@ -71,11 +72,12 @@ class DevicePools:
         targets: dict[str, torch.Tensor],
         kv_slots: torch.Tensor,
         state_slot: torch.Tensor | None,
+        check: StateCheck,
     ) -> None:
         """Copy rows of the device buffers into host tensors, one gather a buffer.
 
-        `kv_slots` (int64, [num_tokens]) and `state_slot` (int64, [1]) are on the device.  On CUDA
-        the copies are only enqueued on the current stream.
+        `kv_slots` (int64, [num_tokens]) and `state_slot` (int64, [1]) are on the device.  `check`
+        sees each buffer of the state.  On CUDA all of it is only enqueued on the current stream.
         """
         for buffer in self.buffers:
             slots = kv_slots if buffer.kind is Kind.KV else state_slot
@@ -83,9 +85,12 @@ class DevicePools:
                 continue
             target = targets[buffer.name]
             if buffer.tensor.is_cuda:
-                target.copy_(buffer.tensor.index_select(0, slots), non_blocking=True)
+                source = buffer.tensor.index_select(0, slots)
+                target.copy_(source, non_blocking=True)
             else:
-                torch.index_select(buffer.tensor, 0, slots, out=target)
+                source = torch.index_select(buffer.tensor, 0, slots, out=target)
+            if buffer.kind is Kind.STATE:
+                check.look(buffer.name, source)
 
     def describe(self) -> dict[str, str]:
         """Fields of the namespace: what each slot of each buffer holds."""

@@ -24,6 +24,7 @@ from engram.sglang_plugin.args import open_store
 from engram.sglang_plugin.pools import DevicePools
 from engram.snapshot.segment import VERSION as SEGMENT_VERSION
 from engram.snapshot.segment import Shard
+from engram.tiers.health import HealthPolicy
 from engram.tiers.manager import TierManager
 from engram.tiers.ram import RamTier
 
@@ -114,7 +115,9 @@ class RankContext:
         before.quiesce()
         shard = Shard(namespace.id, self.shard.rank, self.shard.world_size)
         ram = RamTier(before.ram.capacity, pinned=before.ram.pinned, stats=before.ram.stats)
-        tiers = TierManager(ram, before.store, shard, before.layout, before.stateful)
+        tiers = TierManager(
+            ram, before.store, shard, before.layout, before.stateful, health=before.health
+        )
         self.namespace, self.shard, self.tiers = namespace, shard, tiers
         self.epoch += 1
         before.forget()
@@ -173,6 +176,7 @@ def open_rank(
         shard,
         pools.layout,
         pools.has_state,
+        health=HealthPolicy.of(settings),
     )
     return RankContext(
         namespace,

@@ -12,6 +12,7 @@ import torch
 
 from engram.snapshot.manifest import SegmentRef
 from engram.snapshot.segment import BufferSpec
+from engram.tiers.health import StateCheck
 
 
 class Tier(str, Enum):
@@ -35,10 +36,10 @@ class PayloadLayout(Protocol):
 
 
 class DeviceReader(Protocol):
-    """Fills the buffers of a payload from the device pools (called on the copy thread)."""
+    """Fills the buffers of payloads from the device pools (called on the copy thread)."""
 
-    def __call__(self, targets: dict[str, torch.Tensor]) -> None:
-        """Return when every byte has landed in host memory."""
+    def __call__(self, targets: dict[str, torch.Tensor], check: StateCheck) -> None:
+        """Return when every byte has landed in host memory and `check` has seen the state."""
         ...
 
 
@@ -60,6 +61,8 @@ class Segment:
     rows or below this state.  Chains are object references: a segment replaced in the index stays
     whole for whoever holds it.
 
+    `health` is what is wrong with a state that was kept all the same, `norm` its L2 norm if known.
+
     `segment_id` is that of its file, if it has one.  `wanted` says that somebody asked to keep it,
     or one that stands on it: all below a wanted segment is wanted.
     """
@@ -74,6 +77,8 @@ class Segment:
     payload: torch.Tensor | None = None
     fill: Fill = Fill.FILLING
     filled: Future[None] = field(default_factory=Future)
+    health: str | None = None
+    norm: float | None = None
     segment_id: str | None = None
     wanted: bool = False
     holders: int = 0
@@ -113,11 +118,15 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Persisted:
-    """A chain that is durable: `written` of its `nbytes` had to be written for it."""
+    """A chain that is durable: `written` of its `nbytes` had to be written for it.
+
+    `health` says what is wrong with its state, if it was kept all the same.
+    """
 
     refs: tuple[SegmentRef, ...]
     nbytes: int
     written: int
+    health: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +146,7 @@ class TierStats:
     capture_refused: int = 0
     capture_failed: int = 0
     capture_stale: int = 0
+    unhealthy: int = 0
     evicted: int = 0
     persisted_segments: int = 0
     persisted_bytes: int = 0

@@ -23,7 +23,12 @@ from typing import Final
 import numpy as np
 import torch
 
-from engram.errors import CaptureLostError, RamTierFullError, SnapshotCorruptError
+from engram.errors import (
+    CaptureLostError,
+    RamTierFullError,
+    SnapshotCorruptError,
+    StateUnhealthyError,
+)
 from engram.snapshot.manifest import SegmentRef
 from engram.snapshot.segment import BufferSpec, SegmentHeader, Shard
 from engram.store.base import SegmentStore
@@ -35,6 +40,7 @@ from engram.tiers.base import (
     Segment,
     Tier,
 )
+from engram.tiers.health import HealthPolicy, StateCheck, StateHealth
 from engram.tiers.payload import bytes_of, tokens_of, views, zero_padding
 from engram.tiers.ram import RamTier
 from engram.tiers.writing import Write, WriteQueue
@@ -79,6 +85,7 @@ class TierManager:
     layout: PayloadLayout
     stateful: bool
     clock: Callable[[], float] = time.monotonic
+    health: HealthPolicy = field(default_factory=HealthPolicy)
     _leases: dict[str, _Lease] = field(default_factory=dict)
     _reading: dict[str, list[Future[Promoted]]] = field(default_factory=dict)
     _copy: ThreadPoolExecutor = field(init=False)
@@ -151,9 +158,14 @@ class TierManager:
                 targets.update(views(payload, segment.buffers))
                 payloads.append(payload)
             tokens_of(payloads[0], taken[0].buffers)[:] = tokens
-            read(targets)
+            check = StateCheck(norm=self.health.interval > 0)
+            read(targets, check)
+            self._judge(taken, check.result())
         except BaseException as error:
-            logger.exception("capture of %s failed", taken[0].key)
+            if isinstance(error, StateUnhealthyError):
+                logger.error("Engram: %s", error.message)
+            else:
+                logger.exception("capture of %s failed", taken[0].key)
             self.ram.stats.capture_failed += 1
             # The state first: it stands on the rows.
             for segment in reversed(taken):
@@ -165,6 +177,35 @@ class TierManager:
                 self.ram.complete(segment)
         finally:
             on_done()
+
+    def _judge(self, taken: Sequence[Segment], found: StateHealth) -> None:
+        """Note what was seen of a state; `StateUnhealthyError` if it is not to be kept."""
+        rows, state = taken[0], taken[-1]
+        with self.ram.lock:
+            state.norm = found.norm
+            problem = found.problem or found.drift(self._norm_before(rows))
+        if problem is None:
+            return
+        self.ram.stats.unhealthy += 1
+        state.health = problem
+        text = f"the state at token {state.end} is unhealthy: {problem}"
+        if self.health.keep:
+            logger.warning("Engram: %s; it is kept, as --snapshot-health-failure-policy says", text)
+            return
+        raise StateUnhealthyError(
+            f"{text}; it is not kept",
+            hint="go on from an earlier turn; --snapshot-health-failure-policy log_and_continue "
+            "keeps such a state, marked",
+            details={"boundary": state.end, "problem": problem},
+        )
+
+    def _norm_before(self, rows: Segment) -> float | None:
+        """The norm of the state `interval` boundaries before the one that stands on `rows`."""
+        before: Segment | None = rows
+        for _ in range(self.health.interval):
+            before = before.parent if before is not None else None
+        state = self.boundary(before.key) if before is not None else None
+        return state.norm if state is not None and self.health.interval else None
 
     # ---- lookup and leases ----
 
@@ -266,11 +307,14 @@ class TierManager:
                 written += header.file_length
             refs.append(_ref(header, segment_id))
             self._writes.let_go(write, segment)
-        return Persisted(tuple(refs), sum(ref.bytes for ref in refs), written)
+        nbytes = sum(ref.bytes for ref in refs)
+        return Persisted(tuple(refs), nbytes, written, write.chain[-1].health)
 
     def _write_segment(self, segment: Segment, header: SegmentHeader) -> str:
         try:
             segment.filled.result(FILL_TIMEOUT_S)
+        except StateUnhealthyError:
+            raise
         except Exception as error:
             raise CaptureLostError(
                 f"the copy of the state at token {segment.end} failed: {error!r}"

@@ -380,8 +380,26 @@ async def test_no_request_waits_twice_for_a_damaged_boundary(server: Server) -> 
     await after.service.gate.admit(RunningRequest("first", prompt))
     await after.service.gate.admit(RunningRequest("second", prompt))
     await after.service.gate.admit(RunningRequest("third", prompt))
-    assert after.service.context.stats.hold_failures == 2, "one for each of the two boundaries"
-    assert after.service.context.stats.held_requests == 2
+    assert len(after.engine.promoted) == 2, "one for each of the two boundaries"
+    assert after.service.context.stats.hold_failures == 1
+    assert after.service.context.stats.held_requests == 1
+    after.stop()
+
+
+@on_a_loop
+async def test_an_earlier_state_serves_where_a_later_one_is_damaged(server: Server) -> None:
+    tokens = await save_all(server, "c", 3)
+    rows = await server.service.list("", "c")
+    chains = [server.store.get_manifest(row.snapshot_id).segments[0] for row in rows]
+    after = server.restart()
+    for chain in chains[1:]:
+        path = next(after.root.rglob(f"{chain[-1].segment_id}.seg"))
+        path.write_bytes(path.read_bytes()[:-1])
+    await after.service.gate.admit(RunningRequest("next", to_tokens([*tokens, 5])))
+    asked = [promoted["chains"][0][-1].end for promoted in after.engine.promoted]
+    assert asked == [chain[-1].end for chain in reversed(chains)]
+    assert chains[1][-1].segment_id in after.service.context.stats.last_failures[0]
+    assert after.engine.abandoned == []
     after.stop()
 
 

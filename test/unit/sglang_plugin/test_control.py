@@ -24,6 +24,7 @@ from engram.errors import (
     GenerationAbortedError,
     InvalidRequestError,
     SnapshotCorruptError,
+    StateUnhealthyError,
     StoreFullError,
 )
 from engram.server.tagging import CURRENT_TAG
@@ -32,7 +33,7 @@ from engram.sglang_plugin.engine import SglangGenerator, SglangRanks
 from engram.sglang_plugin.keys import page_keys
 from engram.sglang_plugin.messages import REQUESTS, DescribeRequest, EngramReply, StatsRequest
 from unit.service.engine import on_a_loop
-from unit.sglang_plugin.tree import NewRank, Rank, Served
+from unit.sglang_plugin.tree import STATE_LAYERS, NewRank, Rank, Served, ToyRequest
 
 WAIT_S = 60
 
@@ -154,6 +155,26 @@ async def test_what_only_vram_has_is_captured_when_it_is_saved(rank: Rank, rng: 
     ranks = SglangRanks(Wire(rank).client)
     stored = await ranks.persist(rank.namespace, finished([*tokens, 7], "r"), 30)
     assert [(ref.start, ref.end) for ref in stored.chains[0]] == [(0, 30), (30, 30)]
+    rank.settle()
+    rank.check_pools()
+
+
+@on_a_loop
+@pytest.mark.parametrize("layer", STATE_LAYERS)
+async def test_a_state_with_a_nan_is_not_saved(rank: Rank, rng: Random, layer: int) -> None:
+    tokens = random_tokens(rng, 30)
+    request = ToyRequest("r", tokens)
+    rank.admit(request)
+    rank.forward(request, 0)
+    slot = int(request.kv.mamba_pool_idx)
+    state = rng.choice([*rank._state_buffers(layer).values()])[slot].view(-1)
+    state[rng.randrange(len(state))] = float("nan")
+    rank.finish(request)
+    rank.settle()
+    ranks = SglangRanks(Wire(rank).client)
+    with pytest.raises(StateUnhealthyError, match=rf"token 30 .*\.{layer} holds a NaN"):
+        await ranks.persist(rank.namespace, finished([*tokens, 7], "r"), 30)
+    assert list(rank.store.iter_segments()) == []
     rank.settle()
     rank.check_pools()
 

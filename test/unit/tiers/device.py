@@ -12,6 +12,7 @@ import torch
 from engram.core.canonical import blake3_hex
 from engram.core.tokens import tokens_to_bytes
 from engram.tiers.base import BufferPlan, DeviceReader, Segment
+from engram.tiers.health import StateCheck
 from engram.tiers.manager import TierManager
 
 SLOTS = 64
@@ -35,7 +36,10 @@ class FakeDevice:
         generator = torch.Generator().manual_seed(rng.randrange(2**31))
 
         def random(*shape: int) -> torch.Tensor:
-            return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+            # Without the exponents' highest bit, in every fourth or second byte: all are numbers.
+            found = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+            found.view(-1)[1::2] &= 0xBF
+            return found
 
         self.buffers = {
             "k.0": random(SLOTS, 2, 6).view(torch.bfloat16),
@@ -57,9 +61,10 @@ class FakeDevice:
         }
 
     def reader(self, kv_slots: Sequence[int], state_slot: int) -> DeviceReader:
-        def read(targets: dict[str, torch.Tensor]) -> None:
+        def read(targets: dict[str, torch.Tensor], check: StateCheck) -> None:
             for name, rows in self.rows(kv_slots, state_slot).items():
                 targets[name].copy_(rows)
+            check.look("ssm.1", targets["ssm.1"])
 
         return read
 

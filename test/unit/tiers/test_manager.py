@@ -25,6 +25,7 @@ from engram.store.disk import DiskStore
 from engram.testing.faults import ControlledFileSystem, Fault, FaultControl
 from engram.testing.samples import SHARD, seeded_random
 from engram.tiers.base import Segment, Tier
+from engram.tiers.health import StateCheck
 from engram.tiers.manager import TierManager
 from engram.tiers.payload import tokens_of
 from engram.tiers.ram import RamTier
@@ -227,10 +228,10 @@ def test_nothing_is_promised_while_it_is_filled(
     go, reached = threading.Event(), threading.Event()
     read = device.reader(range(4), 0)
 
-    def slow(targets: dict) -> None:
+    def slow(targets: dict, check: StateCheck) -> None:
         reached.set()
         assert go.wait(WAIT_S)
-        read(targets)
+        read(targets, check)
 
     assert manager.capture(run.keys[-1], 0, run.tokens, None, slow, on_done=lambda: None)
     assert reached.wait(WAIT_S)
@@ -257,7 +258,7 @@ def test_a_capture_that_fails_is_forgotten_and_lets_go_of_the_device(
 ) -> None:
     manager, run = new_manager(), random_run(rng, (4,))
 
-    def broken(targets: dict) -> None:
+    def broken(targets: dict, check: StateCheck) -> None:
         raise RuntimeError("the device is gone")
 
     done = threading.Event()
@@ -276,7 +277,7 @@ def test_persisting_a_capture_that_fails_says_that_its_state_is_lost(
     manager, run = new_manager(), random_run(rng, (4,))
     go = threading.Event()
 
-    def broken(targets: dict) -> None:
+    def broken(targets: dict, check: StateCheck) -> None:
         assert go.wait(WAIT_S)
         raise RuntimeError("the device is gone")
 

@@ -28,7 +28,15 @@ from engram.core.tokens import TokenArray, to_tokens, tokens_to_bytes
 from engram.errors import CaptureLostError
 from engram.service import SnapshotService
 from engram.service.collecting import collect_once
-from engram.service.ports import Brought, Chains, EngineInfo, Generation, Located, Stored
+from engram.service.ports import (
+    Brought,
+    Chains,
+    EngineInfo,
+    Generation,
+    Located,
+    ResidentSegment,
+    Stored,
+)
 from engram.snapshot.segment import Shard
 from engram.store.disk import DiskStore
 from engram.store.filesystem import FileSystem
@@ -198,6 +206,12 @@ class ComputedEngine:
 
     async def drop(self, namespace: str, segment_ids: Sequence[Sequence[str]]) -> None:
         await _await(self.manager.drop(segment_ids[0]))
+
+    async def residents(self, namespace: str) -> list[list[ResidentSegment]]:
+        return [[ResidentSegment(*one) for one in self.manager.ram.durable_residents()]]
+
+    async def demote(self, namespace: str, segment_ids: Sequence[Sequence[str]]) -> int:
+        return self.manager.ram.demote(frozenset(segment_ids[0]))
 
     async def stats(self) -> list[dict[str, Any]]:
         return [self.manager.depths()]

@@ -65,6 +65,7 @@ def test_a_key_file_is_never_replaced(key_file: Path) -> None:
         f"engram-key-1:{SECRET[:-1]}\u0663",
         "x" * 100_000,
     ],
+    ids=lambda text: f"{len(text)} characters",
 )
 def test_only_one_spelling_is_a_key_and_none_is_repeated(key_file: Path, text: str) -> None:
     key_file.write_text(text)

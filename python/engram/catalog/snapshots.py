@@ -179,27 +179,28 @@ class SnapshotTable:
         rows = self._db.rows("SELECT * FROM snapshots ORDER BY created_at, tenant, snapshot_id")
         return [self._snapshot(row) for row in rows]
 
-    def boundary_keys(self, namespace: str) -> dict[str, list[str]]:
-        """Snapshot id -> page keys at which it can be gone on from (`Manifest.boundary_keys`), of
-        the snapshots of all tenants that one namespace can restore."""
+    def boundary_keys(self, namespace: str) -> dict[tuple[str, str], list[str]]:
+        """(Tenant, snapshot id) -> page keys at which it can be gone on from
+        (`Manifest.boundary_keys`), of all snapshots that one namespace can restore."""
         stateful = self._db.row(
             "SELECT 1 FROM segments WHERE namespace = ? AND has_state LIMIT 1", (namespace,)
         )
         if stateful:
             rows = self._db.rows(
-                "SELECT snapshot_id, boundary_key FROM snapshots WHERE namespace = ?", (namespace,)
+                "SELECT tenant, snapshot_id, boundary_key FROM snapshots WHERE namespace = ?",
+                (namespace,),
             )
         else:
             rows = self._db.rows(
-                "SELECT snapshots.snapshot_id, segments.key FROM snapshots"
+                "SELECT tenant, snapshot_id, segments.key FROM snapshots"
                 " JOIN snapshot_segments AS link ON link.snapshot = snapshots.id AND link.rank = 0"
                 " JOIN segments ON segments.id = link.segment"
                 " WHERE snapshots.namespace = ? ORDER BY snapshots.id, link.position",
                 (namespace,),
             )
-        found: dict[str, list[str]] = {}
-        for snapshot_id, key in rows:
-            found.setdefault(snapshot_id, []).append(key)
+        found: dict[tuple[str, str], list[str]] = {}
+        for tenant, snapshot_id, key in rows:
+            found.setdefault((tenant, snapshot_id), []).append(key)
         return found
 
     def boundary_keys_of(self, snapshot_id: str, tenant: str = "") -> list[str]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+SnapshotName = tuple[str, str]
+"""Tenant and snapshot id."""
+
 
 @dataclass(frozen=True, slots=True)
 class StoredBoundary:
@@ -26,23 +29,23 @@ class BoundaryIndex:
         self.namespace = namespace
         self.complete = False
         self._references: dict[str, int] = {}
-        self._snapshots: set[str] = set()
-        self._removed: set[str] = set()
+        self._snapshots: set[SnapshotName] = set()
+        self._removed: set[SnapshotName] = set()
         self._damaged: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._references) - len(self._damaged)
 
-    def add(self, snapshot_id: str, keys: Iterable[str]) -> None:
+    def add(self, name: SnapshotName, keys: Iterable[str]) -> None:
         """A snapshot that is durable names segments that end at these keys."""
-        self._removed.discard(snapshot_id)
-        self.fill(snapshot_id, keys)
+        self._removed.discard(name)
+        self.fill(name, keys)
 
-    def fill(self, snapshot_id: str, keys: Iterable[str]) -> None:
+    def fill(self, name: SnapshotName, keys: Iterable[str]) -> None:
         """The catalog had this snapshot; no effect if it is counted or has gone."""
-        if snapshot_id in self._snapshots or snapshot_id in self._removed:
+        if name in self._snapshots or name in self._removed:
             return
-        self._snapshots.add(snapshot_id)
+        self._snapshots.add(name)
         for key in keys:
             self._damaged.discard(key)
             self._references[key] = self._references.get(key, 0) + 1
@@ -52,12 +55,12 @@ class BoundaryIndex:
         self.complete = True
         self._removed.clear()
 
-    def remove(self, snapshot_id: str, keys: Iterable[str]) -> None:
+    def remove(self, name: SnapshotName, keys: Iterable[str]) -> None:
         """That snapshot is gone."""
-        if snapshot_id not in self._snapshots:
-            self._removed.add(snapshot_id)
+        if name not in self._snapshots:
+            self._removed.add(name)
             return
-        self._snapshots.remove(snapshot_id)
+        self._snapshots.remove(name)
         for key in keys:
             left = self._references.get(key, 0) - 1
             if left > 0:

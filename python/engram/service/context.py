@@ -139,8 +139,8 @@ class ServiceContext:
         if self.boundaries.namespace != namespace or not self.boundaries.complete:
             self.boundaries = boundaries = BoundaryIndex(namespace)
             known = await self.in_catalog(self.catalog.boundary_keys, namespace)
-            for snapshot_id, keys in known.items():
-                boundaries.fill(snapshot_id, keys)
+            for name, keys in known.items():
+                boundaries.fill(name, keys)
             boundaries.filled()
             if known:
                 await self.write_down(engine)
@@ -170,7 +170,8 @@ class ServiceContext:
         self.changed()
         self.quota.wrote(manifest.unique_bytes)
         if manifest.namespace == self.boundaries.namespace:
-            self.boundaries.add(manifest.snapshot_id, manifest.boundary_keys)
+            name = (manifest.tenant, manifest.snapshot_id)
+            self.boundaries.add(name, manifest.boundary_keys)
 
     def changed(self) -> None:
         """Something about snapshots is another than it was."""
@@ -184,7 +185,7 @@ class ServiceContext:
         """A snapshot is gone."""
         self.changed()
         if row.namespace == self.boundaries.namespace:
-            self.boundaries.remove(row.snapshot_id, keys)
+            self.boundaries.remove((row.tenant, row.snapshot_id), keys)
 
     async def learn(self, tag: Tag) -> None:
         """See to it that the tracker knows how far the tag's branch is saved."""

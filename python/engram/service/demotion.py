@@ -110,9 +110,14 @@ class Demoter:
         """What of saved conversations is in RAM now."""
         context = self._context
         answers = await context.ranks.residents(engine.namespace.id)
-        segments = {
-            (rank, one.segment_id): one for rank, found in enumerate(answers) for one in found
-        }
+        segments: dict[Place, ResidentSegment] = {}
+        for rank, found in enumerate(answers):
+            for one in found:
+                # Of one file a rank may hold several beginnings, each its own conversations'.
+                place = (rank, one.segment_id)
+                other = segments.get(place, ResidentSegment(one.segment_id, 0, held=False))
+                size, held = other.bytes + one.bytes, other.held or one.held
+                segments[place] = ResidentSegment(one.segment_id, size, held)
         owners = await context.in_catalog(
             context.catalog.owners_of, engine.namespace.id, list(segments)
         )

@@ -105,7 +105,9 @@ class Housekeeper:
         async with self._one_at_a_time:
             await self._retain(self.clock())
         collected = await collect_once(context, now=self.clock())
-        context.freed(collected.bytes)
+        if collected.removed:
+            # What nothing named did not count; what a removal has failed to free did.
+            context.quota.recount()
         await self._demoter.round(self.clock())
 
     async def _retain(self, now: float) -> None:

@@ -80,8 +80,12 @@ class VramPinner:
             self._context.start(self._move(turn))
 
     async def _move(self, turn: Turn) -> None:
+        owner = _owner(turn.tag)
         try:
-            await self._set(_owner(turn.tag), turn.request, None)
+            await self._set(owner, turn.request, None)
+            if owner not in self._pins:
+                # Unpinned meanwhile: what came after that has nobody to let go of it.
+                await self._context.ranks.unpin(owner)
         except Exception as error:
             # It stays pinned where it was.
             self._context.stats.note(f"pin of {turn.tag.conversation_id}: {error}")

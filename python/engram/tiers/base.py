@@ -69,10 +69,11 @@ class Segment:
 
     `health` is what is wrong with a state that was kept all the same, `norm` its L2 norm if known.
 
-    `segment_id` is that of its file, if it has one, and `file_bytes` the length of that; the file
-    may go on with rows that are not these.  `first_key` is the key of the first page of rows,
-    None if that is not known.  `wanted` says that somebody asked to keep it,
-    or one that stands on it: all below a wanted segment is wanted.
+    `segment_id` is that of its file, if it has one, `file_bytes` the length of that and
+    `file_parent` the id of the file that it stands on; the file may go on with rows that are not
+    these.  `first_key` is the key of the first page of rows, None if that is not known.  `wanted`
+    says that somebody asked to keep it, or one that stands on it: all below a wanted segment is
+    wanted.
     """
 
     key: str
@@ -89,6 +90,7 @@ class Segment:
     norm: float | None = None
     segment_id: str | None = None
     file_bytes: int = 0
+    file_parent: str | None = None
     first_key: str | None = None
     wanted: bool = False
     holders: int = 0

@@ -362,23 +362,32 @@ class TierManager:
             # Readers may find a file of the chain damaged at any time and take its segment's id
             # away: what this save relies on is in `refs` and read once.
             parent = refs[-1].segment_id if refs else None
-            file = self._file_of(segment) or self._twin_of(segment, parent)
+            file = self._file_of(segment, parent)
             if file is None:
                 try:
-                    file = self._write_segment(segment, parent)
+                    self._require_filled(segment)
+                    file = self._twin_of(segment, parent)
+                    if file is None:
+                        file = self._write_segment(segment, parent)
+                        written += file[1]
                 except CaptureLostError as lost:
                     lost.details["boundary"] = write.chain[-1].end
                     raise
-                written += file[1]
             refs.append(_ref(segment, *file))
             self._writes.let_go(write, segment)
         nbytes = sum(ref.bytes for ref in refs)
         return Persisted(tuple(refs), nbytes, written, write.chain[-1].health)
 
-    def _file_of(self, segment: Segment) -> tuple[str, int] | None:
-        """Name and length of the file that holds a segment, if there is one."""
-        segment_id, length = segment.segment_id, segment.file_bytes
-        if segment_id is None:
+    def _file_of(self, segment: Segment, parent: str | None) -> tuple[str, int] | None:
+        """Name and length of the file that holds a segment on top of this parent, if there is one.
+
+        What it stands on may have come into another file since, damaged in the first: a chain over
+        that one could not be restored.
+        """
+        with self.ram.lock:
+            segment_id, length = segment.segment_id, segment.file_bytes
+            below = segment.file_parent
+        if segment_id is None or below != parent:
             return None
         if self.store.has_segment(self.shard, segment_id, length):
             return segment_id, length
@@ -394,23 +403,24 @@ class TierManager:
         with self.ram.lock:
             if not rows.resident:
                 return None
-            held = self.ram.hold(self.ram.twins.of(rows))
+            held = self.ram.hold((rows, *self.ram.twins.of(rows)))
         try:
-            for other in held:
-                below = other.parent.segment_id if other.parent is not None else None
-                if below != parent or other.end < rows.end:
+            for other in held[1:]:
+                if other.end < rows.end:
                     continue
-                file = self._file_of(other)
+                file = self._file_of(other, parent)
                 if file is not None and begins_with(other, rows):
                     with self.ram.lock:
-                        self.ram.mark_durable(rows, *file)
+                        self.ram.mark_durable(rows, *file, parent)
                         self.ram.twins.remove(rows)  # whoever is their twin is the other's too
                     return file
         finally:
             self.ram.release(held)
         return None
 
-    def _write_segment(self, segment: Segment, parent: str | None) -> tuple[str, int]:
+    @staticmethod
+    def _require_filled(segment: Segment) -> None:
+        """Wait for the copy of a segment; raises what became of it if it failed."""
         try:
             segment.filled.result(FILL_TIMEOUT_S)
         except StateUnhealthyError:
@@ -419,13 +429,16 @@ class TierManager:
             raise CaptureLostError(
                 f"the copy of the state at token {segment.end} failed: {error!r}"
             ) from error
+
+    def _write_segment(self, segment: Segment, parent: str | None) -> tuple[str, int]:
         payload = segment.payload
         if payload is None:
-            # Evicted between being found and being held.
+            # Evicted between being found and being held; a file on another parent is of no use.
+            self.ram.lose_file(segment)
             raise CaptureLostError(f"the state at token {segment.end} has left memory")
         header = self._plan(segment.key, segment.start, segment.end, parent, segment.has_state)
         segment_id = self.store.put_segment(header, bytes_of(payload))
-        self.ram.mark_durable(segment, segment_id, header.file_length)
+        self.ram.mark_durable(segment, segment_id, header.file_length, parent)
         self.ram.stats.persisted_segments += 1
         self.ram.stats.persisted_bytes += header.file_length
         return segment_id, header.file_length
@@ -555,7 +568,8 @@ class TierManager:
                 self.ram.fail(segment, error)
             raise
         with self.ram.lock:
-            self.ram.mark_durable(segment, ref.segment_id, ref.bytes)
+            below_id = below.segment_id if below else None
+            self.ram.mark_durable(segment, ref.segment_id, ref.bytes, below_id)
             self.ram.hold((segment,))
             known = self.ram.get(ref.key, ref.has_state)
             stale = known is not None and not self.ram.loadable(known, 0)

@@ -210,11 +210,15 @@ class RamTier:
                     del self._unwanted[node]
                     self._wanted[node] = None
 
-    def mark_durable(self, segment: Segment, segment_id: str, file_bytes: int) -> None:
-        """The bytes of this segment are on disk, in the file `segment_id` of this length."""
+    def mark_durable(
+        self, segment: Segment, segment_id: str, file_bytes: int, file_parent: str | None
+    ) -> None:
+        """The bytes of this segment are on disk, in the file `segment_id` of this length, which
+        stands on the file `file_parent`."""
         with self.lock:
             segment.segment_id = segment_id
             segment.file_bytes = file_bytes
+            segment.file_parent = file_parent
 
     def forget_files(self, segment_ids: frozenset[str]) -> None:
         """These segment files are gone: their segments live on only where bytes are in RAM."""

@@ -153,7 +153,7 @@ class TestSnapshots:
     ) -> None:
         manifests = [insert(catalog, manifest) for manifest in turns(rng, 2)]
         found = catalog.boundary_keys(SHARD.namespace)
-        assert found == {m.snapshot_id: [m.boundary_key] for m in manifests}
+        assert found == {("", m.snapshot_id): [m.boundary_key] for m in manifests}
         assert catalog.boundary_keys("00" * 32) == {}
 
     def test_without_states_wherever_rows_end_can_be_gone_on_from(
@@ -162,7 +162,7 @@ class TestSnapshots:
         chain = sample_chain(rng, (2, 3, 4))[:-1]
         insert(catalog, sample_manifest([chain]))
         keys = [segment.header.key for segment in chain]
-        assert catalog.boundary_keys(SHARD.namespace) == {"snap-1": keys}
+        assert catalog.boundary_keys(SHARD.namespace) == {("", "snap-1"): keys}
         assert catalog.boundary_keys_of("snap-1") == keys
         assert catalog.boundary_keys_of("unknown") == []
         for length, key in enumerate(keys, 1):
@@ -558,7 +558,7 @@ class TestTransactions:
                     insert(catalog, manifest)
                     assert catalog.get(manifest.snapshot_id).turn_number == manifest.turn_number
                     keys = catalog.boundary_keys(SHARD.namespace)
-                    assert keys[manifest.snapshot_id] == [manifest.boundary_key]
+                    assert keys["", manifest.snapshot_id] == [manifest.boundary_key]
                     if manifest.turn_number % 3 == 0:
                         assert catalog.delete(manifest.snapshot_id)
             except BaseException as error:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from engram.conversation.turns import Tag
 from engram.errors import NotFoundError, PinBudgetError
+from engram.service.ports import ResidentSegment
 from unit.service.engine import Server, on_a_loop
 from unit.service.test_housekeeping import later, saved, start  # noqa: F401
 
@@ -151,3 +154,46 @@ async def test_what_vram_does_not_hold_is_pinned_at_its_next_turn(start: Any) ->
         assert tiers["disk"]["named_bytes"] == tiers["disk"]["bytes"]
     finally:
         server.stop()
+
+
+@on_a_loop
+async def test_a_pin_that_is_taken_away_while_it_moves_is_gone(start: Any) -> None:  # noqa: F811
+    """Nobody would ever let go of it."""
+    server = start()
+    tokens = await server.chat("a", 1)
+    await server.service.pin(Tag("a"))
+    pin, begun, go_on = server.engine.pin, asyncio.Event(), asyncio.Event()
+
+    async def slow(*args: Any) -> bool:
+        begun.set()
+        await go_on.wait()
+        return bool(await pin(*args))
+
+    server.engine.pin = slow
+    await server.chat("a", 1, tokens)
+    await begun.wait()
+    assert await server.service.unpin(Tag("a"))
+    go_on.set()
+    await server.service.context.drain()
+    assert server.engine.pins == {}
+
+
+@on_a_loop
+async def test_parts_of_one_file_are_counted_together(start: Any) -> None:  # noqa: F811
+    """Several conversations may each have the beginning of a file in RAM, as far as they use it."""
+    server = start(conversation_warm_timeout=1000.0)
+    await saved(server, "a", 1)
+    warm_up(server)
+    residents = server.engine.residents
+
+    async def in_parts(namespace: str) -> list[list[ResidentSegment]]:
+        found = await residents(namespace)
+        return [
+            [replace(one, bytes=size, held=held) for one in some for size, held in parts]
+            for some in found
+        ]
+
+    parts = [(5, True), (3, False)]
+    server.engine.residents = in_parts
+    warm = await server.service.context.with_engine(server.service._demoter.warm)
+    assert {(one.bytes, one.held) for one in warm.segments.values()} == {(8, True)}

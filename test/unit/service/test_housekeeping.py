@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from engram.conversation.turns import Tag
+from engram.core.tokens import to_tokens
 from engram.errors import StoreError, StoreFullError
 from engram.retention import RetentionPolicy, plan
 from unit.service.engine import Server, on_a_loop
@@ -343,3 +344,22 @@ async def test_the_priority_of_a_conversation_that_is_no_more_goes(start: Any) -
         await server.service.housekeeper.round()
     assert list(server.store.iter_conversations()) == []
     assert server.catalog.last_uses() == {}
+
+
+@on_a_loop
+async def test_files_that_nothing_named_were_never_in_the_quota(start: Any) -> None:
+    server = start(snapshot_disk_quota_gb=1.0, conversation_cold_retention=1000 * DAY)
+    await saved(server, "a", 2)
+    await server.service.housekeeper.round()
+    service = server.service
+    used = await service.context.quota.used()
+    assert used == server.catalog.counts().segment_bytes
+    before = server.files()
+    tokens = server.random_tokens(5)
+    server.engine.computed([*tokens, 1])
+    server.engine._write(to_tokens(tokens))
+    assert server.files() > before
+    later(server, DAY)
+    await service.housekeeper.round()
+    assert server.files() == before
+    assert await service.context.quota.used() == used

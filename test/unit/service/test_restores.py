@@ -21,6 +21,7 @@ from engram.errors import (
     SnapshotCorruptError,
     UnsupportedError,
 )
+from engram.service.boundaries import BoundaryIndex
 from engram.service.restores import Continuation
 from unit.service.engine import Server, on_a_loop
 
@@ -470,3 +471,29 @@ async def test_a_salted_conversation_is_not_continued_without_its_salt(server: S
     with pytest.raises(UnsupportedError, match="cache_salt"):
         await server.service.restore(row, Continuation([3], {"max_new_tokens": 1}))
     assert server.engine.generated == []
+
+
+@on_a_loop
+async def test_two_tenants_may_give_one_id(server: Server) -> None:
+    """Requests find what is stored of either, until it is removed."""
+    service, index = server.service, server.service.context.boundaries
+    talks = {}
+    for tenant in ("", "t"):
+        talks[tenant] = await server.chat("a", 1, tenant=tenant)
+        await service.save(tenant=tenant, conversation_id="a", snapshot_id="same")
+    index = service.context.boundaries
+    keys = {
+        tenant: server.engine.page_keys(to_tokens(tokens), 1, None, None)
+        for tenant, tokens in talks.items()
+    }
+    assert [index.longest(keys[tenant], 1) is not None for tenant in talks] == [True, True]
+    again = BoundaryIndex(index.namespace)
+    for name, found in server.catalog.boundary_keys(index.namespace).items():
+        again.fill(name, found)
+    for tenant in talks:
+        for one in (index, again):
+            assert one.longest(keys[tenant], 1) is not None
+    await service.delete(await service.get("", "same"))
+    assert [index.longest(keys[tenant], 1) is not None for tenant in talks] == [False, True]
+    await service.delete(await service.get("t", "same"))
+    assert not len(index)

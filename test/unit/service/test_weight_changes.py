@@ -159,22 +159,22 @@ async def test_a_capture_that_is_lost_under_the_same_weights_is_still_an_error(
 
 def test_a_snapshot_is_counted_once_however_it_comes_into_the_index() -> None:
     index = BoundaryIndex("n")
-    index.add("s", ["a", "b"])
-    index.fill("s", ["a", "b"])
-    index.fill("t", ["a", "c"])
+    index.add(("", "s"), ["a", "b"])
+    index.fill(("", "s"), ["a", "b"])
+    index.fill(("", "t"), ["a", "c"])
     index.filled()
-    index.remove("s", ["a", "b"])
+    index.remove(("", "s"), ["a", "b"])
     assert index.longest(["a", "b"], 1) is not None
-    index.remove("t", ["a", "c"])
+    index.remove(("", "t"), ["a", "c"])
     assert len(index) == 0
 
 
 def test_a_snapshot_that_goes_while_the_index_is_filled_is_not_in_it() -> None:
     index = BoundaryIndex("n")
-    index.remove("s", ["a"])
-    index.fill("s", ["a"])
+    index.remove(("", "s"), ["a"])
+    index.fill(("", "s"), ["a"])
     assert len(index) == 0
-    index.add("s", ["a"])
+    index.add(("", "s"), ["a"])
     assert len(index) == 1, "the name was used again"
 
 
@@ -199,12 +199,12 @@ async def test_a_namespace_is_described_when_a_snapshot_names_it(server: Server)
 
 def test_a_damaged_boundary_is_found_again_as_long_as_a_newer_snapshot_names_it() -> None:
     index = BoundaryIndex("n")
-    index.add("first", ["a", "b"])
+    index.add(("", "first"), ["a", "b"])
     index.forget("b")
     assert index.longest(["a", "b"], 1) == StoredBoundary("a", 1)
     assert len(index) == 1
-    index.add("second", ["a", "b"])
-    index.remove("first", ["a", "b"])
+    index.add(("", "second"), ["a", "b"])
+    index.remove(("", "first"), ["a", "b"])
     assert index.longest(["a", "b"], 1) == StoredBoundary("b", 2)
-    index.remove("second", ["a", "b"])
+    index.remove(("", "second"), ["a", "b"])
     assert len(index) == 0

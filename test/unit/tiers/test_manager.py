@@ -440,8 +440,10 @@ def test_a_file_found_damaged_in_the_middle_of_a_save_is_no_bug_of_the_clients(
     parent, child = capture(manager, device, rng, run)
     mark = manager.ram.mark_durable
 
-    def mark_and_lose(segment: Segment, segment_id: str, file_bytes: int) -> None:
-        mark(segment, segment_id, file_bytes)
+    def mark_and_lose(
+        segment: Segment, segment_id: str, file_bytes: int, file_parent: str | None
+    ) -> None:
+        mark(segment, segment_id, file_bytes, file_parent)
         if segment is rows_of(parent):
             manager.ram.lose_file(segment)
 

@@ -234,7 +234,7 @@ def test_replacing_keeps_the_old_one_whole_for_its_holder() -> None:
 def test_what_is_durable_stays_in_the_index() -> None:
     ram = RamTier(10)
     boundary = ready(ram, "a", 10)
-    ram.mark_durable(boundary, "11" * 32, 1)
+    ram.mark_durable(boundary, "11" * 32, 1, None)
     ready(ram, "b", 10)
     assert (boundary.in_ram, boundary.payload) == (False, None)
     assert ram.get(boundary.key, False) is boundary
@@ -247,7 +247,7 @@ def test_what_is_durable_stays_in_the_index() -> None:
 def test_forgetting_a_file_leaves_the_bytes_in_ram() -> None:
     ram = RamTier(10)
     boundary = ready(ram, "a", 10)
-    ram.mark_durable(boundary, "11" * 32, 1)
+    ram.mark_durable(boundary, "11" * 32, 1, None)
     ram.forget_files(frozenset(("11" * 32,)))
     assert ram.get(boundary.key, False) is boundary
     assert (boundary.durable, boundary.segment_id, boundary.resident) == (False, None, True)
@@ -259,7 +259,7 @@ def test_cold_entries_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     for number in range(6):
         boundary = ready(ram, str(number), 10)
-        ram.mark_durable(boundary, key(f"file {number}"), 1)
+        ram.mark_durable(boundary, key(f"file {number}"), 1, None)
         made.append(boundary)
     assert [ram.get(b.key, False) is b for b in made] == [False, False, True, True, True, True]
 

@@ -115,7 +115,7 @@ class RamTierMachine(RuleBasedStateMachine):
         self._begin_step()
         fit = [b for b in self.made if b.resident and not b.durable]
         self.files += 1
-        self.ram.mark_durable(fit[number % len(fit)], blake3_hex(str(self.files).encode()), 1)
+        self.ram.mark_durable(fit[number % len(fit)], blake3_hex(str(self.files).encode()), 1, None)
 
     @precondition(lambda self: any(b.durable for b in self.made))
     @rule(number=ANY)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import wait
 from pathlib import Path
 from random import Random
 
@@ -11,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from engram.errors import SnapshotCorruptError
 from engram.snapshot.manifest import SegmentRef, rows_of
 from engram.store.disk import DiskStore
+from engram.store.layout import Layout
 from engram.testing.samples import SHARD, seeded_random
 from engram.tiers import manager as manager_module
 from engram.tiers.base import Segment
@@ -219,3 +222,60 @@ def test_rows_of_another_salt_are_never_shared(talks: Talks) -> None:
     talks.capture(tokens)
     assert talks.manager.ram.twins.common(page_keys(tokens)[0], array) == 20
     assert talks.manager.ram.twins.common("00" * 32, array) == 0
+
+
+def damage(store: DiskStore, segment_id: str) -> None:
+    """Flip a bit of a stored file, and let a reader find it."""
+    path = Layout(store.root).segment(SHARD, segment_id)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.chmod(0o600)
+    path.write_bytes(data)
+    with pytest.raises(SnapshotCorruptError):
+        store.verify_segment(SHARD, segment_id)
+
+
+def test_what_stands_on_a_damaged_file_is_not_put_on_another(talks: Talks) -> None:
+    """The rows come back as the beginning of a twin's file, on which nothing of theirs stands."""
+    prefix = talks.tokens(20)
+    longer = [*prefix, *talks.tokens(9)]
+    talks.capture(longer)
+    turns = [[*prefix, *talks.tokens(4)]]
+    first = talks.save(turns[0])
+    turns.append([*turns[0], *talks.tokens(5)])
+    second = talks.save(turns[1])
+    talks.check(longer, talks.save(longer))
+    talks.check(turns[1], second)
+    damage(talks.store, first[0].segment_id)
+    turns.append([*turns[1], *talks.tokens(5)])
+    third = talks.save(turns[2])
+    talks.check(turns[2], third)
+    talks.check(longer, talks.save(longer))
+
+
+def test_what_is_still_being_copied_is_shared_as_well(talks: Talks) -> None:
+    """A turn is saved as soon as it is over, before its copy is."""
+    prefix = talks.tokens(20)
+    talks.save([*prefix, *talks.tokens(4)])
+    tokens = [*prefix, *talks.tokens(4)]
+    keys, expected = page_keys(tokens), talks.expected(tokens)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def read(targets: dict[str, torch.Tensor], first: int, last: int, check: StateCheck) -> None:
+        begun.set()
+        assert go_on.wait(WAIT_S)
+        for name, target in targets.items():
+            target.copy_(expected[name] if name == "ssm.1" else expected[name][first:last])
+
+    assert talks.manager.capture(keys, 0, tokens, None, read, on_done=lambda: None)
+    assert begun.wait(WAIT_S)
+    boundary = talks.manager.boundary(keys[-1])
+    assert boundary is not None
+    saving = talks.manager.persist(boundary)
+    # The writer is at it, or soon will be.
+    while not talks.manager.depths()["writes_running"]:
+        pass
+    wait([saving], 0.2)
+    go_on.set()
+    talks.check(tokens, saving.result(WAIT_S).refs)
+    assert talks.stored_rows() == 28

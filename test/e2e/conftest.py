@@ -1,11 +1,13 @@
 """Fixtures: worlds that tests share, because starting a server is what takes the time.
 
-One world runs at a time in a process of tests; tests are sorted by the world they need, and those
-that need the same one, or one that another has left behind, stay in one process.
+One world runs at a time in a process; tests are sorted by the world they need. With
+ENGRAM_TEST_PART=1/2 a process takes one of two parts, of about the same length: those that need the
+same world, or one that another has left behind, are in the same part.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,20 +22,35 @@ from e2e.worlds import Stage, World, restarted_world
 WORLDS = ("restarted", "other", "small", "battered", "pressured", "alone", "slow")
 STANDS_ON = {"other": "restarted", "alone": "pressured"}
 """Worlds that begin with what another has left behind."""
+SECONDS = {
+    "restarted": 200,
+    "battered": 170,
+    "small": 130,
+    "pressured": 130,
+    "test_demo": 95,
+    "test_encryption": 90,
+    "test_flag_off": 80,
+}
+"""About how long those take that take longer than the others."""
+USUAL_S = 50
 TIMEOUT_S = 1200
 """For one test, the starts of its servers included; a busy machine takes minutes for those."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     places = [index for index, item in enumerate(items) if item.path.parent == here]
     mine = [items[index] for index in places]
     for item in mine:
-        item.add_marker(pytest.mark.xdist_group(_group_of(item)))
         if item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(TIMEOUT_S))
     for index, item in zip(places, sorted(mine, key=_world_of), strict=True):
         items[index] = item
+    part, parts = map(int, os.environ.get("ENGRAM_TEST_PART", "1/1").split("/"))
+    chosen = _parts({_group_of(item) for item in mine}, parts)[part - 1]
+    others = [item for item in mine if _group_of(item) not in chosen]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if item not in set(others)]
 
 
 def _world_of(item: pytest.Item) -> tuple[int, str]:
@@ -41,6 +58,18 @@ def _world_of(item: pytest.Item) -> tuple[int, str]:
     if "variant" in names and isinstance(item, pytest.Function):
         return len(WORLDS) + 1, item.callspec.params["variant"].name
     return next((n for n, world in enumerate(WORLDS, 1) if world in names), 0), ""
+
+
+def _parts(groups: set[str], count: int) -> list[set[str]]:
+    """Groups of tests in parts that take about as long as one another."""
+    parts: list[set[str]] = [set() for _ in range(count)]
+
+    def seconds(part: set[str]) -> int:
+        return sum(SECONDS.get(group, USUAL_S) for group in part)
+
+    for group in sorted(groups, key=lambda group: (-SECONDS.get(group, USUAL_S), group)):
+        min(parts, key=seconds).add(group)
+    return parts
 
 
 def _group_of(item: pytest.Item) -> str:

@@ -55,6 +55,16 @@ class SegmentTable:
             )
         return [_ref(row) for row in rows]
 
+    def chains(self, namespace: str, world_size: int, key: str) -> list[list[SegmentRef]]:
+        """`chain` of every rank, all as the catalog is at one moment.
+
+        Without states, one rank's rows may end in ``key`` and another's not: what its RAM held of
+        other conversations when they were captured decides where rows are cut. Then it raises
+        `NotFoundError` too.
+        """
+        with self._db.unchanging():
+            return [self.chain(namespace, rank, key) for rank in range(world_size)]
+
     def is_referenced(self, shard: Shard, segment_id: str) -> bool:
         """Whether some snapshot names the segment; so it seems while that is not known for sure.
 

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from typing import Final
 
 from engram.conversation.turns import RunningRequest, Tag
-from engram.errors import DeadlineError, SnapshotCorruptError
+from engram.errors import DeadlineError, NotFoundError, SnapshotCorruptError
 from engram.service.automatic import AutomaticSaver
 from engram.service.context import ServiceContext
 from engram.service.ports import EngineInfo
-from engram.snapshot.manifest import SegmentRef
 
 logger = logging.getLogger(__name__)
 
@@ -168,8 +167,10 @@ class RequestGate:
         context.stats.held_requests += stored is not None
         damage: SnapshotCorruptError | None = None
         while stored is not None:
-            chains = await context.in_catalog(self._chains, engine, stored.key)
             try:
+                chains = await context.in_catalog(
+                    context.catalog.chains, engine.namespace.id, engine.world_size, stored.key
+                )
                 await context.ranks.promote(
                     engine.namespace.id,
                     chains,
@@ -183,11 +184,11 @@ class RequestGate:
                 damage = error
                 boundaries.forget(stored.key)
                 stored = boundaries.longest(keys, engine.page_size)
+            except NotFoundError:
+                # Removed meanwhile, or no boundary on every rank: an earlier one will do.
+                boundaries.forget(stored.key)
+                stored = boundaries.longest(keys, engine.page_size)
             else:
                 break
         if damage is not None:
             raise damage
-
-    def _chains(self, engine: EngineInfo, key: str) -> list[list[SegmentRef]]:
-        chain = self._context.catalog.chain
-        return [chain(engine.namespace.id, rank, key) for rank in range(engine.world_size)]

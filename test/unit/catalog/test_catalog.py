@@ -3,6 +3,7 @@
 import sqlite3
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -168,6 +169,20 @@ class TestSnapshots:
         for length, key in enumerate(keys, 1):
             refs = [segment.ref for segment in chain[:length]]
             assert catalog.chain(SHARD.namespace, 0, key) == refs
+
+    def test_a_boundary_of_one_rank_alone_is_none_of_all(
+        self, catalog: Catalog, rng: Random
+    ) -> None:
+        cut, uncut = (sample_chain(rng, lengths)[:-1] for lengths in ((2, 3), (5,)))
+        end = replace(
+            uncut[-1], header=uncut[-1].header.model_copy(update={"key": cut[-1].header.key})
+        )
+        insert(catalog, sample_manifest([cut, [end]]))
+        first, last = (segment.header.key for segment in cut)
+        found = catalog.chains(SHARD.namespace, 2, last)
+        assert found == [[segment.ref for segment in cut], [end.ref]]
+        with pytest.raises(NotFoundError):
+            catalog.chains(SHARD.namespace, 2, first)
 
     def test_a_snapshot_id_is_given_once(self, catalog: Catalog, rng: Random) -> None:
         manifest = insert(catalog, turns(rng, 1)[0])

@@ -23,6 +23,7 @@ from engram.errors import (
 )
 from engram.service.boundaries import BoundaryIndex
 from engram.service.restores import Continuation
+from engram.snapshot.manifest import SegmentRef
 from unit.service.engine import Server, on_a_loop
 
 
@@ -497,3 +498,25 @@ async def test_two_tenants_may_give_one_id(server: Server) -> None:
     assert [index.longest(keys[tenant], 1) is not None for tenant in talks] == [False, True]
     await service.delete(await service.get("t", "same"))
     assert not len(index)
+
+
+@on_a_loop
+async def test_a_boundary_that_not_every_rank_has_leaves_an_earlier_one(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without states, ranks may have cut rows at different places."""
+    tokens = await save_all(server, "c", 2)
+    rows = await server.service.list("", "c")
+    chains = server.catalog.chains
+
+    def missing(namespace: str, world_size: int, key: str) -> list[list[SegmentRef]]:
+        if key == rows[-1].boundary_key:
+            raise NotFoundError("no snapshot holds it")
+        return chains(namespace, world_size, key)
+
+    monkeypatch.setattr(server.catalog, "chains", missing)
+    server.engine.forget()
+    await server.serve([*tokens, 1], Tag("other"))
+    assert server.service.context.stats.hold_failures == 0
+    [promoted] = server.engine.promoted
+    assert {chain[-1].key for chain in promoted["chains"]} == {rows[0].boundary_key}

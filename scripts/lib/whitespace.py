@@ -15,6 +15,8 @@ from repository import ROOT, repository_files
 # Seven at the start of a line, and spelled so that this file does not match itself.
 MERGE_MARKER = re.compile(rb"^(?:<{7}|>{7}) ", re.MULTILINE)
 MAX_BYTES = 1 << 20
+# Files of a format whose every byte counts.
+AS_THEY_ARE = ROOT / "test" / "data" / "store-v1" / "store"
 
 
 def mend(data: bytes) -> bytes:
@@ -68,6 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     left = 0
     for path in options.files or repository_files():
+        if AS_THEY_ARE in path.absolute().parents:
+            continue
         data = path.read_bytes()
         if options.fix and is_text(data) and mend(data) != data:
             data = mend(data)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from whitespace import MAX_BYTES, main, mend, problems
+from whitespace import AS_THEY_ARE, MAX_BYTES, main, mend, problems
 
 MERGE = b"<" * 7 + b" ours\n"
 
@@ -34,6 +34,14 @@ def test_a_problem_is_seen(data: bytes, problem: str) -> None:
 )
 def test_clean_text_and_other_bytes_are_left_alone(data: bytes) -> None:
     assert problems(data) == []
+
+
+def test_the_files_of_a_stored_format_are_left_as_they_are() -> None:
+    without = [path for path in AS_THEY_ARE.rglob("*.json") if problems(path.read_bytes())]
+    assert without, "there is one without a newline at its end"
+    before = {path: path.read_bytes() for path in without}
+    assert main(["--fix", *map(str, without)]) == 0
+    assert {path: path.read_bytes() for path in without} == before
 
 
 @given(st.text(alphabet="ab \t\r\n").map(str.encode))

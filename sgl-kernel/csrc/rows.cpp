@@ -6,6 +6,8 @@
 #include <memory>
 #include <unistd.h>
 
+#include "remainder.h"
+
 namespace engram {
 
 namespace {
@@ -15,15 +17,22 @@ constexpr int64_t kAhead = 32;  // rows; memory latency over the time one row ta
 constexpr int64_t kPage = 4096;
 constexpr int64_t kReadMost = 256 << 10;
 
-inline void copy_row(const uint8_t* from, int64_t bytes, uint8_t* to) {
+ENGRAM_ALWAYS_INLINE void copy_line(const uint8_t* from, uint8_t* to) {
+  Words line;
+  static_assert(sizeof line == kLine);
+  std::memcpy(&line, from, kLine);
+  std::memcpy(to, &line, kLine);
+}
+
+ENGRAM_ALWAYS_INLINE void copy_row(const uint8_t* from, int64_t bytes, uint8_t* to) {
   if (bytes < kLine) {
     std::memcpy(to, from, bytes);
     return;
   }
   int64_t i = 0;
-  for (; i + kLine <= bytes; i += kLine) std::memcpy(to + i, from + i, kLine);
+  for (; i + kLine <= bytes; i += kLine) copy_line(from + i, to + i);
   // The last line overlaps the one before instead of ending in single bytes.
-  std::memcpy(to + bytes - kLine, from + bytes - kLine, kLine);
+  copy_line(from + bytes - kLine, to + bytes - kLine);
 }
 
 inline int64_t page_down(int64_t offset) { return offset & ~(kPage - 1); }
@@ -48,21 +57,20 @@ int read_all(int file, uint8_t* buffer, int64_t low, int64_t high, int64_t neede
 
 }  // namespace
 
-template <typename Id>
-void gather(const uint8_t* table, int64_t row_bytes, const Id* ids, int64_t count, uint8_t* out) {
+// A line goes through one register where there are such: the fewer instructions a row takes, the
+// more of the rows ahead are under way at a time.
+ENGRAM_CLONES void gather(const uint8_t* table, int64_t row_bytes, const int64_t* ids, int64_t count,
+                          uint8_t* out) {
   for (int64_t i = 0; i < count; ++i) {
     if (i + kAhead < count) {
-      const uint8_t* next = table + static_cast<int64_t>(ids[i + kAhead]) * row_bytes;
+      const uint8_t* next = table + ids[i + kAhead] * row_bytes;
       // Into the second level: the first has too few slots for lines under way.
       for (int64_t j = 0; j < row_bytes; j += kLine) __builtin_prefetch(next + j, 0, 2);
       __builtin_prefetch(next + row_bytes - 1, 0, 2);
     }
-    copy_row(table + static_cast<int64_t>(ids[i]) * row_bytes, row_bytes, out + i * row_bytes);
+    copy_row(table + ids[i] * row_bytes, row_bytes, out + i * row_bytes);
   }
 }
-
-template void gather<int64_t>(const uint8_t*, int64_t, const int64_t*, int64_t, uint8_t*);
-template void gather<int32_t>(const uint8_t*, int64_t, const int32_t*, int64_t, uint8_t*);
 
 int read_rows(const int32_t* files, const int64_t* offsets, int64_t count, int64_t row_bytes,
               uint8_t* out) {

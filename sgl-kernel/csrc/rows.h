@@ -6,8 +6,8 @@
 namespace engram {
 
 // Copy rows `ids` of `table` to `out`, in order. Ids are not checked.
-template <typename Id>
-void gather(const uint8_t* table, int64_t row_bytes, const Id* ids, int64_t count, uint8_t* out);
+void gather(const uint8_t* table, int64_t row_bytes, const int64_t* ids, int64_t count,
+            uint8_t* out);
 
 // Read rows at `offsets` of `files` (descriptors opened with O_DIRECT or not) to `out`. Reads are
 // aligned to 4 KiB, and one read serves neighbours in the list that share pages or touch.

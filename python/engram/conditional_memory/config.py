@@ -51,7 +51,8 @@ class EngramConfig:
             ``sign(g) sqrt(max(|g|, 1e-6))`` (demo), `copysign_sqrt` the same with the sign of +0
             being + (V4.1), `identity` nothing (paper).
         bias: whether the key and value projections have one (demo: yes, V4.1: no).
-        norm_eps: of the gate's two RMS norms; None: the machine epsilon of the dtype (demo).
+        norm_eps: of the gate's two RMS norms; None: the machine epsilon of the dtype they compute
+            in, at least float32 (demo).
         conv_norm_eps: of the norm in the `ShortConv`.
         table_init_std: standard deviation of new rows (demo: 1, that of ``nn.Embedding``).
         sparse_gradients: whether a table in memory gets sparse gradients.

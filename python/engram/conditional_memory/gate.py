@@ -69,10 +69,10 @@ class ContextGate(nn.Module):
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float | None) -> torch.Tensor:
     """``x / rms(x) * weight`` over the last dimension, in at least float32.
 
-    ``eps`` is added to the mean square; None takes the machine epsilon of x's dtype, as
-    ``torch.nn.RMSNorm`` does.
+    ``eps`` is added to the mean square; None takes the machine epsilon of the dtype computed in
+    (float32 for a bfloat16 x), as ``torch.nn.RMSNorm`` does.
     """
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    eps = torch.finfo(wide.dtype).eps if eps is None else eps
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return wide * scale * weight.to(wide.dtype)

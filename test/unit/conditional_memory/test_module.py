@@ -7,6 +7,7 @@ import torch
 import engram.conditional_memory as memory
 from engram import EngramConfig, EngramModule
 from engram.conditional_memory import EngramStack, TokenCompression
+from engram.conditional_memory.gate import rms_norm
 from engram.errors import InvalidRequestError
 from unit.conditional_memory import reference
 
@@ -211,11 +212,23 @@ def test_bfloat16_hidden_states(seed: int) -> None:
     hidden, ids = inputs(module.config, torch.bfloat16)
     states = module(hidden, ids)[0]
     assert states.dtype == torch.bfloat16
-    eps = torch.finfo(torch.bfloat16).eps
+    # The norms compute in float32, and so have its epsilon.
+    eps = torch.finfo(torch.float32).eps
     expected, _ = reference.forward(
         module.config, module.state_dict(), hidden, module.layout.hash(ids), eps
     )
     np.testing.assert_allclose(states.detach().float(), expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str
+)
+def test_the_norm_is_torchs(dtype: torch.dtype, seed: int) -> None:
+    """Of numbers so small that it matters which epsilon is added."""
+    x = (torch.randn(5, 16) * 1e-3).to(dtype)
+    expected = torch.nn.RMSNorm(16, dtype=dtype)(x)
+    got = rms_norm(x, torch.ones(16, dtype=dtype), None)
+    torch.testing.assert_close(got.to(dtype), expected)
 
 
 def test_the_gate_is_v41s(seed: int) -> None:

@@ -142,6 +142,56 @@ class TestFp8:
         assert decoded[0].tolist() == [0.0] * 32
         torch.testing.assert_close(decoded[1:], values[1:], rtol=1 / 16, atol=0)
 
+    @pytest.mark.parametrize("exponent", [0, 1, 127, 254, 255])
+    def test_every_number_is_sglangs(self, exponent: int) -> None:
+        """All 256 numbers, NaN among them, with the exponents at the ends; 255 is NaN."""
+        numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(8, 32)
+        exponents = torch.full((8, 1), exponent, dtype=torch.uint8)
+        scale = exponents.view(torch.float8_e8m0fnu).float()
+        expected = (numbers.float() * scale).to(torch.bfloat16)
+        got = decode_fp8(numbers, exponents)
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+        assert not torch.isfinite(got).any() or exponent < 255
+
+    @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf"), 1e39])
+    def test_what_is_not_finite_is_refused(self, wrong: float) -> None:
+        """It would have taken the other 31 numbers of its block along."""
+        values = torch.ones(2, 64, dtype=torch.float64)
+        values[1, 40] = wrong
+        with pytest.raises(InvalidRequestError, match="must be finite"):
+            RowFormat.FP8.encode(values)
+
+    def test_the_largest_stay_finite(self) -> None:
+        largest = torch.finfo(torch.float32).max
+        values = torch.tensor([[largest, -largest] + [1.0] * 30])
+        decoded = decode_fp8(*encode_fp8(values)).float()
+        assert decoded[0, :2].tolist() == [240 * 2.0**120, -240 * 2.0**120]
+
+    def test_what_the_format_has_comes_back(self, seed: int) -> None:
+        """Exponents are the smallest: every number is already one that the format has."""
+        numbers = torch.randint(0, 127, (254, 32), dtype=torch.uint8)
+        numbers[:, 7] = 126  # 448, which only the own exponent of its block can hold
+        exponents = torch.arange(1, 248, dtype=torch.uint8)[:, None]
+        numbers = numbers[:247].view(torch.float8_e4m3fn)
+        exponents[246] = 246
+        values = numbers.float() * torch.exp2(exponents.double() - 127).float()
+        again, powers = encode_fp8(values)
+        assert torch.equal(powers, exponents)
+        assert torch.equal(again.view(torch.uint8), numbers.view(torch.uint8))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+    def test_a_cast_model_keeps_them(self, dtype: torch.dtype, seed: int) -> None:
+        table = TorchTable(50, 40, "fp8")
+        ids = torch.randint(0, 50, (2, 9))
+        expected = table.gather(ids)
+        assert torch.equal(torch.nn.ModuleList([table]).to(dtype)[0].gather(ids), expected)
+        assert table.weight.dtype == torch.float8_e4m3fn
+
+
+def test_a_weight_of_another_shape_is_refused() -> None:
+    with pytest.raises(InvalidRequestError, match=r"must be \(10, 4\), not \(5, 4\)"):
+        TorchTable(10, 4, weight=torch.zeros(5, 4))
+
 
 def test_more_rows_than_int32_in_memory(native: bool) -> None:
     """Only the pages that are touched take memory."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from engram.conditional_memory.tables.base import MemoryTable, check_ids
 from engram.conditional_memory.tables.rows import RowFormat, decode_fp8, encode_fp8
+from engram.errors import InvalidRequestError
 
 
 class TorchTable(nn.Module, MemoryTable):
@@ -29,8 +32,16 @@ class TorchTable(nn.Module, MemoryTable):
         sparse: bool = False,
         weight: torch.Tensor | None = None,
     ) -> None:
-        """``weight`` [rows, dim], where given, is taken instead of random numbers."""
+        """``weight`` [rows, dim], where given, is taken instead of random numbers.
+
+        Raises `InvalidRequestError` if it has another shape.
+        """
         super().__init__()
+        if weight is not None and weight.shape != (rows, dim):
+            raise InvalidRequestError(
+                f"weight must be {(rows, dim)}, not {tuple(weight.shape)}",
+                hint="give the table the rows and dim of its weight",
+            )
         self.rows = rows
         self.dim = dim
         self.format = RowFormat.parse(row_format)
@@ -59,6 +70,18 @@ class TorchTable(nn.Module, MemoryTable):
         # Indexed as bytes: few operations exist for the fp8 dtypes themselves.
         numbers = self.weight.view(torch.uint8)[flat].view(torch.float8_e4m3fn)
         return decode_fp8(numbers, self.scale[flat]).reshape(*ids.shape, self.dim)
+
+    def _apply(
+        self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+    ) -> TorchTable:
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            # A model cast to another dtype keeps its fp8 rows: their bytes are the format.
+            changed = fn(tensor)
+            return changed if changed.dtype == tensor.dtype else tensor.to(changed.device)
+
+        keeps = self.format is RowFormat.FP8
+        super()._apply(moved if keeps else fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def extra_repr(self) -> str:
         return f"{self.rows}, {self.dim}, {self.format.value}"

@@ -1,8 +1,9 @@
 """Native CPU kernels of Engram's conditional memory, over numpy arrays.
 
-Every function releases the GIL while it computes. Arrays must be C-contiguous; ids must be rows of
-the table: `engram.conditional_memory` checks them. Where a function takes ``out``, that array is
-filled and returned: fresh memory costs a page fault every 4 KiB, which large results feel.
+Every function releases the GIL while it computes. Arrays of another dtype or shape, or not
+C-contiguous, raise ValueError. Ids must be rows of the table, and are not looked at:
+`engram.conditional_memory` checks them. Where a function takes ``out``, that array is filled and
+returned: fresh memory costs a page fault every 4 KiB, which large results feel.
 """
 
 from __future__ import annotations
@@ -83,6 +84,8 @@ def hash_window(
 ) -> np.ndarray:
     """``window`` [B, max_n - 1 + T] to rows [B, T, columns] of ``dtype`` int64 or int32."""
     window = _int64(window)
+    if np.dtype(dtype) not in (np.int64, np.int32):
+        raise ValueError(f"rows are int64 or int32, not {np.dtype(dtype)}")
     out = _out(out, (*_shape(plan, window), plan.columns), np.dtype(dtype))
     narrow = ctypes.c_int64(out.dtype == np.int32)
     batch, tokens = _sizes(out.shape[:2])
@@ -92,7 +95,8 @@ def hash_window(
 
 def gather(table: Bytes, ids: Int64Array, threads: int = 1, out: Bytes | None = None) -> Bytes:
     """Rows ``ids`` [n] of ``table`` [rows, row_bytes]: [n, row_bytes]."""
-    ids = _int64(ids)
+    ids = _one_dimensional(ids)
+    _check_table(table)
     out = _out(out, (len(ids), table.shape[1]), np.dtype(np.uint8))
     sizes = _sizes((len(ids), threads))
     width = ctypes.c_int64(table.shape[1])
@@ -106,6 +110,7 @@ def hash_gather(
     """Rows of ``table`` for every column of every token: [B * T * columns, row_bytes]."""
     window = _int64(window)
     batch, tokens = _shape(plan, window)
+    _check_table(table)
     shape = (batch * tokens * plan.columns, table.shape[1])
     out = _out(out, shape, np.dtype(np.uint8))
     sizes = _sizes((table.shape[1], threads))
@@ -122,8 +127,10 @@ def read_rows(
 
     Raises OSError with the errno of the read that failed; ENODATA: a file is too short.
     """
-    offsets = _int64(offsets)
+    offsets = _one_dimensional(offsets)
     files = np.ascontiguousarray(files, dtype=np.int32)
+    if files.shape != offsets.shape or row_bytes < 1:
+        raise ValueError(f"{files.shape} files, {offsets.shape} offsets, rows of {row_bytes} bytes")
     out = np.empty((len(offsets), row_bytes), dtype=np.uint8)
     sizes = _sizes((len(offsets), row_bytes, threads))
     error = _library.engram_read_rows(_at(files), _at(offsets), *sizes, _at(out))
@@ -138,14 +145,34 @@ def _out(out: np.ndarray | None, shape: tuple[int, ...], dtype: np.dtype) -> np.
         return np.empty(shape, dtype=dtype)
     if out.shape != shape or out.dtype != dtype or not out.flags.c_contiguous:
         raise ValueError(f"out must be contiguous {dtype} {shape}, not {out.dtype} {out.shape}")
+    if not out.flags.writeable:
+        raise ValueError("out must be writable")
     return out
 
 
 def _shape(plan: Plan, window: Int64Array) -> tuple[int, int]:
+    if window.ndim != 2 or window.shape[1] < plan.max_n - 1:
+        raise ValueError(f"window must be [B, {plan.max_n - 1} + T], not {window.shape}")
     return window.shape[0], window.shape[1] - plan.max_n + 1
 
 
+def _check_table(table: Bytes) -> None:
+    if table.ndim != 2 or table.dtype != np.uint8 or not table.flags.c_contiguous:
+        raise ValueError(
+            f"table must be contiguous uint8 [rows, row_bytes], not {table.dtype} {table.shape}"
+        )
+
+
+def _one_dimensional(array: Int64Array) -> Int64Array:
+    array = _int64(array)
+    if array.ndim != 1:
+        raise ValueError(f"ids and offsets must be [n], not {array.shape}")
+    return array
+
+
 def _int64(array: Int64Array) -> Int64Array:
+    if array.dtype.kind not in "iu":
+        raise ValueError(f"ids must be integers, not {array.dtype}")
     return np.ascontiguousarray(array, dtype=np.int64)
 
 

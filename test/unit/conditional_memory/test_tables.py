@@ -1,5 +1,6 @@
 """Every home gives the same rows; disk tables are whole, resumable and checked."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
@@ -14,17 +15,19 @@ from engram.conditional_memory import (
     EngramModule,
     HostTable,
     MemoryTable,
+    NgramHashLayout,
     RowFormat,
     TorchTable,
     kernel,
 )
 from engram.conditional_memory.tables import create
-from engram.conditional_memory.tables.format import HEADER, shard_path
+from engram.conditional_memory.tables.format import HEADER, digest_path, shard_path
 from engram.conditional_memory.tables.rows import decode_fp8, encode_fp8
 from engram.errors import (
     AlreadyExistsError,
     InvalidRequestError,
     SegmentCorruptError,
+    StoreBusyError,
     StoreError,
     StoreFormatError,
 )
@@ -300,6 +303,64 @@ class TestCreation:
         with pytest.raises(InvalidRequestError, match="must come as uint8"):
             DiskTable.create(tmp_path, 10, 4, "fp32", lambda a, b: np.zeros((3, 16), np.uint8))
 
+    @pytest.mark.parametrize("shard_rows", [0, -5])
+    def test_shards_have_rows(self, shard_rows: int, tmp_path: Path) -> None:
+        with pytest.raises(InvalidRequestError, match="at least 1"):
+            disk(tmp_path, self.values(), "fp32", shard_rows=shard_rows)
+
+    def test_one_call_writes_at_a_time(self, tmp_path: Path) -> None:
+        """A second one would mix its shards with the digests of the first."""
+        ones, twos = (torch.full((4, 4), value) for value in (1.0, 2.0))
+
+        def fill(start: int, end: int) -> np.ndarray:
+            with pytest.raises(StoreBusyError, match="another call writes"):
+                disk(tmp_path, twos, "fp32", shard_rows=2)
+            return RowFormat.FP32.encode(ones[start:end])
+
+        table = DiskTable.create(tmp_path, 4, 4, "fp32", fill, shard_rows=2)
+        assert torch.equal(table.gather(torch.arange(4)), ones)
+        table.verify()
+
+    @pytest.mark.parametrize("damage", ["shard cut", "shard gone", "digest cut"])
+    def test_a_damaged_beginning_is_written_again(self, damage: str, tmp_path: Path) -> None:
+        values = self.values()
+        stop = True
+
+        def fill(start: int, end: int) -> np.ndarray:
+            if stop and start >= 500:
+                raise KeyboardInterrupt
+            return RowFormat.FP32.encode(values[start:end])
+
+        with pytest.raises(KeyboardInterrupt):
+            DiskTable.create(tmp_path, ROWS, DIM, "fp32", fill, shard_rows=500)
+        if damage == "shard gone":
+            shard_path(tmp_path, 0).unlink()
+        else:
+            path = (shard_path if damage == "shard cut" else digest_path)(tmp_path, 0)
+            path.write_bytes(path.read_bytes()[:60])
+        stop = False
+        table = DiskTable.create(tmp_path, ROWS, DIM, "fp32", fill, shard_rows=500)
+        assert torch.equal(table.gather(torch.arange(ROWS)), values)
+        table.verify()
+
+    def test_a_folder_that_cannot_be(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_bytes(b"")
+        with pytest.raises(StoreError, match="file"):
+            disk(tmp_path / "file" / "table", self.values(), "fp32")
+
+    @pytest.mark.parametrize("rows", [ROWS - 1, ROWS + 1])
+    def test_host_memory_is_filled_by_all_rows(self, rows: int, tmp_path: Path) -> None:
+        source = disk(tmp_path, self.values(), "fp32")
+        with pytest.raises(InvalidRequestError, match="rows"):
+            HostTable(rows, DIM).fill(source.blocks(50_000))
+
+    @pytest.mark.parametrize(
+        "raw", [np.ones((2, 1), np.uint8), np.ones((2, 160)), np.ones(160, np.uint8)]
+    )
+    def test_host_memory_takes_whole_rows(self, raw: np.ndarray) -> None:
+        with pytest.raises(InvalidRequestError, match="must be uint8"):
+            HostTable(ROWS, DIM).write_raw(0, raw)
+
     def test_it_can_be_read_into_host_memory(self, tmp_path: Path) -> None:
         source = disk(tmp_path, self.values(), "fp8", shard_rows=300)
         table = HostTable(ROWS, DIM, "fp8")
@@ -333,6 +394,12 @@ class TestDamage:
         with pytest.raises(StoreError, match="rows-00001"):
             DiskTable(folder)
 
+    def test_a_shard_that_goes_while_open(self, folder: Path) -> None:
+        with DiskTable(folder) as table:
+            shard_path(folder, 1).unlink()
+            with pytest.raises(StoreError, match="rows-00001"):
+                table.verify()
+
     def test_a_shard_cut_while_open(self, folder: Path, native: bool) -> None:
         table = DiskTable(folder, reads="direct")
         with shard_path(folder, 1).open("r+b") as file:
@@ -350,6 +417,8 @@ class TestDamage:
             ('"dtype": "fp32"', '"dtype": "int4"', InvalidRequestError),
             ('"engram-table"', '"other"', InvalidRequestError),
             ("{", "[", InvalidRequestError),
+            ("{", "[" * 100_000, InvalidRequestError),
+            ("{", "\udcff", InvalidRequestError),
         ],
     )
     def test_a_header_that_is_not_right(
@@ -357,9 +426,48 @@ class TestDamage:
     ) -> None:
         header = (folder / HEADER).read_text()
         assert old in header
-        (folder / HEADER).write_text(header.replace(old, new, 1))
+        changed = header.replace(old, new, 1)
+        (folder / HEADER).write_text(changed, errors="surrogateescape")
         with pytest.raises(error):
             DiskTable(folder)
+
+    def test_a_header_that_is_no_file(self, folder: Path) -> None:
+        (folder / HEADER).unlink()
+        (folder / HEADER).mkdir()
+        with pytest.raises(StoreError, match=r"cannot read .*table\.json"):
+            DiskTable(folder)
+
+
+@pytest.mark.parametrize("home", [home for home in HOMES if home != "memory"])
+def test_a_closed_table_gives_no_rows(home: str, native: bool, tmp_path: Path) -> None:
+    """Its memory is gone, and what was its file may be another one now."""
+    layout = NgramHashLayout(EngramConfig(vocab_size=9, embedding_table_size=3, num_hash_heads=1))
+    rows = layout.rows()
+    table = open_home(home, tmp_path / "t", torch.ones(max(rows, 400), DIM), "fp32")
+    table.close()
+    table.close()
+    taken = [os.open("/dev/zero", os.O_RDONLY) for _ in range(10)]
+    with pytest.raises(InvalidRequestError, match="is closed"):
+        table.gather(torch.tensor([1]))
+    window = layout.window(layout.start(1), torch.tensor([[1]]))
+    with pytest.raises(InvalidRequestError, match="is closed"):
+        table.lookup(layout, window)
+    for file in taken:
+        os.close(file)
+
+
+def test_an_unknown_way_to_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequestError, match="there are: mmap, direct"):
+        disk(tmp_path, torch.ones(5, DIM), "fp32", reads="fast")
+
+
+def test_what_cannot_be_opened_leaves_no_files_open(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    disk(tmp_path, torch.ones(5, DIM), "fp32").close()
+    for _ in range(3):
+        with pytest.raises(InvalidRequestError, match="holds no rows"):
+            DiskTable(tmp_path, cache_bytes=1)
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 class TestCache:

@@ -24,7 +24,8 @@ class MemoryTable(ABC):
 
     Every implementation gives the same numbers for the same rows, whatever order, shape or
     repetition ids come in. `gather` may be called from several threads at once, `close` only when
-    no gather runs. An id outside 0 .. rows - 1 is an `InvalidRequestError` (on a CPU).
+    no gather runs, and again without effect. An id outside 0 .. rows - 1 is an
+    `InvalidRequestError` (on a CPU).
     """
 
     rows: int
@@ -93,6 +94,7 @@ class StoredTable(MemoryTable):
         self.row_bytes = row_format.row_bytes(dim)
         self.deduplicate = deduplicate
         self.statistics = GatherStatistics()
+        self._open = True
 
     @property
     def dtype(self) -> torch.dtype:
@@ -103,6 +105,7 @@ class StoredTable(MemoryTable):
         """``ids`` int64 [n], all of them rows, to bytes [n, row_bytes]."""
 
     def gather(self, ids: torch.Tensor) -> torch.Tensor:
+        self._check_open()
         if ids.numel() == 0:
             return torch.empty(*ids.shape, self.dim, dtype=self.dtype)
         flat = ids.detach().cpu().to(torch.int64).reshape(-1).numpy()
@@ -117,6 +120,16 @@ class StoredTable(MemoryTable):
         self.statistics.requested += flat.size
         self.statistics.read += wanted.size
         return values.reshape(*ids.shape, self.dim)
+
+    def close(self) -> None:
+        self._open = False
+
+    def _check_open(self) -> None:
+        # The memory is gone, and a file's number may be another file's by now.
+        if not self._open:
+            raise InvalidRequestError(
+                "the table is closed", hint="close a table after its last gather, or open it again"
+            )
 
 
 def check_ids(ids: Int64Array, rows: int) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -16,9 +20,10 @@ from engram.conditional_memory.tables.format import (
     digest_path,
     shard_path,
 )
-from engram.errors import AlreadyExistsError, InvalidRequestError
-from engram.store.durable import unlink_durable, write_durable
+from engram.errors import AlreadyExistsError, InvalidRequestError, StoreBusyError
+from engram.store.durable import store_error, unlink_durable, write_durable
 from engram.store.filesystem import FileSystem
+from engram.store.lock import lock_directory
 
 Fill = Callable[[int, int], Bytes | None]
 """``fill(start, end)`` gives the bytes [end - start, row_bytes] of rows; None: they are zero."""
@@ -41,26 +46,35 @@ def create(
     progress: Progress | None = None,
 ) -> None:
     """Write a table. `DiskTable.create` has the contract."""
-    if (folder / HEADER).exists():
-        raise AlreadyExistsError(f"{folder} holds a table already", hint="choose another folder")
-    draft = TableHeader(rows, dim, dtype, max(1, shard_rows or rows), ())
+    draft = TableHeader(rows, dim, dtype, rows if shard_rows is None else shard_rows, ())
     if shard_rows is None:
         shard_rows = min(rows, max(1, _DEFAULT_SHARD_BYTES // draft.row_bytes))
         draft = TableHeader(rows, dim, dtype, shard_rows, ())
-    fs = FileSystem()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise store_error("make", folder, error) from error
+    with _alone(folder):
+        _create(folder, draft, fill, progress, FileSystem())
+
+
+def _create(
+    folder: Path, draft: TableHeader, fill: Fill, progress: Progress | None, fs: FileSystem
+) -> None:
+    if (folder / HEADER).exists():
+        raise AlreadyExistsError(f"{folder} holds a table already", hint="choose another folder")
     _resume(folder, draft, fs)
     digests = []
     for shard in range(draft.shards):
         marker = digest_path(folder, shard)
-        if not marker.exists():
+        if not _finished(folder, draft, shard):
             digest = _write_shard(folder, draft, shard, fill, progress, fs)
             # After the shard itself is durable: a digest promises that it is.
             write_durable(marker, [digest.encode()], needed=len(digest), fs=fs)
         elif progress is not None:
-            progress(draft.shard_range(shard)[1], rows)
+            progress(draft.shard_range(shard)[1], draft.rows)
         digests.append(marker.read_text())
-    header = TableHeader(rows, dim, dtype, draft.shard_rows, tuple(digests)).encode()
+    header = replace(draft, digests=tuple(digests)).encode()
     write_durable(folder / HEADER, [header], needed=len(header), fs=fs)
     for shard in range(draft.shards):
         unlink_durable(digest_path(folder, shard), fs)
@@ -68,6 +82,33 @@ def create(
 
 
 _PLAN: Final = "unfinished.json"
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Two calls at once would each put their shards beside the other's digests."""
+    try:
+        held = lock_directory(folder, fcntl.LOCK_EX)
+    except BlockingIOError:
+        raise StoreBusyError(
+            f"another call writes a table into {folder}", hint="wait for it, or use another folder"
+        ) from None
+    except OSError as error:
+        raise store_error("open", folder, error) from error
+    try:
+        yield
+    finally:
+        if held is not None:
+            os.close(held)
+
+
+def _finished(folder: Path, draft: TableHeader, shard: int) -> bool:
+    """Whether an earlier call wrote the whole shard, and nothing cut it since."""
+    try:
+        whole = shard_path(folder, shard).stat().st_size == draft.shard_bytes(shard)
+        return whole and len(digest_path(folder, shard).read_bytes()) == blake3.digest_size * 2
+    except FileNotFoundError:
+        return False
 
 
 def _resume(folder: Path, draft: TableHeader, fs: FileSystem) -> None:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ from engram.conditional_memory.tables.cache import CacheStatistics, HotRowCache
 from engram.conditional_memory.tables.create import Fill, Progress
 from engram.conditional_memory.tables.format import PAGE, TableHeader, shard_path
 from engram.conditional_memory.tables.rows import RowFormat
-from engram.errors import SegmentCorruptError, StoreError
+from engram.errors import InvalidRequestError, SegmentCorruptError, StoreError
 
 Reads = Literal["mmap", "direct"]
 
@@ -49,6 +49,10 @@ class DiskTable(StoredTable):
         cache_bytes: int = 0,
         threads: int = 8,
     ) -> None:
+        if reads not in get_args(Reads):
+            raise InvalidRequestError(
+                f"unknown way to read {reads!r}", hint=f"there are: {', '.join(get_args(Reads))}"
+            )
         self.folder = Path(folder)
         self.header = TableHeader.read(self.folder)
         super().__init__(
@@ -63,7 +67,11 @@ class DiskTable(StoredTable):
         self._source = source
         self._cache: HotRowCache | None = None
         if cache_bytes:
-            self._cache = HotRowCache(source, self.row_bytes, cache_bytes)
+            try:
+                self._cache = HotRowCache(source, self.row_bytes, cache_bytes)
+            except InvalidRequestError:
+                self.close()
+                raise
 
     @classmethod
     def create(
@@ -87,6 +95,7 @@ class DiskTable(StoredTable):
 
         Raises:
             AlreadyExistsError: the folder holds a finished table.
+            StoreBusyError: another call writes into the folder.
             InvalidRequestError: it holds the beginning of another, or ``fill`` gives other shapes.
             StoreError: the disk failed or is full.
         """
@@ -117,21 +126,33 @@ class DiskTable(StoredTable):
 
     def blocks(self, block_bytes: int = _BLOCK_BYTES) -> Iterator[Bytes]:
         """All rows in order, as bytes [n, row_bytes]; past the cache."""
+        self._check_open()
         step = max(1, block_bytes // self.row_bytes)
         for start in range(0, self.rows, step):
             yield self._source.read(np.arange(start, min(start + step, self.rows)))
 
     def verify(self) -> None:
-        """Read every shard. Raises `SegmentCorruptError` naming the first that is damaged."""
+        """Read every shard.
+
+        Raises `SegmentCorruptError` naming the first that is damaged, or `StoreError` if one cannot
+        be read.
+        """
         for shard, wanted in enumerate(self.header.digests):
             path = shard_path(self.folder, shard)
-            if blake3(max_threads=2).update_mmap(path).hexdigest() != wanted:
+            try:
+                found = blake3(max_threads=2).update_mmap(path).hexdigest()
+            except OSError as error:
+                raise StoreError(
+                    f"cannot read {path}: {error.strerror or error}", hint="check the disk"
+                ) from error
+            if found != wanted:
                 raise SegmentCorruptError(
                     f"{path} is damaged: its digest is not the one in table.json",
                     hint="make the table again from its source",
                 )
 
     def close(self) -> None:
+        super().close()
         for file in self._files:
             os.close(file)
         self._files = []

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Final
 
 from engram.conditional_memory.tables.rows import RowFormat
-from engram.errors import InvalidRequestError, StoreFormatError
+from engram.errors import InvalidRequestError, StoreError, StoreFormatError
 
 HEADER: Final = "table.json"
 VERSION: Final = 1
@@ -83,6 +83,7 @@ class TableHeader:
         Raises:
             InvalidRequestError: there is none, or it is not what the format says.
             StoreFormatError: it has a version this build does not know.
+            StoreError: it cannot be read.
         """
         path = folder / HEADER
         try:
@@ -93,8 +94,12 @@ class TableHeader:
                 f"{folder} holds no finished table",
                 hint="make one with DiskTable.create; called again, it goes on where it stopped",
             ) from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _damaged(path, str(error)) from error
+        except OSError as error:
+            raise StoreError(
+                f"cannot read {path}: {error.strerror}", hint="check the folder and its permissions"
+            ) from error
         if not isinstance(fields, dict) or fields.pop("format", None) != _NAME:
             raise _damaged(path, f"it is no {_NAME}")
         if (version := fields.pop("version", None)) != VERSION:

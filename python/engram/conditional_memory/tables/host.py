@@ -56,7 +56,16 @@ class HostTable(StoredTable):
         self.write_raw(start, self.format.encode(values))
 
     def write_raw(self, start: int, raw: Bytes) -> None:
-        """Set rows from ``start`` on to their bytes [n, row_bytes]."""
+        """Set rows from ``start`` on to their bytes, uint8 [n, row_bytes].
+
+        Raises `InvalidRequestError`.
+        """
+        self._check_open()
+        if raw.ndim != 2 or raw.shape[1] != self.row_bytes or raw.dtype != np.uint8:
+            raise InvalidRequestError(
+                f"rows must be uint8 [n, {self.row_bytes}], not {raw.dtype} {raw.shape}",
+                hint="RowFormat.encode makes them from numbers",
+            )
         if not 0 <= start <= self.rows - len(raw):
             raise InvalidRequestError(
                 f"rows {start} to {start + len(raw)} are outside the table of {self.rows} rows"
@@ -64,11 +73,19 @@ class HostTable(StoredTable):
         self.data[start : start + len(raw)] = raw
 
     def fill(self, blocks: Iterator[Bytes]) -> None:
-        """Write all rows from consecutive blocks of bytes, as `DiskTable.blocks` gives them."""
+        """Write all rows from consecutive blocks of bytes, as `DiskTable.blocks` gives them.
+
+        Raises `InvalidRequestError` if they are more or fewer than the rows.
+        """
         start = 0
         for block in blocks:
             self.write_raw(start, block)
             start += len(block)
+        if start != self.rows:
+            raise InvalidRequestError(
+                f"the blocks had {start} rows, the table has {self.rows}",
+                hint="fill it from a table of the same rows",
+            )
 
     def read(self, ids: Int64Array) -> Bytes:
         native = kernel.load()
@@ -80,6 +97,7 @@ class HostTable(StoredTable):
     def lookup(
         self, layout: NgramHashLayout, window: torch.Tensor, layer_id: int | None = None
     ) -> torch.Tensor:
+        self._check_open()
         native = kernel.load()
         if native is None or self.deduplicate or window.is_cuda:
             return super().lookup(layout, window, layer_id)
@@ -94,8 +112,9 @@ class HostTable(StoredTable):
         return values.reshape(batch, length, plan.columns * self.dim)
 
     def close(self) -> None:
-        if self._pinned:
+        if self._open and self._pinned:
             _cudart().cudaHostUnregister(self.data.ctypes.data)
+        super().close()
         # numpy exports the buffer; the memory goes when the last array does.
         self.data = np.empty((0, self.row_bytes), dtype=np.uint8)
 

@@ -7,8 +7,9 @@ ships, as SGLang 0.5.23 computes it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from numbers import Integral
 from typing import Literal, get_args
 
 from engram.conditional_memory.presets import PRESETS
@@ -88,9 +89,12 @@ class EngramConfig:
     sparse_gradients: bool = False
 
     def __post_init__(self) -> None:
+        self._check_types()
         # Lists from JSON become tuples, so that configs compare and hash by value.
         object.__setattr__(self, "layer_ids", tuple(int(i) for i in self.layer_ids))
-        if not isinstance(self.embedding_table_size, int):
+        if isinstance(self.embedding_table_size, Integral):
+            object.__setattr__(self, "embedding_table_size", int(self.embedding_table_size))
+        else:
             sizes = tuple(int(size) for size in self.embedding_table_size)
             object.__setattr__(self, "embedding_table_size", sizes)
         if self.layer_ids and self.layer_id is None:
@@ -163,6 +167,23 @@ class EngramConfig:
         values: dict[str, object] = {**PRESETS[name], **overrides}
         return cls(**values)  # type: ignore[arg-type]
 
+    def _check_types(self) -> None:
+        """Numbers cut to integers, and integers taken for sequences, would mean something else."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int":
+                _require(_whole(value), field.name, value, "must be an integer")
+            elif field.type == "int | None":
+                _require(value is None or _whole(value), field.name, value, "must be an integer")
+        sizes = self.embedding_table_size
+        for name, values in (
+            ("layer_ids", self.layer_ids),
+            ("embedding_table_size", [sizes] if isinstance(sizes, Integral) else sizes),
+        ):
+            listed = isinstance(values, Iterable) and not isinstance(values, str)
+            rule = "must consist of integers"
+            _require(listed and all(map(_whole, values)), name, getattr(self, name), rule)
+
     def _check(self) -> None:
         for name in (
             "vocab_size",
@@ -212,6 +233,12 @@ class EngramConfig:
             )
         _require(self.seed >= 0, "seed", self.seed, "must not be negative")
         _require(
+            self.conv_dilation is None or self.conv_dilation >= 1,
+            "conv_dilation",
+            self.conv_dilation,
+            "must be at least 1",
+        )
+        _require(
             self.image_token_id is None or self.layout == "v41",
             "image_token_id",
             self.image_token_id,
@@ -221,6 +248,10 @@ class EngramConfig:
 
 def _one_of(choices: object) -> str:
     return f"must be one of {', '.join(get_args(choices))}"
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _require(holds: bool, field: str, value: object, rule: str) -> None:

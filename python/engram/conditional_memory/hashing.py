@@ -8,7 +8,7 @@ prime of its own, drawn upwards from the table size in the order of ``layer_ids`
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Literal, get_args, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -152,9 +152,17 @@ class NgramHashLayout:
     ) -> torch.Tensor:
         """`hash` for a `window` with max_n - 1 ids of history in front: [B, T, C] of ``dtype``.
 
-        ``dtype`` int32 halves what is written; `InvalidRequestError` if the rows do not fit.
+        ``dtype`` int32 halves what is written; `InvalidRequestError` if the rows do not fit, for
+        another dtype, and for what is no window.
         """
         plan = self.plan(layer_id)
+        _check_window(window, plan)
+        if dtype not in (torch.int64, torch.int32):
+            raise InvalidRequestError(f"rows are int64 or int32, not {dtype}")
+        if backend not in (None, *get_args(Backend)):
+            raise InvalidRequestError(
+                f"unknown backend {backend!r}", hint=f"there are: {', '.join(get_args(Backend))}"
+            )
         if dtype == torch.int32 and plan.rows > INT32_MAX:
             raise InvalidRequestError(
                 f"{plan.rows} rows do not fit int32", hint="ask for torch.int64"
@@ -191,6 +199,9 @@ def as_token_tensor(
 ) -> torch.Tensor:
     """``token_ids`` as a tensor of integers [B, T]. Raises `InvalidRequestError` if it is none."""
     try:
+        if isinstance(token_ids, np.ndarray) and token_ids.dtype.kind in "iu":
+            # torch takes no negative strides, foreign byte orders or read-only memory.
+            token_ids = np.array(token_ids, dtype=token_ids.dtype.newbyteorder("="), order="C")
         ids = token_ids if isinstance(token_ids, torch.Tensor) else torch.as_tensor(token_ids)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InvalidRequestError(
@@ -203,6 +214,16 @@ def as_token_tensor(
             hint="for a single text add a dimension: ids[None]",
         )
     return ids
+
+
+def _check_window(window: torch.Tensor, plan: HashPlan) -> None:
+    context = plan.max_n - 1
+    # int32 ids would multiply in 32 bits: another hash, not an error.
+    if window.dtype != torch.int64 or window.dim() != 2 or window.shape[1] < context:
+        raise InvalidRequestError(
+            f"a window is int64 [B, {context} + T], not {window.dtype} {tuple(window.shape)}",
+            hint="make it with NgramHashLayout.window or HashStream.push",
+        )
 
 
 def _xor_plan(config: EngramConfig, layer_id: int, pad: int, taken: set[int]) -> HashPlan:
@@ -243,7 +264,7 @@ def _polynomial_plan(config: EngramConfig, layer_id: int, pad: int, taken: set[i
 def _plan(
     config: EngramConfig, pad: int, multipliers: Int64Array, moduli: list[int], sizes: list[int]
 ) -> HashPlan:
-    if sum(sizes) > INT64_MAX:
+    if max(sum(sizes), *moduli) > INT64_MAX:
         raise UnsupportedError("the table has more than 2^63 rows", hint="make it smaller")
     heads = config.num_hash_heads
     plan = HashPlan(

@@ -23,6 +23,11 @@ class HashStream:
         max_rollback: int = 64,
         device: torch.device | str = "cpu",
     ) -> None:
+        if max_rollback < 0 or batch_size < 0:
+            raise InvalidRequestError(
+                f"a stream has no batch of {batch_size} and takes back no {max_rollback} tokens",
+                hint="give batch_size and max_rollback of at least 0",
+            )
         self._layout = layout
         self._context = layout.config.max_n - 1
         self._max_rollback = max_rollback

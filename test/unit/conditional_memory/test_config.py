@@ -1,6 +1,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from engram import EngramConfig, EngramModule
@@ -46,6 +47,9 @@ def test_configs_compare_by_value() -> None:
     assert hash(a) == hash(b)
     assert a.layer_id == 3
     assert a.for_layer(1).layer_id == 1
+    assert EngramConfig(embedding_table_size=np.int64(100)) == EngramConfig(
+        embedding_table_size=100, layer_ids=np.array([1, 15])
+    )
 
 
 @pytest.mark.parametrize(
@@ -65,6 +69,17 @@ def test_configs_compare_by_value() -> None:
         ("seed", -1),
         ("image_token_id", 5),
         ("kernel_size", 0),
+        ("conv_dilation", 0),
+        ("vocab_size", 100.5),
+        ("vocab_size", "100"),
+        ("num_hash_heads", True),
+        ("pad_id", None),
+        ("layer_id", 1.0),
+        ("layer_ids", 5),
+        ("layer_ids", (1.5, 2)),
+        ("embedding_table_size", 100.5),
+        ("embedding_table_size", [10.7, 9.2]),
+        ("embedding_table_size", "99"),
     ],
 )
 def test_a_bad_field_is_named(field: str, value: object) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from engram.conditional_memory import EngramConfig, NgramHashLayout, TokenCompression
 from engram.conditional_memory.primes import is_prime, next_prime
-from engram.errors import InvalidRequestError
+from engram.errors import InvalidRequestError, UnsupportedError
 
 
 def small(**fields: object) -> EngramConfig:
@@ -294,6 +294,52 @@ def test_what_is_no_batch_of_ids_is_refused(ids: object) -> None:
 def test_a_layer_without_memory_is_refused() -> None:
     with pytest.raises(InvalidRequestError, match=r"layer 2 has no memory.*\(1, 15\)"):
         NgramHashLayout(small()).hash([[1]], 2)
+
+
+def test_arrays_of_any_layout(backend: str) -> None:
+    layout = NgramHashLayout(small())
+    ids = np.arange(24).reshape(2, 12)
+    expected = layout.hash(ids[:, ::-1].copy(), backend=backend)
+    assert np.array_equal(layout.hash(ids[:, ::-1], backend=backend), expected)
+    assert np.array_equal(layout.hash(ids.astype(">i4")[:, ::-1], backend=backend), expected)
+    whole = torch.tensor(ids[:, ::-1].copy())
+    assert np.array_equal(layout.hash(whole.T.contiguous().T, backend=backend), expected)
+    frozen = np.broadcast_to(np.arange(5), (2, 5))
+    assert np.array_equal(layout.hash(frozen, backend=backend), layout.hash(frozen.tolist()))
+    assert layout.hash(torch.zeros(0, 5, dtype=torch.long), backend=backend).shape == (0, 5, 6)
+
+
+@pytest.mark.parametrize(
+    "window",
+    [
+        torch.zeros(1, 8, dtype=torch.int32),
+        torch.zeros(1, 8),
+        torch.zeros(1, 1, dtype=torch.int64),
+        torch.zeros(8, dtype=torch.int64),
+    ],
+    ids=["int32", "float", "short", "flat"],
+)
+def test_what_is_no_window_is_refused(window: torch.Tensor, backend: str) -> None:
+    """In torch an int32 window hashed elsewhere, as its products were cut to 32 bits."""
+    with pytest.raises(InvalidRequestError, match="a window is int64"):
+        NgramHashLayout(small()).hash_window(window, backend=backend)
+
+
+def test_an_unknown_backend_or_dtype_of_rows_is_refused(backend: str) -> None:
+    layout = NgramHashLayout(small())
+    with pytest.raises(InvalidRequestError, match="there are: numpy, torch, kernel"):
+        layout.hash([[1]], backend="cuda")
+    with pytest.raises(InvalidRequestError, match=r"int64 or int32, not torch\.int16"):
+        layout.hash_window(torch.zeros(1, 8, dtype=torch.int64), backend=backend, dtype=torch.int16)
+
+
+@pytest.mark.parametrize("kind", ["official", "polynomial"])
+def test_a_table_beyond_int64_is_refused(kind: str) -> None:
+    config = small(
+        layout=kind, min_n=2, max_n=2, num_hash_heads=1, embedding_table_size=(1 << 63) - 1
+    )
+    with pytest.raises(UnsupportedError, match=r"more than 2\^63 rows"):
+        NgramHashLayout(config)
 
 
 def test_int32_rows(backend: str, seed: int) -> None:

@@ -49,6 +49,13 @@ def test_another_batch_size_is_refused() -> None:
         HashStream(layout(), 2).push(torch.zeros(3, 1, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("values", [(1, -1), (-1, 3)])
+def test_negative_sizes_are_refused(values: tuple[int, int]) -> None:
+    """With -1 to take back, n-grams of the next piece would have missed a token."""
+    with pytest.raises(InvalidRequestError, match="at least 0"):
+        HashStream(layout(), values[0], max_rollback=values[1])
+
+
 def test_memory_is_bounded() -> None:
     stream = HashStream(layout(), 1, max_rollback=5)
     for _ in range(50):

@@ -139,15 +139,19 @@ def _find(path: Path, name: str) -> _Part | None:
             if length > _MAX_HEADER:
                 raise ValueError(f"its header would have {length} bytes")
             header = json.loads(file.read(length))
+        if not isinstance(header, dict):
+            raise ValueError("its header is no object")
         if name not in header:
             return None
         tensor = header[name]
         dtype, shape, (begin, end) = tensor["dtype"], tensor["shape"], tensor["data_offsets"]
+        if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+            raise ValueError(f"{name!r} has shape {shape} at {begin} to {end}")
         row_bytes = math.prod(shape[1:]) * _ITEM_BYTES.get(dtype, 0)
         if dtype in _ITEM_BYTES and (len(shape) != 2 or shape[0] * row_bytes != end - begin):
             raise ValueError(f"{name!r} has shape {shape} and {end - begin} bytes")
         return _Part(path, dtype, shape[0], row_bytes, 8 + length + begin)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InvalidRequestError(
             f"{path} cannot be read as a safetensors file: {error}", hint="download it again"
         ) from error

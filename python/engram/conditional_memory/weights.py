@@ -18,11 +18,13 @@ V4.1's layer (``wkv``, ``q_weight``, ``k_weight``) goes through `load_v41`; its 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
 from engram.conditional_memory.module import EngramModule
 from engram.conditional_memory.tables.memory import TorchTable
+from engram.conditional_memory.tables.rows import RowFormat
 from engram.errors import InvalidRequestError
 
 State = Mapping[str, torch.Tensor]
@@ -46,7 +48,14 @@ def load_demo(module: EngramModule, state: State) -> None:
     branches = range(module.config.num_branches)
 
     def stacked(pattern: str) -> torch.Tensor:
-        return torch.stack([_take(rest, pattern.format(branch)) for branch in branches])
+        parts = [_take(rest, pattern.format(branch)) for branch in branches]
+        if len({part.shape for part in parts}) != 1:
+            shapes = ", ".join(str(tuple(part.shape)) for part in parts)
+            raise InvalidRequestError(
+                f"{pattern.format('*')} have different shapes: {shapes}",
+                hint="does the config describe this checkpoint?",
+            )
+        return torch.stack(parts)
 
     table, offsets = _take(rest, _TABLE), _take(rest, _OFFSETS)
     expected = torch.tensor(module.layout.offsets(module.config.layer_id))
@@ -72,10 +81,27 @@ def to_demo(module: EngramModule) -> dict[str, torch.Tensor]:
     """The state dict that a demo's ``Engram`` with these weights has.
 
     Raises:
-        InvalidRequestError: the demo has no such module: without convolution or bias, or with a
-            table that is no `TorchTable`.
+        InvalidRequestError: the demo has no such module: without convolution or bias, with a table
+            that is no `TorchTable` of numbers, or with another gate, norm, convolution or hash.
     """
-    if module.conv is None or not module.config.bias or not isinstance(module.table, TorchTable):
+    config = module.config
+    demo = replace(
+        config,
+        layout="official",
+        min_n=2,
+        gate_transform="signed_sqrt",
+        norm_eps=None,
+        conv_norm_eps=1e-5,
+        conv_dilation=config.max_n,
+    )
+    if demo != replace(config, conv_dilation=config.dilation):
+        raise InvalidRequestError(
+            "the demo would compute something else with these weights",
+            hint="it has layout 'official', min_n 2, gate 'signed_sqrt', norm_eps None, "
+            "conv_norm_eps 1e-5 and conv_dilation max_n",
+        )
+    numbers = isinstance(module.table, TorchTable) and module.table.format is not RowFormat.FP8
+    if module.conv is None or not config.bias or not numbers:
         raise InvalidRequestError(
             "the demo has a convolution, biases and its table in memory; this module has not",
             hint="convert a module with use_conv, bias and a TorchTable",
@@ -113,8 +139,8 @@ def load_v41(module: EngramModule, state: State) -> None:
         "gate.query_norm": _take(rest, "q_weight"),
         "gate.key_norm": _take(rest, "k_weight"),
     }
-    if isinstance(module.table, TorchTable):
-        own["table.weight"] = module.table.weight
+    kept = {name: t for name, t in module.state_dict().items() if name.startswith("table.")}
+    own.update(kept)
     _load(module, own, rest)
 
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from engram import EngramConfig, EngramModule
-from engram.conditional_memory import DiskTable, EngramStack
+from engram.conditional_memory import DiskTable, EngramStack, NgramHashLayout, TorchTable
 from engram.conditional_memory.safetensors_table import SafetensorsRows, table_from_safetensors
 from engram.conditional_memory.tables.rows import decode_fp8, encode_fp8
 from engram.conditional_memory.training import optimizers, parameter_groups
@@ -117,17 +118,35 @@ class TestUnfitWeights:
         with pytest.raises(InvalidRequestError, match="offsets are not those of layer 15"):
             load_demo(stack[15], to_demo(stack[1]))
 
+    def test_branches_of_different_shapes(self) -> None:
+        module = EngramModule(CONFIG)
+        state = to_demo(module) | {"key_projs.1.weight": torch.zeros(2, 2)}
+        with pytest.raises(InvalidRequestError, match=r"key_projs\.\*\.weight have different"):
+            load_demo(module, state)
+
+    @pytest.mark.parametrize(
+        "fields",
+        [{"gate_transform": "identity"}, {"conv_dilation": 1}, {"norm_eps": 1.0}, {"min_n": 1}],
+    )
+    def test_what_the_demo_would_compute_otherwise(self, fields: dict) -> None:
+        config = replace(CONFIG, embedding_table_size=50, **fields)
+        with pytest.raises(InvalidRequestError, match="would compute something else"):
+            to_demo(EngramModule(config))
+
     def test_no_demo(self) -> None:
         config = EngramConfig.preset("deepseek-demo", bias=False, embedding_table_size=10)
         with pytest.raises(InvalidRequestError, match="the demo has a convolution"):
             to_demo(EngramModule(config))
 
 
-def test_v41s_projection_is_split(seed: int) -> None:
+@pytest.mark.parametrize("fp8", [False, True])
+def test_v41s_projection_is_split(fp8: bool, seed: int) -> None:
     config = EngramConfig.preset(
         "deepseek-v4.1-flash", embedding_table_size=20, embedding_dim=4, hidden_dim=6
     )
-    module = EngramModule(config)
+    rows = NgramHashLayout(config).rows()
+    table = TorchTable(rows, 4, "fp8") if fp8 else None
+    module = EngramModule(config, table=table)
     wkv = torch.randn(5 * 6, config.memory_dim)
     norms = {"q_weight": torch.randn(4, 6), "k_weight": torch.randn(4, 6)}
     load_v41(module, {"wkv.weight": wkv, **norms})
@@ -214,6 +233,33 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     def test_damaged_files(self, content: bytes, tmp_path: Path) -> None:
         (tmp_path / "x").write_bytes(content)
         with pytest.raises(InvalidRequestError, match=r"cannot be read|none of the files"):
+            SafetensorsRows([tmp_path / "x"], "w")
+
+    @pytest.mark.parametrize(
+        ("shape", "offsets"),
+        [
+            ("[-3, 4]", "[48, 0]"),
+            ("[3.0, 4]", "[0, 48]"),
+            ("[-3, -4]", "[0, 48]"),
+            ("[3, 4]", "[-48, 0]"),
+            ("[true, 4]", "[0, 16]"),
+            ("[3, 4]", "[0, 64]"),
+            ("[12]", "[0, 48]"),
+            ("3", "[0, 48]"),
+        ],
+    )
+    def test_headers_that_lie(self, shape: str, offsets: str, tmp_path: Path) -> None:
+        """Negative rows would have shifted those of the files after this one."""
+        header = f'{{"w":{{"dtype":"F32","shape":{shape},"data_offsets":{offsets}}}}}'.encode()
+        (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header + bytes(64))
+        save_file({"w": torch.ones(5, 4)}, tmp_path / "y")
+        with pytest.raises(InvalidRequestError, match="cannot be read as a safetensors"):
+            SafetensorsRows([tmp_path / "x", tmp_path / "y"], "w")
+
+    @pytest.mark.parametrize("header", [b"[" * 100_000, b'["w"]', b'"w"', b'{"w": 3}'])
+    def test_headers_of_another_kind(self, header: bytes, tmp_path: Path) -> None:
+        (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header)
+        with pytest.raises(InvalidRequestError, match="cannot be read as a safetensors"):
             SafetensorsRows([tmp_path / "x"], "w")
 
     def test_a_file_that_ends_early(self, tmp_path: Path) -> None:

@@ -6,13 +6,16 @@ known: before the first layer in prefill, right after sampling in decode.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Final
+from weakref import WeakSet
 
 import torch
 
-from engram.errors import DeadlineError
+from engram.errors import DeadlineError, InvalidRequestError
 
 
 class PrefetchHandle:
@@ -20,6 +23,9 @@ class PrefetchHandle:
 
     def __init__(self, future: Future[tuple[torch.Tensor, torch.cuda.Event | None]]) -> None:
         self._future = future
+        self._process = os.getpid()
+        self.piece: object | None = None
+        """What an `EngramState` took in for it, if it was made with one."""
 
     def done(self) -> bool:
         """Whether `result` returns at once (a copy to a GPU may still run on its stream)."""
@@ -31,6 +37,11 @@ class PrefetchHandle:
         On a GPU the current stream waits, not the caller. May be called several times. Raises what
         the lookup raised, or `DeadlineError`.
         """
+        if self._process != os.getpid() and not self._future.done():
+            raise InvalidRequestError(
+                "the lookup runs in the process that this one was forked from",
+                hint="start it after the fork",
+            )
         try:
             rows, copied = self._future.result(timeout)
         except TimeoutError as error:
@@ -55,18 +66,32 @@ class Prefetcher:
     """
 
     def __init__(self, threads: int = 2) -> None:
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="engram-prefetch")
+        if threads < 1:
+            raise InvalidRequestError(f"a prefetcher has at least one thread, not {threads}")
+        self._threads = threads
+        self._closed = False
+        self._start()
+        _prefetchers.add(self)
+
+    def _start(self) -> None:
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="engram-prefetch")
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._lock = threading.Lock()
 
     def submit(
         self, lookup: Callable[[], torch.Tensor], device: torch.device | None = None
     ) -> PrefetchHandle:
-        """Run ``lookup`` on a thread and bring its tensor to ``device`` (None: leave it)."""
+        """Run ``lookup`` on a thread and bring its tensor to ``device`` (None: leave it).
+
+        Raises `InvalidRequestError` after `close`.
+        """
+        if self._closed:
+            raise InvalidRequestError("the prefetcher is closed", hint="make another one")
         return PrefetchHandle(self._pool.submit(self._run, lookup, device, torch.is_grad_enabled()))
 
     def close(self) -> None:
-        """Wait for running lookups and end the threads."""
+        """Wait for running lookups and end the threads. May be called again."""
+        self._closed = True
         self._pool.shutdown(wait=True)
 
     def _run(
@@ -98,6 +123,7 @@ class Prefetcher:
         return copy, copied
 
 
+_prefetchers: Final[WeakSet[Prefetcher]] = WeakSet()
 _shared: Prefetcher | None = None
 _shared_lock = threading.Lock()
 
@@ -109,3 +135,14 @@ def shared_prefetcher() -> Prefetcher:
         if _shared is None:
             _shared = Prefetcher()
         return _shared
+
+
+def _restart_in_child() -> None:
+    """After a fork: the threads are not there, and would be waited for without end."""
+    global _shared_lock
+    _shared_lock = threading.Lock()
+    for prefetcher in list(_prefetchers):
+        prefetcher._start()
+
+
+os.register_at_fork(after_in_child=_restart_in_child)

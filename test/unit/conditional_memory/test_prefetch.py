@@ -1,5 +1,7 @@
 """Lookups run beside the caller, in order, and bring their errors along."""
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -87,6 +89,48 @@ def test_the_ids_may_be_changed_after_the_call(seed: int) -> None:
     ids.zero_()
     table.let_through.set()
     assert torch.equal(handle.result(), expected)
+
+
+def test_a_closed_prefetcher_and_one_without_threads_are_refused() -> None:
+    prefetcher = Prefetcher(1)
+    late = prefetcher.submit(lambda: torch.ones(1))
+    prefetcher.close()
+    prefetcher.close()
+    assert late.result().item() == 1
+    with pytest.raises(InvalidRequestError, match="prefetcher is closed"):
+        prefetcher.submit(lambda: torch.ones(1))
+    with pytest.raises(InvalidRequestError, match="at least one thread"):
+        Prefetcher(0)
+
+
+def test_a_forked_process_prefetches_too() -> None:
+    """Its parent's threads are not in it: a lookup would have waited for them without end."""
+    source = """
+import os, sys, threading
+import torch
+from engram.conditional_memory import Prefetcher
+from engram.conditional_memory.prefetch import shared_prefetcher
+from engram.errors import InvalidRequestError
+
+own, shared = Prefetcher(1), shared_prefetcher()
+let_through = threading.Event()
+waiting = [p.submit(lambda: torch.ones(3) if let_through.wait(60) else None) for p in (own, shared)]
+shared.submit(lambda: torch.ones(3)).result(60)
+child = os.fork()
+if child == 0:
+    good = all(p.submit(lambda: torch.ones(3)).result(60).sum() == 3 for p in (own, shared))
+    try:
+        waiting[0].result(60)
+        good = False
+    except InvalidRequestError as error:
+        good = good and "forked" in str(error)
+    os._exit(0 if good else 1)
+let_through.set()
+assert all(handle.result(60).sum() == 3 for handle in waiting)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    result = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_errors_come_with_the_result() -> None:

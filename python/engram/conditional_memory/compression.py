@@ -49,7 +49,8 @@ class TokenCompression(nn.Module):
                 "a compression map must use every id from 0 upwards",
                 hint="make one with TokenCompression.from_tokenizer",
             )
-        self.register_buffer("lookup", lookup.to(torch.int64).clone())
+        self._frozen = lookup.to(torch.int64).clone()
+        self.register_buffer("lookup", self._frozen)
         self.size: int = used.numel()
         """V', the number of compressed ids."""
 
@@ -62,7 +63,7 @@ class TokenCompression(nn.Module):
         """
         numbers: dict[str, int] = {}
         lookup = [numbers.setdefault(key, len(numbers)) for key in _keys(tokenizer)]
-        return cls(torch.tensor(lookup))
+        return cls(torch.tensor(lookup, device="cpu"))
 
     @property
     def vocab_size(self) -> int:
@@ -90,7 +91,7 @@ class TokenCompression(nn.Module):
 
     def compress_one(self, token_id: int) -> int:
         """The compressed id of one id."""
-        return int(self(torch.tensor([token_id])))
+        return int(self(torch.tensor([token_id], device=self.lookup.device)))
 
     def applied_to(self, config: EngramConfig) -> EngramConfig:
         """``config`` with this map's sizes. Raises `InvalidRequestError` if it has another V'."""
@@ -104,8 +105,9 @@ class TokenCompression(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         found = state_dict.get(prefix + "lookup")
-        own = self.lookup
-        # It decides the multipliers, which were drawn when the layout was made.
+        # It decides the multipliers, which were drawn when the layout was made. Not the buffer is
+        # compared: of a module that was on the meta device it holds nothing yet.
+        own = self._frozen
         if found is not None and not torch.equal(found.to(own.device), own):
             raise InvalidRequestError(
                 f"the state dict's {prefix}lookup is that of another tokenizer",

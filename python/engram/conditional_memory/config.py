@@ -92,11 +92,9 @@ class EngramConfig:
         self._check_types()
         # Lists from JSON become tuples, so that configs compare and hash by value.
         object.__setattr__(self, "layer_ids", tuple(int(i) for i in self.layer_ids))
-        if isinstance(self.embedding_table_size, Integral):
-            object.__setattr__(self, "embedding_table_size", int(self.embedding_table_size))
-        else:
-            sizes = tuple(int(size) for size in self.embedding_table_size)
-            object.__setattr__(self, "embedding_table_size", sizes)
+        sizes = self.embedding_table_size
+        kept = tuple(int(size) for size in sizes) if isinstance(sizes, Iterable) else int(sizes)
+        object.__setattr__(self, "embedding_table_size", kept)
         if self.layer_ids and self.layer_id is None:
             object.__setattr__(self, "layer_id", self.layer_ids[0])
         self._check()
@@ -175,14 +173,14 @@ class EngramConfig:
                 _require(_whole(value), field.name, value, "must be an integer")
             elif field.type == "int | None":
                 _require(value is None or _whole(value), field.name, value, "must be an integer")
-        sizes = self.embedding_table_size
+        sizes: object = self.embedding_table_size
+        layers: object = self.layer_ids
         for name, values in (
-            ("layer_ids", self.layer_ids),
-            ("embedding_table_size", [sizes] if isinstance(sizes, Integral) else sizes),
+            ("layer_ids", layers),
+            ("embedding_table_size", sizes if isinstance(sizes, Iterable) else [sizes]),
         ):
-            listed = isinstance(values, Iterable) and not isinstance(values, str)
-            rule = "must consist of integers"
-            _require(listed and all(map(_whole, values)), name, getattr(self, name), rule)
+            whole = isinstance(values, Iterable) and all(_whole(value) for value in values)
+            _require(whole, name, getattr(self, name), "must consist of integers")
 
     def _check(self) -> None:
         for name in (

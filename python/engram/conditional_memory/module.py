@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -14,7 +15,7 @@ from engram.conditional_memory.conv import ShortConv
 from engram.conditional_memory.gate import ContextGate
 from engram.conditional_memory.hashing import NgramHashLayout, as_token_tensor
 from engram.conditional_memory.prefetch import Prefetcher, PrefetchHandle, shared_prefetcher
-from engram.conditional_memory.state import EngramState
+from engram.conditional_memory.state import EngramState, Piece
 from engram.conditional_memory.tables.base import MemoryTable
 from engram.conditional_memory.tables.memory import TorchTable
 from engram.errors import InvalidRequestError
@@ -34,7 +35,8 @@ class EngramModule(nn.Module):
     Buffers ``hash_multipliers`` and ``hash_primes`` let a state dict of another hash be refused.
 
     Raises:
-        InvalidRequestError: the table has not the rows or width that the config gives.
+        InvalidRequestError: the table has not the rows or width that the config gives, or the
+            layout was made from another config or compression.
     """
 
     hash_multipliers: torch.Tensor
@@ -51,6 +53,7 @@ class EngramModule(nn.Module):
         super().__init__()
         self.layout = layout or NgramHashLayout(config, compression)
         assert config.layer_id is not None
+        self._check_layout(config, compression)
         self.config = config = self.layout.config.for_layer(config.layer_id)
         self.compression = self.layout.compression
         rows = self.layout.rows(config.layer_id)
@@ -98,10 +101,30 @@ class EngramModule(nn.Module):
             hidden states of the given shape and dtype, and the gate [B, T, branches] or None.
 
         Raises:
-            InvalidRequestError: shapes that do not fit, or neither ids nor embeddings.
+            InvalidRequestError: shapes that do not fit, neither ids nor embeddings, or embeddings
+                that are not those of the state's next tokens. The state is then as before.
         """
         hidden = self._branched(hidden_states)
-        memory = self._memory(hidden, input_ids, memory_embeddings, state)
+        if state is None:
+            states, gate = self._states(hidden, input_ids, memory_embeddings, None)
+        else:
+            mark = state.mark()
+            try:
+                states, gate = self._states(hidden, input_ids, memory_embeddings, state)
+            except BaseException:
+                state.reset(mark)
+                raise
+        states = states.to(hidden_states.dtype).view_as(hidden_states)
+        return states, gate if return_gating else None
+
+    def _states(
+        self,
+        hidden: torch.Tensor,
+        input_ids: torch.Tensor | None,
+        embeddings: torch.Tensor | PrefetchHandle | None,
+        state: EngramState | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        memory = self._memory(hidden, input_ids, embeddings, state)
         value, gate = self.gate(hidden, memory)
         output = value
         if self.conv is not None:
@@ -109,8 +132,7 @@ class EngramModule(nn.Module):
             output = value + self.conv(value, normed)
         if state is not None:
             state.advance(hidden.shape[1])
-        states = (hidden + output).to(hidden_states.dtype).view_as(hidden_states)
-        return states, gate if return_gating else None
+        return hidden + output, gate
 
     def prefetch_embeddings(
         self,
@@ -124,27 +146,67 @@ class EngramModule(nn.Module):
         With ``state`` the ids are taken in as the next piece of its texts. ``device`` is where the
         embeddings go; None: where the gate is.
         """
-        window = self._window(input_ids, state)
+        mark = None if state is None else state.mark()
+        window, piece = self._window(input_ids, state)
         target = self.gate.key_norm.device if device is None else torch.device(device)
         prefetcher = self.prefetcher or shared_prefetcher()
-        return prefetcher.submit(lambda: self._lookup(window), target)
+        try:
+            handle = prefetcher.submit(lambda: self._lookup(window), target)
+        except BaseException:
+            if state is not None and mark is not None:
+                state.reset(mark)
+            raise
+        handle.piece = piece
+        return handle
 
     def new_state(self, batch_size: int, *, max_rollback: int = 64) -> EngramState:
         """The state before the first token, for ``forward(state=...)``."""
-        return EngramState(self.layout, self.conv, batch_size, max_rollback=max_rollback)
+        return EngramState(
+            self.layout,
+            self.conv,
+            batch_size,
+            max_rollback=max_rollback,
+            layer_id=self.config.layer_id,
+        )
+
+    def _check_layout(self, config: EngramConfig, compression: TokenCompression | None) -> None:
+        own = self.layout.compression
+        if compression is not None and own is not compression:
+            raise InvalidRequestError(
+                "the layout was made with another compression",
+                hint="give the compression to the layout, and here that layout alone",
+            )
+        given = config if own is None else own.applied_to(config)
+        if given.for_layer(self.layout.config.layer_ids[0]) != self.layout.config.for_layer(
+            self.layout.config.layer_ids[0]
+        ):
+            raise InvalidRequestError(
+                "the layout was made from another config", hint="make both from the same config"
+            )
 
     def _lookup(self, window: torch.Tensor) -> torch.Tensor:
         return self.table.lookup(self.layout, window, self.config.layer_id)
 
-    def _window(self, input_ids: torch.Tensor, state: EngramState | None) -> torch.Tensor:
-        if state is not None:
-            return state.tokens.push(input_ids)
+    def _window(
+        self, input_ids: torch.Tensor, state: EngramState | None
+    ) -> tuple[torch.Tensor, Piece | None]:
         ids = as_token_tensor(input_ids)
-        return self.layout.window(self.layout.start(ids.shape[0], ids.device), ids)
+        if state is not None:
+            self._check_owner(state)
+            return state.push(ids)
+        return self.layout.window(self.layout.start(ids.shape[0], ids.device), ids), None
+
+    def _check_owner(self, state: EngramState) -> None:
+        assert self.config.layer_id is not None
+        state.check_owner(self.layout, self.conv, self.config.layer_id)
 
     def _branched(self, hidden_states: torch.Tensor) -> torch.Tensor:
         config = self.config
         wanted = (config.num_branches, config.hidden_dim)
+        if not hidden_states.is_floating_point():
+            raise InvalidRequestError(
+                f"hidden states must be floating-point numbers, not {hidden_states.dtype}"
+            )
         if hidden_states.dim() == 3 and config.num_branches == 1:
             hidden_states = hidden_states.unsqueeze(2)
         if hidden_states.dim() != 4 or hidden_states.shape[2:] != wanted:
@@ -162,14 +224,21 @@ class EngramModule(nn.Module):
         embeddings: torch.Tensor | PrefetchHandle | None,
         state: EngramState | None,
     ) -> torch.Tensor:
-        if isinstance(embeddings, PrefetchHandle):
-            embeddings = embeddings.result()
-        elif embeddings is None:
+        if state is not None:
+            self._check_owner(state)
+        if embeddings is not None:
+            if state is not None:
+                state.check_next(getattr(embeddings, "piece", None), hidden.shape[1])
+            if isinstance(embeddings, PrefetchHandle):
+                embeddings = embeddings.result()
+        else:
             if input_ids is None:
                 raise InvalidRequestError(
                     "neither input_ids nor memory_embeddings were given", hint="give one of them"
                 )
-            embeddings = self._lookup(self._window(input_ids, state))
+            if state is not None:
+                state.check_nothing_ahead()
+            embeddings = self._lookup(self._window(input_ids, state)[0])
         wanted = (*hidden.shape[:2], self.config.memory_dim)
         if embeddings.shape != wanted:
             raise InvalidRequestError(
@@ -179,10 +248,11 @@ class EngramModule(nn.Module):
         return embeddings.to(hidden.device)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        for name in ("hash_multipliers", "hash_primes"):
+        plan = self.layout.plan(self.config.layer_id)
+        # Against the plan: a module made on the meta device has nothing in its buffers yet.
+        for name, own in (("hash_multipliers", plan.multipliers), ("hash_primes", plan.moduli)):
             found = state_dict.get(prefix + name)
-            own = getattr(self, name)
-            if found is not None and not torch.equal(found.to(own.device), own):
+            if found is not None and not np.array_equal(found.cpu().numpy(), own):
                 raise InvalidRequestError(
                     f"the state dict's {prefix}{name} are those of another memory",
                     hint="layer_ids and their order, sizes, seed and compression must be the same",
@@ -205,6 +275,8 @@ class EngramStack(nn.Module):
         super().__init__()
         self.layout = NgramHashLayout(config, compression)
         tables = tables or {}
+        for layer in tables:
+            self.layout.plan(layer)  # names the layers there are, if it is none
         self.layers = nn.ModuleDict(
             {
                 str(layer): EngramModule(

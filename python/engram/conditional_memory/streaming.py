@@ -61,6 +61,14 @@ class HashStream:
         self.length += ids.shape[1]
         return window
 
+    def mark(self) -> tuple[torch.Tensor, int]:
+        """What `reset` takes to undo everything since."""
+        return self._history, self.length
+
+    def reset(self, mark: tuple[torch.Tensor, int]) -> None:
+        """Be as at `mark`."""
+        self._history, self.length = mark
+
     def rollback(self, count: int) -> None:
         """Take back the last ``count`` tokens of every text, as after refused drafts.
 

@@ -171,6 +171,95 @@ def test_embeddings_that_were_not_taken_in_are_refused(seed: int) -> None:
         module(hidden, memory_embeddings=handle, state=module.new_state(2))
 
 
+class TestOrderOfPieces:
+    """What would compute with another token's rows is refused, and the state stays as it was."""
+
+    def state(self) -> tuple:
+        module = warm(EngramModule(config()))
+        hidden, ids = inputs(module.config, torch.float32, tokens=4)
+        return module, hidden, ids, module.new_state(2)
+
+    def refuses(self, problem: str, module: EngramModule, *args: object, **more: object) -> None:
+        with pytest.raises(InvalidRequestError, match=problem):
+            module(*args, **more)
+
+    def test_a_handle_twice(self, seed: int) -> None:
+        module, hidden, ids, state = self.state()
+        first, second = (
+            module.prefetch_embeddings(ids[:, t : t + 1], state=state) for t in range(2)
+        )
+        whole = module(hidden, ids)[0]
+        got = [module(hidden[:, :1], memory_embeddings=first, state=state)[0]]
+        self.refuses(
+            "not those of the state's next",
+            module,
+            hidden[:, :1],
+            memory_embeddings=first,
+            state=state,
+        )
+        got.append(module(hidden[:, 1:2], memory_embeddings=second, state=state)[0])
+        torch.testing.assert_close(torch.cat(got, dim=1), whole[:, :2])
+
+    def test_a_handle_out_of_order(self, seed: int) -> None:
+        module, hidden, ids, state = self.state()
+        module.prefetch_embeddings(ids[:, :1], state=state)
+        second = module.prefetch_embeddings(ids[:, 1:2], state=state)
+        self.refuses("next", module, hidden[:, :1], memory_embeddings=second, state=state)
+
+    def test_a_handle_of_what_was_taken_back(self, seed: int) -> None:
+        module, hidden, ids, state = self.state()
+        stale = module.prefetch_embeddings(ids[:, :1], state=state)
+        state.rollback(1)
+        right = module.prefetch_embeddings(ids[:, 1:2], state=state)
+        self.refuses("next", module, hidden[:, :1], memory_embeddings=stale, state=state)
+        got = module(hidden[:, :1], memory_embeddings=right, state=state)[0]
+        expected = module(hidden[:, :1], ids[:, 1:2])[0]
+        torch.testing.assert_close(got, expected)
+
+    def test_ids_while_others_are_ahead(self, seed: int) -> None:
+        module, hidden, ids, state = self.state()
+        module.prefetch_embeddings(ids[:, :1], state=state)
+        self.refuses("prefetched and are not computed", module, hidden, ids, state=state)
+        assert state.length == 1
+
+    def test_the_state_of_another_layer(self, seed: int) -> None:
+        for use_conv in (False, True):
+            stack = EngramStack(config(use_conv=use_conv))
+            hidden, ids = inputs(stack[1].config, torch.float32, tokens=4)
+            state = stack.new_state(2)
+            self.refuses("another module", stack[1], hidden, ids, state=state[3])
+            with pytest.raises(InvalidRequestError, match="another module"):
+                stack[1].prefetch_embeddings(ids, state=state[3])
+
+    def test_a_forward_that_fails_leaves_the_state(self, seed: int) -> None:
+        module, hidden, ids, state = self.state()
+        whole = module(hidden, ids)[0]
+        first = module(hidden[:, :2], ids[:, :2], state=state)[0]
+        self.refuses("must be", module, hidden[:, 2:3], ids[:, 2:], state=state)
+        last = module(hidden[:, 2:], ids[:, 2:], state=state)[0]
+        torch.testing.assert_close(torch.cat([first, last], dim=1), whole)
+
+    def test_a_lookup_that_fails_leaves_the_state(self, seed: int) -> None:
+        module, hidden, ids, state = self.state()
+        whole = module(hidden, ids)[0]
+        first = module(hidden[:, :2], ids[:, :2], state=state)[0]
+        table, module.table = module.table, FailingTable(module.table.rows, 4)
+        with pytest.raises(InvalidRequestError, match="no disk"):
+            module(hidden[:, 2:], ids[:, 2:], state=state)
+        module.prefetcher = memory.Prefetcher(1)
+        module.prefetcher.close()
+        with pytest.raises(InvalidRequestError, match="prefetcher is closed"):
+            module.prefetch_embeddings(ids[:, 2:], state=state)
+        module.table = table
+        last = module(hidden[:, 2:], ids[:, 2:], state=state)[0]
+        torch.testing.assert_close(torch.cat([first, last], dim=1), whole)
+
+
+class FailingTable(memory.TorchTable):
+    def gather(self, ids: torch.Tensor) -> torch.Tensor:
+        raise InvalidRequestError("no disk")
+
+
 def test_what_prefetch_returns_is_accepted(seed: int) -> None:
     module = EngramModule(config())
     hidden, ids = inputs(module.config, torch.float32)
@@ -265,6 +354,45 @@ class TestInputs:
         with pytest.raises(InvalidRequestError, match="memory embeddings must be"):
             EngramModule(config())(torch.zeros(1, 2, 6), torch.zeros(1, 3, dtype=torch.int64))
 
+    def test_hidden_states_that_are_integers(self) -> None:
+        ids = torch.zeros(1, 2, dtype=torch.int64)
+        with pytest.raises(InvalidRequestError, match="floating-point"):
+            EngramModule(config())(torch.zeros(1, 2, 6, dtype=torch.int64), ids)
+
+    def test_a_layout_of_another_config_or_compression(self) -> None:
+        layout = memory.NgramHashLayout(config())
+        with pytest.raises(InvalidRequestError, match="another config"):
+            EngramModule(config(hidden_dim=12), layout=layout)
+        with pytest.raises(InvalidRequestError, match="another compression"):
+            EngramModule(config(), TokenCompression(torch.arange(50) // 2), layout=layout)
+
+    def test_a_table_for_a_layer_that_is_none(self) -> None:
+        with pytest.raises(InvalidRequestError, match="layer 9 has no memory"):
+            EngramStack(config(), tables={9: memory.TorchTable(3, 4)})
+
+    @pytest.mark.parametrize("switches", SWITCHES)
+    @pytest.mark.parametrize(("batch", "tokens"), [(0, 5), (2, 0), (0, 0)])
+    def test_nothing(self, switches: dict, batch: int, tokens: int) -> None:
+        module = EngramModule(config(**switches))
+        hidden = torch.zeros(batch, tokens, module.config.num_branches, 6)
+        ids = torch.zeros(batch, tokens, dtype=torch.int64)
+        state = module.new_state(batch)
+        for states in (module(hidden, ids)[0], module(hidden, ids, state=state)[0]):
+            assert states.shape == hidden.shape
+        handle = module.prefetch_embeddings(ids, state=state)
+        module(hidden, memory_embeddings=handle, state=state)
+        assert state.length == 2 * tokens
+
+    @pytest.mark.parametrize("switches", SWITCHES)
+    def test_memory_of_any_order(self, switches: dict, seed: int) -> None:
+        """Hidden states and ids whose numbers do not lie side by side."""
+        module = warm(EngramModule(config(**switches)))
+        hidden, ids = inputs(module.config, torch.float32)
+        expected = module(hidden, ids)[0]
+        turned = hidden.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
+        got = module(turned, ids.T.contiguous().T)[0]
+        torch.testing.assert_close(got, expected)
+
     def test_a_table_of_another_size(self) -> None:
         with pytest.raises(InvalidRequestError, match="needs a table of"):
             EngramModule(config(), table=memory.TorchTable(10, 4))
@@ -283,6 +411,28 @@ class TestStateDict:
             "conv.weight",
             "conv.norm",
         }
+
+    @pytest.mark.parametrize("assign", [False, True])
+    @pytest.mark.parametrize("compressed", [False, True])
+    def test_a_module_made_without_memory_is_filled(
+        self, assign: bool, compressed: bool, seed: int
+    ) -> None:
+        """On the meta device, as large models are made."""
+
+        def compression() -> TokenCompression | None:
+            return TokenCompression(torch.arange(50) // 2) if compressed else None
+
+        module = warm(EngramModule(config(), compression()))
+        given = compression()
+        with torch.device("meta"):
+            other = EngramModule(config(), given)
+        if not assign:
+            other.to_empty(device="cpu")
+            for buffer in other.buffers():
+                buffer.fill_(7)  # whatever was there before
+        other.load_state_dict(module.state_dict(), assign=assign)
+        hidden, ids = inputs(config(), torch.float32)
+        assert torch.equal(module(hidden, ids)[0], other(hidden, ids)[0])
 
     @pytest.mark.parametrize(
         "fields",

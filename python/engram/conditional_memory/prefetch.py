@@ -78,6 +78,10 @@ class Prefetcher:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._lock = threading.Lock()
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Prefetcher:
+        # A copy of a module shares its threads.
+        return self
+
     def submit(
         self, lookup: Callable[[], torch.Tensor], device: torch.device | None = None
     ) -> PrefetchHandle:

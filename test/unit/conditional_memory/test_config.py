@@ -18,6 +18,67 @@ def test_a_preset_takes_overrides(name: str) -> None:
     assert config.memory_dim == len(config.orders) * config.num_hash_heads * config.embedding_dim
 
 
+@pytest.mark.parametrize(
+    ("name", "stated"),
+    [
+        (
+            "deepseek-v4.1-flash",
+            {
+                "layer_ids": (1, 14),
+                "orders": (2, 3, 4),
+                "num_hash_heads": 8,
+                "embedding_dim": 256,
+                "embedding_table_size": 16_000_000,
+                "compressed_vocab_size": 99_092,
+                "pad_id": 2,
+                "use_conv": False,
+                "bias": False,
+            },
+        ),
+        (
+            "deepseek-demo",
+            {
+                "layer_ids": (1, 15),
+                "orders": (2, 3),
+                "num_hash_heads": 8,
+                "embedding_dim": 64,
+                "embedding_table_size": 129280 * 5,
+                "pad_id": 2,
+                "seed": 0,
+                "kernel_size": 4,
+                "dilation": 3,
+                "hidden_dim": 1024,
+                "num_branches": 4,
+                "bias": True,
+                "gate_transform": "signed_sqrt",
+                "zero_init_conv": False,
+                "conv_norm_eps": 1e-5,
+            },
+        ),
+        *(
+            (
+                name,
+                {
+                    "layer_ids": (2, 15),
+                    "orders": (2, 3),
+                    "num_hash_heads": 8,
+                    "embedding_dim": 80,
+                    "embedding_table_size": size,
+                    "gate_transform": "identity",
+                    "zero_init_conv": True,
+                    "kernel_size": 4,
+                    "dilation": 3,
+                },
+            )
+            for name, size in (("engram-27b", 2_262_400), ("engram-40b", 7_239_680))
+        ),
+    ],
+)
+def test_a_preset_is_what_its_source_states(name: str, stated: dict) -> None:
+    config = EngramConfig.preset(name)
+    assert {field: getattr(config, field) for field in stated} == stated
+
+
 def test_an_unknown_preset_and_an_unknown_field_are_named() -> None:
     with pytest.raises(InvalidRequestError, match=r"deepseek-v5.*there are: deepseek-v4\.1-flash"):
         EngramConfig.preset("deepseek-v5")

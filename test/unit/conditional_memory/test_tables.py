@@ -1,5 +1,6 @@
 """Every home gives the same rows; disk tables are whole, resumable and checked."""
 
+import copy
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from engram.conditional_memory import (
     HostTable,
     MemoryTable,
     NgramHashLayout,
+    Prefetcher,
     RowFormat,
     TorchTable,
     kernel,
@@ -109,6 +111,24 @@ def test_a_module_takes_every_home(home: str, native: bool, tmp_path: Path, seed
     assert torch.equal(served(hidden, ids)[0], expected)
     handle = served.prefetch_embeddings(ids)
     assert torch.equal(served(hidden, memory_embeddings=handle)[0], expected)
+
+
+@pytest.mark.parametrize("home", HOMES)
+def test_a_copied_module_shares_what_cannot_be_copied(home: str, tmp_path: Path) -> None:
+    config = EngramConfig(
+        vocab_size=90, embedding_table_size=500, num_hash_heads=1, embedding_dim=8, hidden_dim=6
+    )
+    weight = EngramModule(config).table.weight.detach()
+    with open_home(home, tmp_path / "t", weight, "fp32") as table:
+        module = EngramModule(config, table=table)
+        module.prefetcher = Prefetcher(1)
+        copied = copy.deepcopy(module)
+        assert (copied.table is table) == (home != "memory")
+        ids, hidden = torch.randint(0, 90, (2, 9)), torch.randn(2, 9, 6)
+        handle = copied.prefetch_embeddings(ids)
+        got = copied(hidden, memory_embeddings=handle)[0]
+        assert torch.equal(got, module(hidden, ids)[0])
+        module.prefetcher.close()
 
 
 class TestFp8:

@@ -17,6 +17,7 @@ from engram.errors import InvalidRequestError
 Bytes = npt.NDArray[np.uint8]
 Int64Array = npt.NDArray[np.int64]
 Table = TypeVar("Table", bound="MemoryTable")
+Stored = TypeVar("Stored", bound="StoredTable")
 
 
 class MemoryTable(ABC):
@@ -80,7 +81,8 @@ class GatherStatistics:
 class StoredTable(MemoryTable):
     """A table of raw rows: reads each distinct row of a batch once, then decodes and repeats it.
 
-    ``deduplicate`` pays where a read costs more than sorting an id: on disk and behind a cache.
+    ``deduplicate`` pays where a read costs more than sorting an id: on disk and behind a cache. A
+    deep copy is the same table.
     """
 
     def __init__(self, rows: int, dim: int, row_format: RowFormat, *, deduplicate: bool) -> None:
@@ -120,6 +122,10 @@ class StoredTable(MemoryTable):
         self.statistics.requested += flat.size
         self.statistics.read += wanted.size
         return values.reshape(*ids.shape, self.dim)
+
+    def __deepcopy__(self: Stored, memo: dict[int, object]) -> Stored:
+        # A copy of a module shares it: it may be larger than memory, and its files have one owner.
+        return self
 
     def close(self) -> None:
         self._open = False

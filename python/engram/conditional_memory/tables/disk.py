@@ -33,7 +33,8 @@ class DiskTable(StoredTable):
 
     ``reads`` says how:
 
-    - `mmap`: through the page cache. The kernel keeps what it likes, up to all free memory.
+    - `mmap`: through the page cache. The kernel keeps what it likes, up to all free memory. A shard
+      that is cut while it is open ends the process (SIGBUS); direct reads raise `StoreError`.
     - `direct`: past the page cache (O_DIRECT), in reads of 4 KiB or more. Memory is what
       ``cache_bytes`` allows and not more; ``threads`` reads are under way at once.
 

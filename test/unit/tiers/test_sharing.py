@@ -17,7 +17,7 @@ from engram.snapshot.manifest import SegmentRef, rows_of
 from engram.store.disk import DiskStore
 from engram.store.layout import Layout
 from engram.testing.samples import SHARD, seeded_random
-from engram.tiers import manager as manager_module
+from engram.tiers import capture as capture_module
 from engram.tiers.base import Segment
 from engram.tiers.health import StateCheck
 from engram.tiers.manager import TierManager
@@ -41,7 +41,7 @@ def store(tmp_path: Path) -> Iterator[DiskStore]:
 
 @pytest.fixture(autouse=True)
 def nothing_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manager_module, "MIN_SHARED_BYTES", 1)
+    monkeypatch.setattr(capture_module, "MIN_SHARED_BYTES", 1)
 
 
 class Talks:
@@ -192,7 +192,7 @@ def test_prefixes_of_different_length_and_later_turns(talks: Talks) -> None:
 
 
 def test_what_is_too_small_is_not_cut(talks: Talks, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manager_module, "MIN_SHARED_BYTES", 28 * 21)
+    monkeypatch.setattr(capture_module, "MIN_SHARED_BYTES", 28 * 21)
     prefix = talks.tokens(20)
     for _ in range(2):
         tokens = [*prefix, *talks.tokens(4)]

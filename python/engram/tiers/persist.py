@@ -19,6 +19,9 @@ from engram.tiers.writing import Write, WriteQueue
 FILL_TIMEOUT_S: Final = 120.0
 """How long a writer waits for a payload that is still being copied from the device."""
 
+COPY_WAIT_S: Final = 5.0
+"""How long who asks what a save would write waits for a copy, which takes milliseconds."""
+
 
 class Persister:
     """Makes chains durable, in the order in which it was asked."""
@@ -40,12 +43,29 @@ class Persister:
 
     def unsaved_bytes(self, boundary: Segment) -> int:
         """See `TierManager.unsaved_bytes`."""
-        with self._ram.lock:
-            return sum(
-                self._planner.unplaced(node.key, node.start, node.end, node.has_state).file_length
-                for node in boundary.chain()
-                if not node.durable
-            )
+        nbytes = 0
+        parent: str | None = None
+        stands = True
+        for node in boundary.chain():
+            file = None
+            # What is to stand on a file that is yet to be written has none itself.
+            if stands:
+                file = self._file_of(node, parent) or self._copied_twin_of(node, parent)
+            if file is not None:
+                parent = file[0]
+                continue
+            stands = False
+            planned = self._planner.unplaced(node.key, node.start, node.end, node.has_state)
+            nbytes += planned.file_length
+        return nbytes
+
+    def _copied_twin_of(self, node: Segment, parent: str | None) -> tuple[str, int] | None:
+        """`_twin_of`, once the segment has been copied; none if it has not been in time."""
+        try:
+            node.filled.result(COPY_WAIT_S)
+        except Exception:
+            return None  # It is written in full, or its save says what became of it.
+        return self._twin_of(node, parent)
 
     def drop(self, segment_ids: Sequence[str]) -> Future[int]:
         """See `TierManager.drop`."""
@@ -78,7 +98,9 @@ class Persister:
                 try:
                     self._require_filled(segment)
                     file = self._twin_of(segment, parent)
-                    if file is None:
+                    if file is not None:
+                        self._share(segment, file, parent)
+                    else:
                         file = self._write_segment(segment, parent)
                         written += file[1]
                 except CaptureLostError as lost:
@@ -121,13 +143,16 @@ class Persister:
                     continue
                 file = self._file_of(other, parent)
                 if file is not None and begins_with(other, rows):
-                    with self._ram.lock:
-                        self._ram.mark_durable(rows, *file, parent)
-                        self._ram.twins.remove(rows)  # whoever is their twin is the other's too
                     return file
         finally:
             self._ram.release(held)
         return None
+
+    def _share(self, rows: Segment, file: tuple[str, int], parent: str | None) -> None:
+        """From now on the file of their twin is that of these rows."""
+        with self._ram.lock:
+            self._ram.mark_durable(rows, *file, parent)
+            self._ram.twins.remove(rows)  # whoever is their twin is the other's too
 
     @staticmethod
     def _require_filled(segment: Segment) -> None:

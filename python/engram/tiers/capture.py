@@ -31,6 +31,8 @@ class Capturer:
     ) -> None:
         self._ram = ram
         self._planner = planner
+        # Learnt here, not at a capture: those are on the scheduler's thread.
+        self._row_bytes = planner.row_bytes
         self._known = known
         self._health = health
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engram-copy")
@@ -102,8 +104,7 @@ class Capturer:
     def _cuts(self, keys: Sequence[str], tokens: np.ndarray) -> list[int]:
         """Where rows of these tokens end, the last of them at the end of the tokens."""
         page = len(tokens) // len(keys)
-        row_bytes = sum(spec.length for spec in self._planner.buffers(keys[0], 0, 1, False))
-        least = max(1, MIN_SHARED_BYTES // row_bytes)
+        least = max(1, MIN_SHARED_BYTES // self._row_bytes)
         cuts, first = [], 0
         while first < len(tokens):
             common = self._ram.twins.common(keys[first // page], tokens[first:]) // page * page

@@ -24,7 +24,7 @@ import torch
 from engram.snapshot.manifest import SegmentRef
 from engram.snapshot.segment import Shard
 from engram.store.base import SegmentStore
-from engram.tiers.base import DeviceReader, PayloadLayout, Persisted, Promoted, Segment
+from engram.tiers.base import DeviceReader, PageKeys, PayloadLayout, Persisted, Promoted, Segment
 from engram.tiers.capture import Capturer
 from engram.tiers.health import HealthPolicy
 from engram.tiers.leases import Leases
@@ -43,7 +43,8 @@ class TierManager:
     """Owner of one rank's RAM tier and of its way to the store.
 
     `stateful` says that the model has a recurrent state: a sequence goes on only where it exists.
-    `clock` gives seconds.
+    `clock` gives seconds.  Without `page_keys` rows that are read from disk are compared with
+    nothing that is captured later: what they begin with alike is then stored twice.
     """
 
     ram: RamTier
@@ -53,6 +54,7 @@ class TierManager:
     stateful: bool
     clock: Callable[[], float] = time.monotonic
     health: HealthPolicy = field(default_factory=HealthPolicy)
+    page_keys: PageKeys | None = None
     _leases: Leases = field(init=False)
     _lookup: Lookup = field(init=False)
     _capturer: Capturer = field(init=False)
@@ -65,7 +67,7 @@ class TierManager:
         self._lookup = Lookup(self.ram, self._leases, self.stateful)
         self._capturer = Capturer(self.ram, planner, self._lookup, self.health)
         self._persister = Persister(self.ram, self.store, planner)
-        self._promoter = Promoter(self.ram, self.store, planner, self._leases)
+        self._promoter = Promoter(self.ram, self.store, planner, self._lookup, self.page_keys)
 
     # ---- capture ----
 
@@ -131,7 +133,11 @@ class TierManager:
         return self._persister.persist(boundary)
 
     def unsaved_bytes(self, boundary: Segment) -> int:
-        """Bytes of the files that making a chain durable would write now."""
+        """Bytes of the files that making a chain durable would write now.
+
+        Compares bytes and asks the disk: for a thread in the background.  Not less than what is
+        written, unless a file that is relied on is damaged or dropped in between.
+        """
         return self._persister.unsaved_bytes(boundary)
 
     def promote(
@@ -140,7 +146,8 @@ class TierManager:
         """Bring a chain into RAM, verified, and lease it to `owner` for `seconds`.
 
         With `exact` the very segments named are made the ones that lookups find; else bytes of the
-        same tokens that are in RAM already will do.
+        same tokens that are in RAM already will do.  The future fails with an `EngramError`:
+        `SnapshotCorruptError` for a chain that does not end as one of this model does, too.
         """
         return self._promoter.promote(refs, owner, seconds=seconds, exact=exact)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from engram.snapshot.segment import BufferSpec, SegmentHeader, Shard
 from engram.tiers.base import PayloadLayout
@@ -33,6 +34,11 @@ class SegmentPlanner:
         """As `header`, with a parent that is none: lengths and offsets do not depend on which it
         is, and its id may not be known before it is written."""
         return self.header(key, start, end, key if start else None, has_state)
+
+    @cached_property
+    def row_bytes(self) -> int:
+        """Bytes that the rows of one token take, the token included."""
+        return sum(spec.length for spec in self.buffers("00" * 32, 0, 1, False))
 
     def buffers(self, key: str, start: int, end: int, has_state: bool) -> tuple[BufferSpec, ...]:
         """Where each buffer lies in a payload."""

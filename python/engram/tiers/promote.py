@@ -7,15 +7,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
-import torch
-
-from engram.errors import RamTierFullError, SnapshotCorruptError
+from engram.errors import ManifestCorruptError, RamTierFullError, SnapshotCorruptError
 from engram.snapshot.manifest import SegmentRef
 from engram.snapshot.segment import SegmentHeader
 from engram.store.base import SegmentStore
-from engram.tiers.base import Promoted, Segment, Tier
-from engram.tiers.leases import Leases
-from engram.tiers.payload import bytes_of, zero_padding
+from engram.tiers.base import PageKeys, Promoted, Segment, Tier
+from engram.tiers.lookup import Lookup
+from engram.tiers.payload import bytes_of, tokens_of, zero_padding
 from engram.tiers.persist import FILL_TIMEOUT_S
 from engram.tiers.planning import SegmentPlanner
 from engram.tiers.ram import RamTier
@@ -41,12 +39,19 @@ class Promoter:
     """Brings chains into RAM and leases them to whoever asked."""
 
     def __init__(
-        self, ram: RamTier, store: SegmentStore, planner: SegmentPlanner, leases: Leases
+        self,
+        ram: RamTier,
+        store: SegmentStore,
+        planner: SegmentPlanner,
+        known: Lookup,
+        page_keys: PageKeys | None,
     ) -> None:
         self._ram = ram
         self._store = store
         self._planner = planner
-        self._leases = leases
+        self._stateful = known.stateful
+        self._leases = known.leases
+        self._page_keys = page_keys
         self._reading: dict[str, list[Future[Promoted]]] = {}
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="engram-read")
 
@@ -54,6 +59,12 @@ class Promoter:
         self, refs: Sequence[SegmentRef], owner: str, *, seconds: float, exact: bool
     ) -> Future[Promoted]:
         """See `TierManager.promote`."""
+        problem = self._problem(refs)
+        if problem is not None:
+            self._ram.stats.corrupt += 1
+            refused: Future[Promoted] = Future()
+            refused.set_exception(problem)
+            return refused
         with self._ram.lock:
             held = self._ram.get(refs[-1].key, refs[-1].has_state)
             if held is not None and self._ram.loadable(held, 0) and _same(held, refs, exact):
@@ -95,6 +106,18 @@ class Promoter:
                 futures.remove(done)
             if not futures:
                 self._reading.pop(owner, None)
+
+    def _problem(self, refs: Sequence[SegmentRef]) -> SnapshotCorruptError | None:
+        """Whether a chain, however whole, is none that a sequence of this model can go on from."""
+        if refs[-1].has_state is self._stateful:
+            return None
+        found, wanted = ("no", "needs one") if self._stateful else ("a", "has none")
+        return ManifestCorruptError(
+            f"the snapshot has {found} recurrent state at token {refs[-1].end}, and this model "
+            f"{wanted}",
+            hint="restore another snapshot, or delete this one",
+            details={"segment_id": refs[-1].segment_id, "boundary": refs[-1].end},
+        )
 
     # ---- on the threads ----
 
@@ -145,28 +168,20 @@ class Promoter:
         return self._fetch(ref, below, exact)
 
     def _fetch(self, ref: SegmentRef, below: _Below | None, exact: bool) -> tuple[Segment, int]:
-        parent = below.segment if below else None
+        parent, below_id = (below.segment, below.segment_id) if below else (None, None)
         segment: Segment | None = None
-        whole: torch.Tensor | None = None
 
-        def into(header: SegmentHeader) -> memoryview:
-            nonlocal segment, whole
-            self._check(header, ref, below.segment_id if below else None)
+        def take(header: SegmentHeader) -> Segment:
+            nonlocal segment
+            self._check(header, ref, below_id)
             segment = self._reserve(ref, parent)
-            segment.payload = whole = self._ram.allocate(segment.nbytes)
-            if header.end > ref.end:
-                # The digest is of the whole file, so it is read to its end, into passing memory.
-                whole = torch.empty(header.payload_length, dtype=torch.uint8)
-            return bytes_of(whole)
+            segment.payload = self._ram.allocate(segment.nbytes)
+            return segment
 
         try:
-            header = self._store.read_segment(self._planner.shard, ref.segment_id, into)
+            self._read(ref, take)
             assert segment is not None
-            assert segment.payload is not None
-            assert whole is not None
-            if header.end > ref.end:
-                zero_padding(segment.payload, segment.buffers)
-                copy_beginning(whole, header.buffers, segment)
+            segment.first_key = self._first_key(segment)
         except BaseException as error:
             if isinstance(error, SnapshotCorruptError):
                 self._ram.stats.corrupt += 1
@@ -175,7 +190,6 @@ class Promoter:
                 self._ram.fail(segment, error)
             raise
         with self._ram.lock:
-            below_id = below.segment_id if below else None
             self._ram.mark_durable(segment, ref.segment_id, ref.bytes, below_id)
             self._ram.hold((segment,))
             known = self._ram.get(ref.key, ref.has_state)
@@ -185,6 +199,43 @@ class Promoter:
         self._ram.stats.promoted_segments += 1
         self._ram.stats.promoted_bytes += ref.bytes
         return segment, ref.bytes
+
+    def _read(self, ref: SegmentRef, take: Callable[[SegmentHeader], Segment]) -> None:
+        """Fill the payload of the segment that `take` gives from its file, verified to the end.
+
+        A file whose rows go on after those of `ref` is read in pieces of bounded size: nothing of
+        the rest is kept, so the room of the segment is all that it needs.
+        """
+        shard = self._planner.shard
+        whole = self._planner.unplaced(ref.key, ref.start, ref.end, ref.has_state)
+        if ref.bytes <= whole.file_length:
+            self._store.read_segment(shard, ref.segment_id, lambda header: _bytes(take(header)))
+            return
+        taken: list[tuple[SegmentHeader, Segment]] = []
+        pieces = self._store.iter_payload(
+            shard, ref.segment_id, lambda header: taken.append((header, take(header)))
+        )
+        position = 0
+        for piece in pieces:
+            header, segment = taken[0]
+            copy_beginning(piece, position, header.buffers, segment)
+            position += len(piece)
+        _, segment = taken[0]
+        assert segment.payload is not None
+        zero_padding(segment.payload, segment.buffers)
+
+    def _first_key(self, segment: Segment) -> str | None:
+        """The key of the first page of rows; None for a state, or where it cannot be told.
+
+        Without a parent it stands on the seed of a request that had neither extra key nor salt,
+        which the last key tells: another seed is in no file.
+        """
+        if segment.has_state or self._page_keys is None:
+            return None
+        assert segment.payload is not None
+        before = segment.parent.key if segment.parent is not None else None
+        keys = self._page_keys(tokens_of(segment.payload, segment.buffers), before)
+        return keys[0] if keys and keys[-1] == segment.key else None
 
     def _reserve(self, ref: SegmentRef, parent: Segment | None) -> Segment:
         """Room for a segment that is read, at the cost of the oldest leases if need be."""
@@ -222,6 +273,11 @@ class Promoter:
             f"{name} is {found[name]!r}, expected {wanted!r}",
             hint=OTHER_HAND,
         )
+
+
+def _bytes(segment: Segment) -> memoryview:
+    assert segment.payload is not None
+    return bytes_of(segment.payload)
 
 
 def _same(held: Segment, refs: Sequence[SegmentRef], exact: bool) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from e2e.battered_world import SAVES
 from e2e.worlds import World
-from engram.testing.storm import Storm, verify
+from engram.testing.storm import Storm
+from engram.testing.storm_verdict import verify
 
 
 def test_what_was_acknowledged_in_the_storm_is_restored_exact(battered: World) -> None:

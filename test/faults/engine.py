@@ -167,10 +167,15 @@ class ComputedEngine:
             raise CaptureLostError("the state is gone", details={"boundary": boundary})
         return found
 
-    async def locate(self, namespace: str, request: FinishedRequest, boundary: int) -> Located:
+    async def locate(
+        self, namespace: str, request: FinishedRequest, boundary: int, *, measure: bool = False
+    ) -> Located:
         found = self._boundary(request, boundary)
         self.manager.ram.want(found)
-        return Located(boundary, found.key)
+        needed = None
+        if measure:
+            needed = await asyncio.to_thread(self.manager.unsaved_bytes, found)
+        return Located(boundary, found.key, needed)
 
     async def persist(self, namespace: str, request: FinishedRequest, boundary: int) -> Stored:
         persisted = await _await(self.manager.persist(self._boundary(request, boundary)))

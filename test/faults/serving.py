@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import httpx
 
 from engram.testing.server import ServerProcess
-from engram.testing.storm import Storm, Verdict, check_listings, verify
+from engram.testing.storm import Storm
+from engram.testing.storm_verdict import Verdict, check_listings, verify
 
 ARGS = (
     *("--enable-snapshot-persistence", "--mamba-scheduler-strategy", "no_buffer"),

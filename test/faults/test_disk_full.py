@@ -16,7 +16,7 @@ import pytest
 
 from engram.testing.samples import seeded_random
 from engram.testing.server import ServerProcess
-from engram.testing.storm import NEW_TOKENS, TOKENS
+from engram.testing.storm_turns import NEW_TOKENS, TOKENS
 from engram.testing.tiny_model import write_tiny_model
 from faults.serving import ARGS, ENVIRONMENT
 

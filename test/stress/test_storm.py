@@ -13,7 +13,8 @@ import pytest
 
 from engram.testing.samples import seeded_random
 from engram.testing.server import ServerProcess
-from engram.testing.storm import Storm, verify
+from engram.testing.storm import Storm
+from engram.testing.storm_verdict import verify
 from engram.testing.tiny_model import write_tiny_model
 
 CLIENTS, CONVERSATIONS, SAVES = 16, 40, 200

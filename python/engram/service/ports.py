@@ -31,12 +31,13 @@ class EngineInfo:
 class Located:
     """Where the state of a request stands: `boundary` tokens, page key `key`.
 
-    `needed` are the bytes of segment files that making it durable would write, on all ranks.
+    `needed` are the bytes of segment files that making it durable would write, on all ranks; None
+    if nobody asked to measure them.
     """
 
     boundary: int
     key: str
-    needed: int = 0
+    needed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +97,12 @@ class Ranks(Protocol):
 
     async def describe(self) -> EngineInfo: ...
 
-    async def locate(self, namespace: str, request: FinishedRequest, boundary: int) -> Located:
+    async def locate(
+        self, namespace: str, request: FinishedRequest, boundary: int, *, measure: bool = False
+    ) -> Located:
         """Where a snapshot of the request would end; `CaptureLostError` if its state is gone.
+
+        With `measure` also what it would write, which may wait for the disk.
 
         The state counts as wanted from now on: what nobody asked to keep leaves RAM before it.
         """

@@ -269,7 +269,10 @@ class TurnSaver:
             again = False
             while True:
                 try:
-                    located = await context.ranks.locate(engine.namespace.id, request, expected)
+                    located = await context.ranks.locate(
+                        engine.namespace.id, request, expected, measure=True
+                    )
+                    assert located.needed is not None
                     return located.needed, again
                 except CaptureLostError as lost:
                     boundary = lost.details.get("boundary")

@@ -166,8 +166,13 @@ class RankControl:
         if request.locate:
             # It is asked because it will be saved: until then it is not the first to leave RAM.
             self._tiers.ram.want(boundary)
-            needed = self._tiers.unsaved_bytes(boundary)
-            return {"boundary": boundary.end, "key": boundary.key, "needed": needed}
+            located: Result = {"boundary": boundary.end, "key": boundary.key}
+            if not request.measure:
+                return located
+            return _then(
+                self._tiers.in_background(lambda: self._tiers.unsaved_bytes(boundary)),
+                lambda needed: {**located, "needed": needed},
+            )
 
         def result(done: Persisted) -> Result:
             return {

@@ -63,10 +63,12 @@ class SglangRanks:
             first["model_name"],
         )
 
-    async def locate(self, namespace: str, request: FinishedRequest, boundary: int) -> Located:
-        """Where a snapshot of the request would end."""
-        answers = await self._persist(namespace, request, boundary, locate=True)
-        needed = sum(answer["needed"] for answer in answers)
+    async def locate(
+        self, namespace: str, request: FinishedRequest, boundary: int, *, measure: bool = False
+    ) -> Located:
+        """Where a snapshot of the request would end, and if asked for, what it would write."""
+        answers = await self._persist(namespace, request, boundary, locate=True, measure=measure)
+        needed = sum(answer["needed"] for answer in answers) if measure else None
         return Located(answers[0]["boundary"], answers[0]["key"], needed)
 
     async def persist(self, namespace: str, request: FinishedRequest, boundary: int) -> Stored:
@@ -84,7 +86,13 @@ class SglangRanks:
         )
 
     async def _persist(
-        self, namespace: str, request: FinishedRequest, boundary: int, *, locate: bool
+        self,
+        namespace: str,
+        request: FinishedRequest,
+        boundary: int,
+        *,
+        locate: bool,
+        measure: bool = False,
     ) -> list[Result]:
         return await self._client.ask(
             PersistRequest,
@@ -94,6 +102,7 @@ class SglangRanks:
             tokens=request.tokens.tolist(),
             boundary=boundary,
             locate=locate,
+            measure=measure,
             extra_key=request.extra_key,
             cache_salt=request.cache_salt,
         )

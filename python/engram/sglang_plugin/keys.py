@@ -16,6 +16,8 @@ from typing import Any
 
 from sglang.srt.mem_cache.utils import storage_namespace_seed
 
+from engram.core.tokens import TokenArray
+
 
 def page_keys(
     tokens: Sequence[int],
@@ -27,6 +29,13 @@ def page_keys(
     whole = len(tokens) // page_size * page_size
     ids = array("q", tokens[:whole])
     return _hash_pages(ids, storage_namespace_seed(extra_key, cache_salt or None), page_size)
+
+
+def page_keys_after(tokens: TokenArray, before: str | None, page_size: int) -> list[str]:
+    """As `page_keys` for tokens that follow the page with the key `before`, or if that is None,
+    that begin a sequence without extra key and salt."""
+    ids = array("q", tokens[: len(tokens) // page_size * page_size].tolist())
+    return _hash_pages(ids, before or storage_namespace_seed(None, None), page_size)
 
 
 def replace_native_hash(

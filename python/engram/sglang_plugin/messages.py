@@ -42,13 +42,15 @@ class PersistRequest(StateRequest, kw_only=True):
 
     `request_rid` names the finished request whose tokens these are, when it is known; `tokens` are
     all recorded ones; `boundary` is where the state is expected if the rank does not remember.
-    With `locate` nothing is written yet: the reply tells the boundary alone.
+    With `locate` nothing is written yet: the reply tells the boundary alone, and with `measure`
+    how much would be written.
     """
 
     request_rid: str | None
     tokens: list[int]
     boundary: int
     locate: bool = False
+    measure: bool = False
     extra_key: str | None = None
     cache_salt: str | None = None
 

@@ -12,6 +12,7 @@ import os
 import threading
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, Literal
 
 import torch
@@ -21,6 +22,7 @@ from engram.core.namespace import FieldValue, Namespace
 from engram.core.settings import Settings
 from engram.core.weights import Checkpoint, config_digest
 from engram.sglang_plugin.args import open_store
+from engram.sglang_plugin.keys import page_keys_after
 from engram.sglang_plugin.pools import DevicePools
 from engram.snapshot.segment import VERSION as SEGMENT_VERSION
 from engram.snapshot.segment import Shard
@@ -117,7 +119,13 @@ class RankContext:
         shard = Shard(namespace.id, self.shard.rank, self.shard.world_size)
         ram = RamTier(before.ram.capacity, pinned=before.ram.pinned, stats=before.ram.stats)
         tiers = TierManager(
-            ram, before.store, shard, before.layout, before.stateful, health=before.health
+            ram,
+            before.store,
+            shard,
+            before.layout,
+            before.stateful,
+            health=before.health,
+            page_keys=before.page_keys,
         )
         self.namespace, self.shard, self.tiers = namespace, shard, tiers
         self.epoch += 1
@@ -178,6 +186,7 @@ def open_rank(
         pools.layout,
         pools.has_state,
         health=HealthPolicy.of(settings),
+        page_keys=partial(page_keys_after, page_size=params.page_size),
     )
     return RankContext(
         namespace,

@@ -30,6 +30,9 @@ It is called before the digest is checked: the header is well formed and its siz
 file's, but nothing in it may be trusted until `SegmentStore.read_segment` returns.
 """
 
+HeaderCheck: TypeAlias = Callable[[SegmentHeader], None]
+"""Looks at a header before its payload is read; trusted as little as by a `BufferProvider`."""
+
 
 @dataclass(frozen=True)
 class StoredSegment:
@@ -87,11 +90,14 @@ class SegmentStore(ABC):
         """`read_segment` without keeping the payload, in bounded memory."""
 
     @abstractmethod
-    def iter_payload(self, shard: Shard, segment_id: str) -> Iterator[memoryview]:
+    def iter_payload(
+        self, shard: Shard, segment_id: str, check: HeaderCheck | None = None
+    ) -> Iterator[memoryview]:
         """The payload in pieces of bounded size, each valid until the next is asked for.
 
         Nothing of it may be relied on until the iterator has ended: it raises
-        `SegmentCorruptError` where it would, if the digest is another.
+        `SegmentCorruptError` where it would, if the digest is another. ``check`` is given the
+        header before the first piece; what it raises passes through.
         """
 
     @abstractmethod

@@ -28,7 +28,7 @@ from engram.snapshot.segment import (
     checked_payload,
     payload_offset,
 )
-from engram.store.base import BufferProvider, SegmentStore, StoredSegment
+from engram.store.base import BufferProvider, HeaderCheck, SegmentStore, StoredSegment
 from engram.store.durable import (
     DirectoryMaker,
     store_error,
@@ -129,9 +129,13 @@ class DiskSegments(SegmentStore):
                     raise SegmentCorruptError("segment has bytes between its buffers")
             return header
 
-    def iter_payload(self, shard: Shard, segment_id: str) -> Iterator[memoryview]:
+    def iter_payload(
+        self, shard: Shard, segment_id: str, check: HeaderCheck | None = None
+    ) -> Iterator[memoryview]:
         with self._opened(shard, segment_id) as segment:
             header = segment.header
+            if check is not None:
+                check(header)
             trailer = self._trailer(segment, segment_id)
             hasher = SegmentHasher(header.prefix)
             buffer = memoryview(bytearray(min(header.payload_length, PIECE_BYTES)))

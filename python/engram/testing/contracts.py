@@ -163,6 +163,25 @@ class SegmentStoreContract:
             pieces = store.iter_payload(segment.header.shard, segment.segment_id)
             assert b"".join(bytes(piece) for piece in pieces) == segment.payload
 
+    def test_a_header_is_looked_at_before_any_piece(
+        self, store: SegmentStore, rng: random.Random
+    ) -> None:
+        segment = sample_segment(rng)
+        put(store, segment)
+        seen: list[SegmentHeader] = []
+        shard, segment_id = segment.header.shard, segment.segment_id
+        pieces = store.iter_payload(shard, segment_id, seen.append)
+        first = bytes(next(pieces))
+        assert seen == [segment.header]
+        assert segment.payload.startswith(first)
+
+        def refuse(header: SegmentHeader) -> None:
+            raise LookupError(header.key)
+
+        with pytest.raises(LookupError):
+            next(store.iter_payload(shard, segment_id, refuse))
+        assert store.has_segment(shard, segment_id)
+
     @pytest.mark.parametrize("position", [-1, -33, -40])
     def test_pieces_of_a_damaged_segment_end_in_an_error(
         self, store: SegmentStore, damage: DamageSegment, rng: random.Random, position: int

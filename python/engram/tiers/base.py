@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from engram.core.tokens import TokenArray
 from engram.snapshot.manifest import SegmentRef
 from engram.snapshot.segment import BufferSpec
 from engram.tiers.health import StateCheck
@@ -45,6 +46,17 @@ class DeviceReader(Protocol):
         or with the state, where they are its buffers.
 
         Return when every byte has landed in host memory and `check` has seen the state.
+        """
+        ...
+
+
+class PageKeys(Protocol):
+    """How the keys of pages are made."""
+
+    def __call__(self, tokens: TokenArray, before: str | None, /) -> Sequence[str]:
+        """One key for each whole page of `tokens`, which follow the page with the key `before`.
+
+        None for `before` is the start of a sequence that has neither extra key nor cache salt.
         """
         ...
 

@@ -10,7 +10,7 @@ import torch
 
 from engram.snapshot.segment import BufferSpec
 from engram.tiers.base import Segment
-from engram.tiers.payload import tokens_of, views
+from engram.tiers.payload import bytes_of, tokens_of, views
 
 MOST: Final = 8
 """Segments that are remembered for one beginning, the newest ones."""
@@ -73,11 +73,20 @@ def begins_with(whole: Segment, part: Segment) -> bool:
     )
 
 
-def copy_beginning(whole: torch.Tensor, buffers: Sequence[BufferSpec], part: Segment) -> None:
-    """Fill the payload of `part` with the first rows of `whole`, laid out by `buffers`."""
+def copy_beginning(
+    piece: memoryview, position: int, buffers: Sequence[BufferSpec], part: Segment
+) -> None:
+    """Copy what `piece` has of the first rows into the payload of `part`.
+
+    `piece` are the bytes from `position` of a payload that is laid out by `buffers`: the same ones
+    as those of `part`, of more rows.
+    """
     assert part.payload is not None
-    count = part.end - part.start
-    tokens_of(part.payload, part.buffers)[:] = tokens_of(whole, buffers)[:count]
-    theirs = views(whole, buffers)
-    for name, own in views(part.payload, part.buffers).items():
-        own.copy_(theirs[name][:count])
+    target = bytes_of(part.payload)
+    for theirs, own in zip(buffers, part.buffers, strict=True):
+        # Row-major with a row for each token: the first rows are the first bytes.
+        first = max(theirs.offset, position)
+        last = min(theirs.offset + own.length, position + len(piece))
+        if first < last:
+            to = own.offset + first - theirs.offset
+            target[to : to + last - first] = piece[first - position : last - position]

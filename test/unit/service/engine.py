@@ -132,11 +132,13 @@ class FakeEngine:
         if namespace != self.namespace.id:
             raise NamespaceChangedError("the weights have changed")
 
-    async def locate(self, namespace: str, request: FinishedRequest, boundary: int) -> Located:
+    async def locate(
+        self, namespace: str, request: FinishedRequest, boundary: int, *, measure: bool = False
+    ) -> Located:
         self.check(namespace)
         self.located.append(request.rid)
         key = self._key(request, boundary)
-        return Located(boundary, key, self._needed(request.tokens[:boundary]))
+        return Located(boundary, key, self._needed(request.tokens[:boundary]) if measure else None)
 
     async def persist(self, namespace: str, request: FinishedRequest, boundary: int) -> Stored:
         self.check(namespace)

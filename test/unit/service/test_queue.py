@@ -9,6 +9,7 @@ from random import Random
 
 import pytest
 
+from engram.catalog.rows import SnapshotRow
 from engram.conversation.turns import Tag
 from engram.errors import NotFoundError, SaveQueueFullError
 from engram.service import automatic as automatic_module
@@ -124,6 +125,44 @@ async def test_an_asynchronous_save_of_a_turn_under_way_answers_at_once(start: S
     await server.service.context.drain()
     [row] = await server.service.list("", "c")
     assert row.snapshot_id == result.snapshot_id
+
+
+@pytest.mark.parametrize("aborted", [False, True])
+@on_a_loop
+async def test_an_acknowledged_save_whose_state_leaves_ram_is_computed_again_or_told(
+    start: Start, aborted: bool
+) -> None:
+    """What waits is not held in RAM: the promise is kept all the same, or its end is to be seen."""
+    server = start()
+    server.engine.persist_gate.shut()
+    for number in range(SAVES_AT_ONCE + 1):
+        await server.chat(f"c{number}")
+    promised = [
+        await server.service.save(tenant="", conversation_id=f"c{number}", durability="async")
+        for number in range(SAVES_AT_ONCE + 1)
+    ]
+    await server.engine.persist_gate.reached.wait()
+    server.engine.forget()
+    server.engine.abort = "the queue is full" if aborted else None
+    server.engine.persist_gate.open.set()
+    await server.service.context.drain()
+    stats = server.service.context.stats
+    found = {row.snapshot_id for n in range(len(promised)) for row in await listed(server, n)}
+    gone = {one.snapshot_id for one in promised} - found
+    if not aborted:
+        assert not gone
+        assert stats.recomputed_saves > 0
+    else:
+        assert stats.save_failures == len(gone) > 0
+        told = " ".join(stats.last_failures)
+        assert all(snapshot_id in told for snapshot_id in gone)
+
+
+async def listed(server: Server, number: int) -> list[SnapshotRow]:
+    try:
+        return list(await server.service.list("", f"c{number}"))
+    except NotFoundError:
+        return []
 
 
 @on_a_loop

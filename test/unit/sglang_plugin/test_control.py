@@ -92,12 +92,17 @@ async def test_saved_by_one_process_and_served_by_the_next(new_rank: NewRank, rn
     first.serve(tokens[:20], rid="a")
     first.serve(tokens[:40], rid="b")
     ranks = SglangRanks(Wire(first).client)
-    located = await ranks.locate(first.namespace, finished([*tokens[:40], 7], "b"), 40)
+    turn = finished([*tokens[:40], 7], "b")
+    located = await ranks.locate(first.namespace, turn, 40)
+    assert located.needed is None
+    measured = await ranks.locate(first.namespace, turn, 40, measure=True)
     assert (located.boundary, located.key) == (40, page_keys(tokens[:40], 1)[-1])
     stored = await ranks.persist(first.namespace, finished([*tokens[:40], 7], "b"), 40)
     assert stored.boundary == 40
     assert [(ref.start, ref.end) for ref in stored.chains[0]] == [(0, 20), (20, 40), (40, 40)]
     assert stored.bytes == stored.unique_bytes == sum(r.bytes for r in stored.chains[0])
+    assert measured.needed == stored.unique_bytes
+    assert (await ranks.locate(first.namespace, turn, 40, measure=True)).needed == 0
     again = await ranks.persist(first.namespace, finished([*tokens[:40], 7], "b"), 40)
     assert (again.chains, again.unique_bytes) == (stored.chains, 0)
 

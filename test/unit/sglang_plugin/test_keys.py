@@ -8,13 +8,14 @@ from array import array
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 from sglang.srt.mem_cache.cpp_utils import native_hash
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.utils import get_storage_hash_str
 
 from engram.sglang_plugin import keys as keys_module
-from engram.sglang_plugin.keys import page_keys, replace_native_hash
+from engram.sglang_plugin.keys import page_keys, page_keys_after, replace_native_hash
 from engram.testing.samples import seeded_random
 
 NAMESPACES = [(None, None), ("lora", None), (None, "salt"), ("lora", "salt"), ("", "salt")]
@@ -126,3 +127,16 @@ def test_bigrams_are_refused_not_hashed_wrongly() -> None:
     key = RadixKey(array("q", [1, 2, 3]), is_bigram=True)
     with pytest.raises(NotImplementedError, match="speculative"):
         replace_native_hash(key, None, 1)
+
+
+@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(("extra_key", "cache_salt"), NAMESPACES)
+def test_keys_go_on_after_a_page(
+    page: int, extra_key: str | None, cache_salt: str | None, rng: Random
+) -> None:
+    tokens = [rng.randrange(2**32) for _ in range(7 * page + page // 2)]
+    keys = page_keys(tokens, page, extra_key, cache_salt)
+    rest = np.array(tokens[3 * page :], dtype="<u4")
+    assert page_keys_after(rest, keys[2], page) == keys[3:]
+    unseeded = page_keys_after(np.array(tokens, dtype="<u4"), None, page)
+    assert (unseeded == keys) is (extra_key is None and cache_salt is None)

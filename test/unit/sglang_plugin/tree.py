@@ -12,6 +12,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from sglang.srt.runtime_context import get_context
 from engram.core.namespace import Namespace
 from engram.sglang_plugin import linker as linker_module
 from engram.sglang_plugin.cache import EngramRadixCache
-from engram.sglang_plugin.keys import page_keys
+from engram.sglang_plugin.keys import page_keys, page_keys_after
 from engram.sglang_plugin.linker import EngramLinker
 from engram.sglang_plugin.rank import Launch, RankContext
 from engram.snapshot.segment import Shard
@@ -180,7 +181,12 @@ class Rank:
         namespace = Namespace({"model": "toy", "model.weights": "first", **pools.describe()})
         shard = Shard(namespace.id, 0, 1)
         tiers = TierManager(
-            RamTier(self.capacity), self.store, shard, pools.layout, pools.has_state
+            RamTier(self.capacity),
+            self.store,
+            shard,
+            pools.layout,
+            pools.has_state,
+            page_keys=partial(page_keys_after, page_size=1),
         )
         return RankContext(namespace, shard, tiers, 1, LAYERS, "toy", "a toy", LAUNCH)
 

@@ -10,7 +10,7 @@ from random import Random
 import torch
 
 from engram.core.canonical import blake3_hex
-from engram.core.tokens import tokens_to_bytes
+from engram.core.tokens import TokenArray, tokens_to_bytes
 from engram.tiers.base import BufferPlan, DeviceReader, Segment
 from engram.tiers.health import StateCheck
 from engram.tiers.manager import TierManager
@@ -19,14 +19,19 @@ SLOTS = 64
 STATES = 8
 
 
-def page_keys(tokens: Sequence[int]) -> list[str]:
-    """A chained key for each token (page size 1)."""
+def page_keys(tokens: Sequence[int], after: str | None = None) -> list[str]:
+    """A chained key for each token (page size 1), those after the key `after`."""
     keys: list[str] = []
-    before = b""
+    before = bytes.fromhex(after or "")
     for token in tokens:
         keys.append(blake3_hex(before + tokens_to_bytes([token])))
         before = bytes.fromhex(keys[-1])
     return keys
+
+
+def page_keys_after(tokens: TokenArray, before: str | None) -> list[str]:
+    """The same, as `TierManager` asks for them."""
+    return page_keys(tokens.tolist(), before)
 
 
 class FakeDevice:

@@ -15,6 +15,7 @@ import pytest
 from engram.errors import (
     CaptureLostError,
     EngramError,
+    ManifestCorruptError,
     RamTierFullError,
     SegmentCorruptError,
     SnapshotCorruptError,
@@ -24,7 +25,7 @@ from engram.snapshot.segment import BufferSpec, SegmentHeader
 from engram.store.disk import DiskStore
 from engram.testing.faults import ControlledFileSystem, Fault, FaultControl
 from engram.testing.samples import SHARD, seeded_random
-from engram.tiers.base import Segment, Tier
+from engram.tiers.base import BufferPlan, Segment, Tier
 from engram.tiers.health import StateCheck
 from engram.tiers.manager import TierManager
 from engram.tiers.payload import tokens_of
@@ -383,9 +384,11 @@ def test_a_chain_is_promoted_on_top_of_what_is_in_ram(
     new_manager: NewManager, device: FakeDevice, rng: Random
 ) -> None:
     run = random_run(rng, (5, 6, 3))
-    refs = saved(new_manager, device, rng, run)
+    manager = new_manager()
+    first, *_, last = capture(manager, device, rng, run)
+    earlier, refs = (manager.persist(end).result(WAIT_S).refs for end in (first, last))
     fresh = new_manager()
-    fresh.promote(refs[:1], "a", seconds=10, exact=True).result(WAIT_S)
+    fresh.promote(earlier, "a", seconds=10, exact=True).result(WAIT_S)
     before = fresh.ram.stats.promoted_segments
     fresh.promote(refs, "b", seconds=10, exact=True).result(WAIT_S)
     assert fresh.ram.stats.promoted_segments - before == 3
@@ -486,10 +489,44 @@ def test_a_segment_of_another_sequence_is_refused(
     part = rng.randrange(2)
     forged = refs[part].model_copy(update={"segment_id": foreign[part].segment_id})
     manager = new_manager()
+    chain = [*refs[:part], forged, *refs[part + 1 :]]
     with pytest.raises(SnapshotCorruptError, match=["key is", "parent is|key is"][part]):
-        manager.promote([*refs[:part], forged], "rid", seconds=10, exact=True).result(WAIT_S)
+        manager.promote(chain, "rid", seconds=10, exact=True).result(WAIT_S)
     assert manager.lookup("rid", run.keys, 1) == []
     nothing_is_held(manager)
+
+
+@pytest.mark.parametrize("stateful", [True, False])
+def test_a_chain_that_ends_as_none_of_this_model_does_is_refused(
+    store: DiskStore, device: FakeDevice, rng: Random, new_manager: NewManager, stateful: bool
+) -> None:
+    """Rows without a state where the model has one, and a state where it has none."""
+    refs = saved(new_manager, device, rng, random_run(rng, [5]))
+    other = TierManager(RamTier(ROOMY), store, SHARD, device.layout, stateful)
+    wrong = refs[:-1] if stateful else refs
+    with pytest.raises(ManifestCorruptError, match="recurrent state at token 5") as refused:
+        other.promote(wrong, "owner", seconds=60, exact=True).result(WAIT_S)
+    assert refused.value.code == "snapshot_corrupt"
+    assert refused.value.hint
+    assert (other.ram.used, len(other.ram), other.ram.stats.corrupt) == (0, 0, 1)
+    other.close()
+
+
+def test_a_capture_lays_out_nothing_but_its_segments(
+    store: DiskStore, device: FakeDevice, rng: Random
+) -> None:
+    """It is on the scheduler's thread."""
+    asked: list[tuple[int, bool]] = []
+
+    def layout(num_tokens: int, has_state: bool) -> list[BufferPlan]:
+        asked.append((num_tokens, has_state))
+        return device.layout(num_tokens, has_state)
+
+    manager = TierManager(RamTier(ROOMY), store, SHARD, layout, True)
+    asked.clear()
+    capture(manager, device, rng, random_run(rng, [5, 7]))
+    assert asked == [(5, False), (0, True), (7, False), (0, True)]
+    manager.close()
 
 
 def test_promoting_more_than_ram_holds_says_so_and_holds_nothing(

@@ -12,18 +12,20 @@ import numpy as np
 import pytest
 import torch
 
-from engram.errors import SnapshotCorruptError
+from engram.core.tokens import TokenArray
+from engram.errors import RamTierFullError, SnapshotCorruptError
 from engram.snapshot.manifest import SegmentRef, rows_of
+from engram.store import segment_files as segment_files_module
 from engram.store.disk import DiskStore
 from engram.store.layout import Layout
 from engram.testing.samples import SHARD, seeded_random
-from engram.tiers import manager as manager_module
+from engram.tiers import capture as capture_module
 from engram.tiers.base import Segment
 from engram.tiers.health import StateCheck
 from engram.tiers.manager import TierManager
 from engram.tiers.payload import tokens_of
 from engram.tiers.ram import RamTier
-from unit.tiers.device import FakeDevice, page_keys, same_bits
+from unit.tiers.device import FakeDevice, page_keys, page_keys_after, same_bits
 
 WAIT_S = 60
 
@@ -41,7 +43,7 @@ def store(tmp_path: Path) -> Iterator[DiskStore]:
 
 @pytest.fixture(autouse=True)
 def nothing_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manager_module, "MIN_SHARED_BYTES", 1)
+    monkeypatch.setattr(capture_module, "MIN_SHARED_BYTES", 1)
 
 
 class Talks:
@@ -54,7 +56,9 @@ class Talks:
         self._rows: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
 
     def new_manager(self) -> TierManager:
-        return TierManager(RamTier(1 << 20), self.store, SHARD, FakeDevice.layout, True)
+        return TierManager(
+            RamTier(1 << 20), self.store, SHARD, FakeDevice.layout, True, page_keys=page_keys_after
+        )
 
     def tokens(self, count: int) -> list[int]:
         return [self.rng.randrange(2**32) for _ in range(count)]
@@ -121,6 +125,17 @@ class Talks:
         found, bits = self.restored(refs)
         assert found == tokens
         assert same_bits(bits, self.expected(tokens))
+
+    def restart(self) -> None:
+        """As another process on the same store: nothing is in RAM, nothing is remembered."""
+        self.manager.close()
+        self.manager = self.new_manager()
+
+    def promote(self, refs: tuple[SegmentRef, ...]) -> None:
+        self.manager.promote(refs, "owner", seconds=60, exact=True).result(WAIT_S)
+
+    def stored_bytes(self) -> int:
+        return sum(segment.bytes for segment in self.store.iter_segments())
 
     def stored_rows(self) -> int:
         """KV rows on disk, over all files."""
@@ -192,7 +207,7 @@ def test_prefixes_of_different_length_and_later_turns(talks: Talks) -> None:
 
 
 def test_what_is_too_small_is_not_cut(talks: Talks, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manager_module, "MIN_SHARED_BYTES", 28 * 21)
+    monkeypatch.setattr(capture_module, "MIN_SHARED_BYTES", 28 * 21)
     prefix = talks.tokens(20)
     for _ in range(2):
         tokens = [*prefix, *talks.tokens(4)]
@@ -279,3 +294,141 @@ def test_what_is_still_being_copied_is_shared_as_well(talks: Talks) -> None:
     go_on.set()
     talks.check(tokens, saving.result(WAIT_S).refs)
     assert talks.stored_rows() == 28
+
+
+def test_a_common_prefix_is_stored_once_after_a_restart(talks: Talks) -> None:
+    """What was read from disk is compared with what is captured, on any part of a chain."""
+    prefix = talks.tokens(20)
+    first = [*prefix, *talks.tokens(6)]
+    talks.save(first)
+    second = [*first, *talks.tokens(12)]
+    refs = talks.save(second)
+    before = talks.stored_rows()
+    talks.restart()
+    talks.promote(refs)
+    saved = []
+    for shared in (17, 26 + 7):
+        tokens = [*second[:shared], *talks.tokens(5)]
+        saved.append((tokens, talks.save(tokens)))
+    assert talks.stored_rows() == before + 2 * 5
+    for tokens, theirs in [*saved, (second, refs)]:
+        talks.check(tokens, theirs)
+    # And what is itself the beginning of a longer file.
+    talks.restart()
+    talks.promote(saved[0][1])
+    tokens = [*second[:11], *talks.tokens(5)]
+    talks.check(tokens, talks.save(tokens))
+    assert talks.stored_rows() == before + 3 * 5
+
+
+def test_rows_under_an_unknown_seed_are_shared_where_their_parent_tells_it(talks: Talks) -> None:
+    """A salt is in no file: the first rows of a salted sequence have no key for their first page,
+    those on top of them have."""
+
+    def salted(tokens: TokenArray, before: str | None) -> list[str]:
+        return page_keys(tokens.tolist(), before or "ab" * 32)
+
+    tokens = talks.tokens(20)
+    talks.save(tokens)
+    refs = talks.save([*tokens, *talks.tokens(9)])
+    talks.manager.close()
+    talks.manager = TierManager(
+        RamTier(1 << 20), talks.store, SHARD, FakeDevice.layout, True, page_keys=salted
+    )
+    talks.promote(refs)
+    boundary = talks.manager.boundary(refs[-1].key)
+    assert boundary is not None
+    lower, upper, state = boundary.chain()
+    assert lower.first_key is None
+    assert upper.first_key == page_keys([*tokens, *_tokens(upper)])[20]
+    assert state.first_key is None
+
+
+def test_what_a_save_would_write_is_foreseen(talks: Talks) -> None:
+    """Twins are not counted, other bits of the same tokens are, and never less than is written."""
+    roots = [talks.tokens(30)]
+    known, shared = list(roots), 0
+    for number in range(12):
+        talks.epoch = number % 3 == 2
+        base = talks.rng.choice(known)
+        cut = talks.rng.randrange(1, len(base) + 1)
+        tokens = [*base[:cut], *talks.tokens(talks.rng.randrange(2, 12))]
+        known.append(tokens)
+        boundary = talks.capture(tokens)
+        naive = sum(segment.segment_id is None for segment in boundary.chain())
+        foreseen = talks.manager.unsaved_bytes(boundary)
+        before = talks.stored_bytes()
+        files = len(list(talks.store.iter_segments()))
+        written = talks.manager.persist(boundary).result(WAIT_S).written
+        assert foreseen == written == talks.stored_bytes() - before
+        shared += naive - (len(list(talks.store.iter_segments())) - files)
+        assert talks.manager.unsaved_bytes(boundary) == 0
+    assert shared > 0
+
+
+def test_what_a_save_would_write_counts_what_stands_on_a_lost_file(talks: Talks) -> None:
+    tokens = talks.tokens(20)
+    talks.save(tokens)
+    longer = [*tokens, *talks.tokens(5)]
+    refs = talks.save(longer)
+    boundary = talks.manager.boundary(refs[-1].key)
+    assert boundary is not None
+    talks.store.delete_segment(SHARD, refs[0].segment_id)
+    foreseen = talks.manager.unsaved_bytes(boundary)
+    assert foreseen >= talks.manager.persist(boundary).result(WAIT_S).written > 0
+
+
+def test_the_beginning_of_a_file_is_read_within_the_bound_of_the_tier(
+    talks: Talks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tier with room for the beginning alone: nothing else of the file is allocated or kept."""
+    monkeypatch.setattr(segment_files_module, "PIECE_BYTES", 64)
+    longer = talks.tokens(50)
+    talks.save(longer)
+    tokens = [*longer[:9], *talks.tokens(3)]
+    refs = talks.save(tokens)
+    assert [(ref.start, ref.end) for ref in refs] == [(0, 9), (9, 12), (12, 12)]
+    assert refs[0].bytes > refs[1].bytes
+    held = talks.manager.boundary(refs[-1].key)
+    assert held is not None
+    needed = sum(segment.nbytes for segment in held.chain())
+    for capacity, fits in ((needed, True), (needed - 1, False)):
+        allocated: list[int] = []
+
+        class Counting(RamTier):
+            def allocate(self, nbytes: int) -> torch.Tensor:
+                allocated.append(nbytes)  # noqa: B023 - used within the loop alone
+                return super().allocate(nbytes)
+
+        fresh = TierManager(Counting(capacity), talks.store, SHARD, FakeDevice.layout, True)
+        promoted = fresh.promote(refs, "owner", seconds=60, exact=True)
+        if fits:
+            promoted.result(WAIT_S)
+            assert sum(allocated) == fresh.ram.used == needed
+        else:
+            with pytest.raises(RamTierFullError):
+                promoted.result(WAIT_S)
+            assert sum(allocated) <= capacity
+        fresh.close()
+
+
+def test_damage_behind_the_beginning_of_a_file_is_found(talks: Talks) -> None:
+    longer = talks.tokens(50)
+    talks.save(longer)
+    refs = talks.save([*longer[:9], *talks.tokens(3)])
+    path = Layout(talks.store.root).segment(SHARD, refs[0].segment_id)
+    data = bytearray(path.read_bytes())
+    data[-40] ^= 1
+    path.chmod(0o600)
+    path.write_bytes(data)
+    fresh = talks.new_manager()
+    with pytest.raises(SnapshotCorruptError):
+        fresh.promote(refs, "owner", seconds=60, exact=True).result(WAIT_S)
+    assert (fresh.ram.used, fresh.ram.stats.corrupt) == (0, 1)
+    fresh.close()
+    assert not path.exists()
+
+
+def _tokens(rows: Segment) -> list[int]:
+    assert rows.payload is not None
+    return tokens_of(rows.payload, rows.buffers).tolist()

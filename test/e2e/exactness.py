@@ -38,15 +38,17 @@ LONG, SHORT = 40, 20
 
 @dataclass(frozen=True)
 class Variant:
-    """A tiny model of a family, in a dtype; a `quick` one is part of every test run."""
+    """A tiny model of a family, in a dtype, on so many tensor-parallel ranks; a `quick` one is part
+    of every test run."""
 
     family: str
     dtype: str
     quick: bool = False
+    ranks: int = 1
 
     @property
     def name(self) -> str:
-        return f"{self.family}-{self.dtype}"
+        return f"{self.family}-{self.dtype}" + (f"-tp{self.ranks}" if self.ranks > 1 else "")
 
     @property
     def exact(self) -> bool:
@@ -78,16 +80,20 @@ class Variant:
             *("--skip-server-warmup", "--dtype", self.dtype),
             *("--chunked-prefill-size", str(CHUNK)),
             *("--max-total-tokens", "8192", "--max-mamba-cache-size", "64"),
+            *("--tp-size", str(self.ranks)),
         )
 
     @property
     def env(self) -> Mapping[str, str]:
-        return FLOAT32 if self.dtype == "float32" else {}
+        dtype = FLOAT32 if self.dtype == "float32" else {}
+        # SGLang ends a server whose ranks do not ask their trees the same things in the same order.
+        return {**dtype, "SGLANG_ENABLE_RANK_CONSENSUS_CHECKER": "1"} if self.ranks > 1 else dtype
 
 
 VARIANTS = (
     Variant("granite-hybrid", "float32"),
     Variant("granite-hybrid", "bfloat16"),
+    Variant("granite-hybrid", "float32", ranks=2),
     Variant("granite-moe", "float32"),
     Variant("granite-moe", "bfloat16"),
     Variant("mamba2", "float32", quick=True),

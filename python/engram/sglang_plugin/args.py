@@ -242,8 +242,12 @@ def _memory_fraction(model_path: str) -> float | None:
 REFUSED: Final = (
     ("tokenizer_worker_num", 1, "--tokenizer-worker-num above 1", "use one tokenizer worker"),
     ("pp_size", 1, "pipeline parallelism", "use --pp-size 1"),
-    ("tp_size", 1, "tensor parallelism", "use --tp-size 1; it is planned"),
     ("dp_size", 1, "data parallelism", "use --dp-size 1; it is planned"),
+    ("attn_dp_size", 1, "data-parallel attention", "use --attn-dp-size 1"),
+    ("attn_cp_size", 1, "context parallelism", "use --attn-cp-size 1"),
+    ("dcp_size", 1, "decode context parallelism", "use --dcp-size 1"),
+    ("ep_size", 1, "expert parallelism", "use --ep-size 1"),
+    ("nnodes", 1, "more than one node", "use --nnodes 1: every rank needs the same folder"),
     ("speculative_algorithm", None, "speculative decoding", "drop --speculative-algorithm"),
     ("disaggregation_mode", "null", "prefill/decode disaggregation", "drop --disaggregation-mode"),
     ("enable_hierarchical_cache", False, "HiCache", "drop --enable-hierarchical-cache"),

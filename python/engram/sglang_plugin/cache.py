@@ -11,6 +11,11 @@ of a real model is tens of MiB.
 While a copy is running its path is locked in the tree, so the device memory it reads cannot be
 given to another request; `check_hicache_events`, which every scheduler step calls, unlocks it.
 
+The trees of tensor-parallel ranks must stay the same: ranks that evict differently schedule
+differently, and then wait for each other for ever.  What a rank has in RAM, how fast it copies and
+what fails there is its own; so a path is locked and looked up on every rank alike, whether there is
+anything to copy or not, and unlocked when it is done on all.
+
 States are those of the weights that made them.  A request is marked with the weights it computes
 with when the tree is asked for its prefix, for from there on it computes.  If others have come
 before it ends, its state is a mixture: it is not captured, and the tree it was inserted into is
@@ -21,7 +26,7 @@ nothing is loaded on top of it, until SGLang empties it (`/flush_cache`).
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -90,6 +95,7 @@ class EngramRadixCache(UnifiedRadixCache):
     def init_cache_linker(self, cache_linker: EngramLinker) -> None:
         """Attach the linker; upstream calls this once, before anything is served."""
         self.linker = EngramLinkerWrapper(self, cache_linker)
+        cache_linker.least_of_ranks = self._least_of_ranks
         self.containment: Containment = cache_linker.containment
         self.rank = cache_linker.rank
         self._pools = cache_linker.device_pools
@@ -98,7 +104,7 @@ class EngramRadixCache(UnifiedRadixCache):
         self._finishing: Any = None
         self._finished: OrderedDict[str, tuple[FinishedTurn, ...]] = OrderedDict()
         self._locks: dict[int, Any] = {}
-        self._copied: deque[int] = deque()
+        self._copied: set[int] = set()
         self._next_lock = 0
         self._empty = True
         self._stale = False
@@ -192,22 +198,31 @@ class EngramRadixCache(UnifiedRadixCache):
         if not keys:
             return None
         end = len(keys) * self.page_size
-        turn = FinishedTurn(keys[-1], end)
-        ram = self.tiers.ram
-        known = self.tiers.boundary(turn.key)
-        if known is not None and ram.whole(known):
-            ram.touch(known.ancestors())
-            return turn
-        state_slot = self._state_slot(node)
-        if self._has_state and state_slot is None:
-            return None
+        token = self._lock(node)
+        queued = False
+        try:
+            known = self.tiers.boundary(keys[-1])
+            if known is not None and self.tiers.ram.whole(known):
+                self.tiers.ram.touch(known.ancestors())
+            elif self._has_state and self._state_slot(node) is None:
+                return None
+            else:
+                queued = self._copy(token, node, keys, token_ids)
+        finally:
+            if not queued:
+                self._copied.add(token)
+        return FinishedTurn(keys[-1], end)
+
+    def _copy(self, token: int, node: Any, keys: list[str], token_ids: Sequence[int]) -> bool:
+        """Queue the copy of a locked path; False if the RAM tier has no room for it."""
+        end = len(keys) * self.page_size
         # Never those that end here: what is copied now are rows and state of one computation.
         parent = self.tiers.stand(keys[:-1])
         start = parent.end if parent is not None else 0
+        state_slot = self._state_slot(node)
         kv_slots = self.path_device_indices(node)[start:].long()
         assert len(kv_slots) == end - start, (len(kv_slots), start, end)
         fence = self._stream.fence()
-        token = self._lock(node)
 
         def read(
             targets: dict[str, torch.Tensor], first: int, last: int, check: StateCheck
@@ -216,20 +231,14 @@ class EngramRadixCache(UnifiedRadixCache):
                 self._pools.gather(targets, kv_slots[first:last], state_slot, check)
             self._stream.synchronize()
 
-        queued = False
-        try:
-            queued = self.tiers.capture(
-                keys[start // self.page_size :],
-                start,
-                token_ids[start:end],
-                parent,
-                read,
-                on_done=lambda: self._copied.append(token),
-            )
-        finally:
-            if not queued:
-                self.unlock(self._locks.pop(token))
-        return turn
+        return self.tiers.capture(
+            keys[start // self.page_size :],
+            start,
+            token_ids[start:end],
+            parent,
+            read,
+            on_done=lambda: self._copied.add(token),
+        )
 
     def _state_slot(self, node: Any) -> torch.Tensor | None:
         if not self._has_state:
@@ -243,11 +252,25 @@ class EngramRadixCache(UnifiedRadixCache):
         return self._next_lock
 
     def unlock_copied(self) -> None:
-        """Unlock the paths whose copies are done; on the scheduler thread only."""
-        while self._copied:
-            lock = self._locks.pop(self._copied.popleft(), None)
-            if lock is not None:
-                self.unlock(lock)
+        """Unlock the paths whose copies are done on every rank; on the scheduler thread only.
+
+        Every rank has the same locks, so that all or none ask the others here.
+        """
+        if not self._locks:
+            return
+        done = next(
+            (count for count, token in enumerate(self._locks) if token not in self._copied),
+            len(self._locks),
+        )
+        for token in list(self._locks)[: self._least_of_ranks(done)]:
+            self._copied.discard(token)
+            self.unlock(self._locks.pop(token))
+
+    def _least_of_ranks(self, number: int) -> int:
+        """The least that any tensor-parallel rank says; every one must ask at the same place."""
+        least = torch.tensor([number], dtype=torch.int)
+        self._all_reduce_attn_groups(least, torch.distributed.ReduceOp.MIN)
+        return int(least.item())
 
     # ---- what the control plane asks ----
 

@@ -199,6 +199,8 @@ class RankControl:
         keys = keys[: end // page_size]
         tokens = array("q", request.tokens[:end])
         ram = self._tiers.ram
+        # Before anything that only this rank knows: see `cache.py` on ranks.
+        captured = self._cache.capture_resident(tokens, request.extra_key, request.cache_salt)
         held = self._tiers.boundary(keys[-1])
         if held is not None and ram.whole(held):
             return held
@@ -208,7 +210,6 @@ class RankControl:
                 "cache has not been flushed since",
                 hint="POST /flush_cache when no request is running, then save again",
             )
-        captured = self._cache.capture_resident(tokens, request.extra_key, request.cache_salt)
         if captured is None:
             raise CaptureLostError(
                 f"the state at token {end} is no longer in VRAM, in RAM or on disk",

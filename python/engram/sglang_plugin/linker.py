@@ -13,7 +13,7 @@ Contract: `UnifiedCacheLinker` in `sglang.srt.mem_cache.unified_cache.unified_ca
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +74,7 @@ class EngramLinker(UnifiedCacheLinker):
             params.req_to_token_pool.register_layer_transfer_counter(self.layer_done_counter)
         self._stream = SideStream(self.device_pools.device, forward_stream)
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="engram-load")
+        self.least_of_ranks: Callable[[int], int] = int
         self._queued: dict[str, _Load] = {}
         self._acknowledged = 0
 
@@ -92,8 +93,15 @@ class EngramLinker(UnifiedCacheLinker):
         )
 
     def load(self, rid: str, transfers: list[Any]) -> bool:
-        """Queue the load of a promised prefix into private device slots."""
-        return self.containment.run("load", lambda: self._queue(rid, transfers), False)
+        """Queue the load of a promised prefix into private device slots; on all ranks or on none.
+
+        Upstream takes the answer as the same on every rank, but a lease may have run out on one.
+        """
+        queued = self.containment.run("load", lambda: self._queue(rid, transfers), False)
+        if self.least_of_ranks(queued):
+            return True
+        self.cancel_queued_load(rid)
+        return False
 
     def _queue(self, rid: str, transfers: list[Any]) -> bool:
         kv = _transfer(transfers, PoolName.KV)

@@ -86,6 +86,13 @@ def around_create_unified_radix_cache(
         MODEL_CONFIG.reset(token)
 
 
+def after_init_ipc_channels(result: None, scheduler: Any, port_args: Any) -> None:
+    """Every rank answers the HTTP process itself."""
+    from engram.sglang_plugin.scheduler import remember_inbox
+
+    remember_inbox(scheduler, port_args)
+
+
 def after_init_request_dispatcher(result: None, scheduler: Any) -> None:
     """Let the scheduler answer the control plane."""
     from engram.sglang_plugin.scheduler import attach
@@ -141,6 +148,10 @@ HOOKS: dict[str, tuple[Callable[..., Any], str]] = {
     "sglang.srt.mem_cache.registry.create_unified_radix_cache": (
         around_create_unified_radix_cache,
         "around",
+    ),
+    "sglang.srt.managers.scheduler.Scheduler.init_ipc_channels": (
+        after_init_ipc_channels,
+        "after",
     ),
     "sglang.srt.managers.scheduler.Scheduler.init_request_dispatcher": (
         after_init_request_dispatcher,

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import zmq
 from sglang.utils import TypeBasedDispatcher
 
 from engram.sglang_plugin.control import RankControl, ReplySocket
+
+
+def remember_inbox(scheduler: Any, port_args: Any) -> None:
+    """Note where the HTTP process listens: SGLang gives a socket to the first rank alone."""
+    scheduler.engram_inbox = port_args.tokenizer_ipc_name
 
 
 def attach(scheduler: Any) -> None:
@@ -17,7 +21,5 @@ def attach(scheduler: Any) -> None:
     cache = scheduler.tree_cache
     if not isinstance(cache, EngramRadixCache):
         return
-    outbox = scheduler.ipc_channels.send_to_tokenizer.socket
-    endpoint = outbox.getsockopt(zmq.LAST_ENDPOINT).decode()
-    control = RankControl(cache, ReplySocket(endpoint))
+    control = RankControl(cache, ReplySocket(scheduler.engram_inbox))
     scheduler._request_dispatcher += TypeBasedDispatcher(list(control.handlers.items()))

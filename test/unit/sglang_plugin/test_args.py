@@ -232,8 +232,12 @@ def test_the_radix_cache_cannot_be_switched_off(
 REFUSALS = [
     ("--tokenizer-worker-num", "2"),
     ("--pp-size", "2"),
-    ("--tp-size", "2"),
     ("--dp-size", "2"),
+    ("--tp-size", "2", "--attn-dp-size", "2"),
+    ("--tp-size", "2", "--attn-cp-size", "2"),
+    ("--tp-size", "2", "--dcp-size", "2"),
+    ("--tp-size", "2", "--ep-size", "2"),
+    ("--tp-size", "2", "--nnodes", "2"),
     ("--speculative-algorithm", "NGRAM"),
     ("--disaggregation-mode", "prefill"),
     ("--enable-hierarchical-cache",),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from e2e.helpers import Reply, assert_close, assert_quarantined
 from e2e.small_world import SHARED_PROMPT, SHORT
 from e2e.worlds import World
+from engram.store.disk import DiskStore
 from engram.testing.tamper import flip_byte, read_manifest
 
 
@@ -50,6 +51,29 @@ def test_turn_that_ends_inside_another_path_survives(small: World) -> None:
     small.client.flush()
     second = restored_next_turn(small, "short")
     assert second.output == first.output
+
+
+def test_a_prefix_that_was_read_from_disk_is_not_stored_again(small: World) -> None:
+    """Saved before the restart, read after it: who begins alike and parts names the same file."""
+    case, client = small.cases["short"], small.client
+    [whole, _] = read_manifest(small.store, case.saved["snapshot_id"]).segments[0]
+    client.restore(conversation_id="short")
+    before = stored_bytes(small)
+    client.generate(case.talk.history[:SHARED_PROMPT], SHORT // 2, "shorter")
+    saved = client.save(conversation_id="shorter")
+    [part, state] = read_manifest(small.store, saved["snapshot_id"]).segments[0]
+    assert (part.segment_id, part.bytes) == (whole.segment_id, whole.bytes)
+    assert part.end == saved["token_count"] < whole.end
+    assert saved["unique_bytes"] == state.bytes == stored_bytes(small) - before
+    # It is read from the beginning of a longer file.
+    small.client.flush()
+    assert client.restore(conversation_id="shorter")["token_count"] == part.end
+
+
+def stored_bytes(world: World) -> int:
+    """Bytes of all segments on disk."""
+    with DiskStore.open(world.store, lock=False) as store:
+        return sum(segment.bytes for segment in store.iter_segments())
 
 
 def test_an_earlier_state_is_used_when_a_later_one_is_damaged(small: World) -> None:

@@ -1,4 +1,5 @@
-"""A server that many clients were at when its scheduler died, and whose files were damaged then."""
+"""A server that many clients were at when it was killed, twice, and then when its scheduler died,
+and whose files were damaged after that."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ from engram.testing.samples import seeded_random
 from engram.testing.server import ServerProcess
 from engram.testing.storm import Storm
 from engram.testing.tamper import DAMAGES, read_manifest, rename_namespace, shard_of
+from faults.serving import kill_again_and_again
 
 ROOMY = (
     *CONTRACT,
@@ -28,6 +30,8 @@ ROOMY = (
     *("--dtype", "float32", "--snapshot-trigger-policy", "manual_only"),
     *("--max-warm-memory-gb", "0.5"),
 )
+KILLS = 2
+"""Of the whole server, as `scripts/test --faults` does 50 times."""
 CLIENTS, CONVERSATIONS, SAVES = 8, 10, 40
 END_S = 60.0
 """Until a server whose scheduler was killed has ended by itself."""
@@ -70,7 +74,7 @@ WOUNDS = [
 
 
 def battered_world(stage: Stage, folder: Path) -> World:
-    """Record, storm, kill the scheduler in the middle of it, damage, start."""
+    """Record; storm and kill, twice; storm and kill the scheduler alone; damage; start."""
     folder = fresh(folder)
     numbers = seeded_random()
     store = folder / "store" / "snapshots"
@@ -81,6 +85,7 @@ def battered_world(stage: Stage, folder: Path) -> World:
             world.client.save(conversation_id=wound.conversation, turn_number=1)
     for field in OTHER_SETTINGS:
         _record(world.client, numbers, world, of_setting(field))
+    world.facts["deaths"] = kill_again_and_again(world.server, numbers, KILLS)
     world.facts["storm"] = storm_until_the_scheduler_dies(world.server, numbers)
     world.facts["ended"] = _ended_by_itself(world.server)
     world.server.kill()

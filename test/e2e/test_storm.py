@@ -1,11 +1,14 @@
-"""Many clients at once, cut off by the death of the scheduler: what was acknowledged is there."""
+"""Many clients at once, cut off by a kill of the server or of its scheduler: what was acknowledged
+is there."""
 
 from __future__ import annotations
 
-from e2e.battered_world import SAVES
+from e2e.battered_world import KILLS, SAVES
 from e2e.worlds import World
 from engram.testing.storm import Storm
 from engram.testing.storm_verdict import verify
+from faults.serving import SAVES as SAVES_BEFORE_A_KILL
+from faults.serving import Deaths
 
 
 def test_what_was_acknowledged_in_the_storm_is_restored_exact(battered: World) -> None:
@@ -15,6 +18,17 @@ def test_what_was_acknowledged_in_the_storm_is_restored_exact(battered: World) -
     assert verdict.replies == len(storm.replies) > 0
     assert verdict.repeated > 0
     assert storm.counts["saves"] >= SAVES
+
+
+def test_kills_of_the_whole_server_lose_nothing_acknowledged(battered: World) -> None:
+    """Each was followed by a start, at which every snapshot that is listed was restored, exact."""
+    deaths: Deaths = battered.facts["deaths"]
+    assert deaths.rounds == KILLS
+    assert deaths.restored == deaths.acknowledged > 0
+    assert deaths.counts["saves"] >= KILLS * SAVES_BEFORE_A_KILL
+    assert deaths.listed >= deaths.acknowledged
+    assert deaths.repeated > 0
+    assert deaths.counts["cut_off"] > 0
 
 
 def test_every_kind_of_action_took_part(battered: World) -> None:

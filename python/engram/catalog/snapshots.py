@@ -203,6 +203,16 @@ class SnapshotTable:
             found.setdefault((tenant, snapshot_id), []).append(key)
         return found
 
+    def newest_at(self, namespace: str, key: str) -> tuple[str, str] | None:
+        """(Tenant, snapshot id) of the newest snapshot of a namespace whose boundary is this page
+        key; None without one."""
+        row = self._db.row(
+            "SELECT tenant, snapshot_id FROM snapshots WHERE namespace = ? AND boundary_key = ?"
+            " ORDER BY created_at DESC LIMIT 1",
+            (namespace, key),
+        )
+        return None if row is None else (row[0], row[1])
+
     def boundary_keys_of(self, snapshot_id: str, tenant: str = "") -> list[str]:
         """`boundary_keys` of one snapshot; none if there is no such snapshot."""
         rows = self._db.rows(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -15,14 +16,11 @@ from rich.table import Table
 
 from engram.cli.failing import settings_from, told
 from engram.cli.size import shown
-from engram.errors import EngramError, NotFoundError, UnsupportedError
+from engram.errors import UnsupportedError
 from engram.retention import Keep, RetentionPlan, RetentionPolicy, plan
 from engram.retention.inventory import snapshots_of
-from engram.snapshot.manifest import Manifest, decode_manifest
-from engram.store.disk import DiskStore
-from engram.store.filesystem import FileSystem
-from engram.store.inspection import is_store
-from engram.store.layout import Layout
+from engram.snapshot.manifest import Manifest
+from engram.store.reading import ReadOnlyStore, open_for_reading
 
 DirectoryOption = Annotated[Path, typer.Option("--dir", help="A store: --snapshot-dir.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Show the plan; needed.")]
@@ -79,7 +77,8 @@ def retention(
                 snapshot_disk_quota_gb=snapshot_disk_quota_gb,
             )
         )
-        manifests, unreadable = read_manifests(directory.absolute())
+        unreadable: list[str] = []
+        manifests = _readable(open_for_reading(directory, segments=False), unreadable)
         decided = plan(snapshots_of(manifests), policy, time.time())
     if as_json:
         typer.echo(json.dumps(_report(decided, unreadable), indent=2))
@@ -87,23 +86,15 @@ def retention(
         _show(Console(highlight=False, soft_wrap=True), decided, unreadable)
 
 
-def read_manifests(root: Path) -> tuple[list[Manifest], list[str]]:
-    """The manifests of a store and the names of those that cannot be read; nothing is changed.
-
-    Raises `NotFoundError` for a directory that is no store.
-    """
-    if not root.is_dir() or not is_store(root):
-        raise NotFoundError(f"{root} is no snapshot store", hint="name a --snapshot-dir")
-    layout = Layout(root)
-    found, unreadable = [], []
-    for entry in DiskStore(root, FileSystem(), None).list_manifests():
-        try:
-            found.append(decode_manifest(layout.manifest(entry.name).read_bytes()))
-        except FileNotFoundError:
-            continue  # deleted meanwhile
-        except (EngramError, OSError):
-            unreadable.append(entry.name)
-    return found, unreadable
+def _readable(store: ReadOnlyStore, unreadable: list[str]) -> Iterator[Manifest]:
+    """The manifests of a store, one after another; the names of those that cannot be used are
+    appended."""
+    for manifest in store.iter_manifests():
+        if isinstance(manifest, Manifest):
+            yield manifest
+        elif store.manifest_entry(manifest.name) is not None:
+            unreadable.append(manifest.name)
+        # else it was deleted since it was listed
 
 
 def _report(decided: RetentionPlan, unreadable: list[str]) -> dict[str, object]:

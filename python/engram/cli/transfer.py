@@ -67,6 +67,7 @@ def export(
         "file": str(output),
         "bytes": archive.file_length,
         "segments": len(archive.segments),
+        "cut_segments": len(archive.cut),
         "snapshots": [_named(manifest) for manifest in archive.manifests],
     }
     if as_json:

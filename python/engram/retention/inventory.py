@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from engram.catalog.inventory import KeptInventory
 from engram.errors import InvalidRequestError
@@ -26,16 +27,13 @@ def snapshots_of(
 
     Raises `InvalidRequestError` if two manifests disagree on what a segment stands on.
     """
-    everything = list(manifests)
     latest: dict[tuple[str, str], float] = {}
-    for manifest in everything:
-        name = (manifest.tenant, manifest.conversation_id)
-        latest[name] = max(manifest.created_at, latest.get(name, manifest.created_at))
-    latest.update(used_at or {})
     known: dict[tuple[_Shard, str], Segment] = {}
     found: list[Snapshot] = []
-    for manifest in everything:
+    # A manifest is many times the size of what is planned over: none is kept.
+    for manifest in manifests:
         name = (manifest.tenant, manifest.conversation_id)
+        latest[name] = max(manifest.created_at, latest.get(name, manifest.created_at))
         found.append(
             Snapshot(
                 snapshot_id=manifest.snapshot_id,
@@ -43,7 +41,7 @@ def snapshots_of(
                 branch_name=manifest.branch_name,
                 turn_number=manifest.turn_number,
                 token_count=manifest.token_count,
-                used_at=latest[name],
+                used_at=manifest.created_at,
                 tips=tuple(
                     _tip((manifest.namespace, rank, manifest.world_size), chain, known)
                     for rank, chain in enumerate(manifest.segments)
@@ -54,7 +52,8 @@ def snapshots_of(
                 expires_at=manifest.expires_at,
             )
         )
-    return found
+    latest.update(used_at or {})
+    return [replace(one, used_at=latest[one.conversation]) for one in found]
 
 
 def snapshots_in(

@@ -18,6 +18,7 @@ from engram.errors import EngramError, NamespaceChangedError, NotFoundError
 from engram.service.boundaries import BoundaryIndex
 from engram.service.conversations import Conversations
 from engram.service.guard import SharedLock
+from engram.service.in_use import SnapshotsInUse
 from engram.service.ports import EngineInfo, Generator, Ranks
 from engram.service.queue import SaveQueue
 from engram.service.quota import DiskQuota
@@ -66,6 +67,7 @@ class ServiceContext:
         self.conversations = Conversations(self)
         quota = settings.snapshot_disk_quota_gb
         self.quota = DiskQuota(self, None if quota is None else int(quota * 1e9))
+        self.in_use = SnapshotsInUse()
         self.changes = 0
         """Counts what changes about snapshots: saved, removed, pinned, worth more or less."""
         # Saves share it, a deletion has it alone: between segments that are durable and the

@@ -12,14 +12,14 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
-from engram.conversation.turns import Tag
 from engram.errors import EngramError
 from engram.retention import Removal, RetentionPlan, RetentionPolicy, Snapshot, plan
 from engram.retention.inventory import snapshots_in
+from engram.service.boundaries import SnapshotName
 from engram.service.collecting import collect_once
 from engram.service.context import ServiceContext
 from engram.service.demotion import Demoter
@@ -125,15 +125,14 @@ class Housekeeper:
         self._next_due = _next_due(snapshots, self._policy)
         await self._forget_conversations(snapshots, now)
 
-    async def make_room(self, allowed: int, tag: Tag) -> None:
+    async def make_room(self, allowed: int) -> None:
         """Remove the least valuable until the segments have at most `allowed` bytes.
 
-        Nothing is removed if that would not do.  The newest snapshot of the branch that is about to
-        be saved stays: the save stands on it.
+        Nothing is removed if that would not do, and nothing that is in use.
         """
         async with self._one_at_a_time:
             now = self.clock()
-            snapshots = _protect(await self._inventory(), tag)
+            snapshots = _protect(await self._inventory(), self._context.in_use)
             found = await self._plan(snapshots, replace(self._policy, disk_quota=allowed), now)
             if found.over_quota:
                 return
@@ -181,17 +180,12 @@ class Housekeeper:
         return {**asdict(self.stats), "removed": removed, **self._demoter.report()}
 
 
-def _protect(snapshots: list[Snapshot], tag: Tag) -> list[Snapshot]:
-    """The same snapshots, of which the newest of a branch is pinned."""
-    of_branch = [
-        number
-        for number, one in enumerate(snapshots)
-        if (one.tenant, one.conversation_id, one.branch_name) == tag.branch
+def _protect(snapshots: list[Snapshot], in_use: Container[SnapshotName]) -> list[Snapshot]:
+    """The same snapshots, of which those in use are pinned."""
+    return [
+        replace(one, pinned=True) if (one.tenant, one.snapshot_id) in in_use else one
+        for one in snapshots
     ]
-    if of_branch:
-        newest = max(of_branch, key=lambda number: snapshots[number].turn_number)
-        snapshots[newest] = replace(snapshots[newest], pinned=True)
-    return snapshots
 
 
 def _next_due(snapshots: list[Snapshot], policy: RetentionPolicy) -> float:

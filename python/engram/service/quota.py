@@ -7,14 +7,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from engram.conversation.turns import Tag
 from engram.errors import StoreFullError
 
 if TYPE_CHECKING:
     from engram.service.context import ServiceContext
 
-MakeRoom = Callable[[int, Tag], Awaitable[None]]
-"""Bring the segments' bytes down to a number, if that is possible, for a save of this tag."""
+MakeRoom = Callable[[int], Awaitable[None]]
+"""Bring the segments' bytes down to a number, if that is possible."""
 
 
 class DiskQuota:
@@ -48,29 +47,33 @@ class DiskQuota:
         self._used = None
 
     @asynccontextmanager
-    async def reserved(self, needed: int, tag: Tag) -> AsyncIterator[None]:
-        """Have room for `needed` bytes within.  `StoreFullError` if none can be made."""
+    async def reserved(self, needed: int) -> AsyncIterator[bool]:
+        """Have room for `needed` bytes within; whether something was removed for it.
+
+        `StoreFullError` if none can be made.
+        """
         if self.limit is None:
-            yield
+            yield False
             return
         async with self._lock:
-            await self._have(needed, tag)
+            made = await self._have(needed)
             self._reserved += needed
         try:
-            yield
+            yield made
         finally:
             self._reserved -= needed
 
-    async def _have(self, needed: int, tag: Tag) -> None:
+    async def _have(self, needed: int) -> bool:
         assert self.limit is not None
         allowed = self.limit - self._reserved - needed
         if await self.used() <= allowed:
-            return
+            return False
         if allowed >= 0 and self.make_room is not None:
-            await self.make_room(allowed, tag)
+            await self.make_room(allowed)
             self.recount()
         used = await self.used()
         if used > allowed:
             raise StoreFullError.over_quota(
                 needed=needed, used=used + self._reserved, quota=self.limit
             )
+        return True

@@ -87,7 +87,7 @@ class Remover:
                 continue
             name = snapshot.conversation
             match removal.reason:
-                case _ if row.pinned:
+                case _ if row.pinned or (row.tenant, row.snapshot_id) in self._context.in_use:
                     due = False
                 case Reason.EXPIRED:
                     due = row.expires_at is not None and row.expires_at <= planned_at

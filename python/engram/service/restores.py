@@ -51,6 +51,10 @@ class Restorer:
         self, row: SnapshotRow, continuation: Continuation | None = None
     ) -> RestoreResult:
         """Bring a snapshot's state into RAM on every rank, and generate from it if asked to."""
+        with self._context.in_use.held([(row.tenant, row.snapshot_id)]):
+            return await self._restore(row, continuation)
+
+    async def _restore(self, row: SnapshotRow, continuation: Continuation | None) -> RestoreResult:
         begun = time.monotonic()
         context = self._context
         try:

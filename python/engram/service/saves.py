@@ -24,6 +24,7 @@ from engram.errors import (
     SaveQueueFullError,
     SnapshotCorruptError,
 )
+from engram.service.boundaries import SnapshotName
 from engram.service.context import ServiceContext
 from engram.service.finder import Found
 from engram.service.ports import EngineInfo, Stored
@@ -230,7 +231,7 @@ class TurnSaver:
         # So that `reached` below meets a branch that is known.
         await context.learn(found.tag)
         recomputed = False
-        async with self._room(found) as again, context.guard.shared():
+        async with self._standing(found), self._room(found) as again, context.guard.shared():
             if found.turn is not None:
                 request = found.turn.request
                 engine, stored, recomputed = await context.with_engine(
@@ -257,8 +258,50 @@ class TurnSaver:
             yield False
             return
         needed, again = await self._needed(found.turn.request)
-        async with self._context.quota.reserved(needed, found.tag):
+        async with contextlib.AsyncExitStack() as stack:
+            quota, more = self._context.quota, needed
+            # What was removed may have shared rows with it, which it then has to write itself.
+            while await stack.enter_async_context(quota.reserved(more)):
+                now, lost = await self._needed(found.turn.request)
+                more, needed, again = max(0, now - needed), max(now, needed), again or lost
             yield again
+
+    @contextlib.asynccontextmanager
+    async def _standing(self, found: Found) -> AsyncIterator[None]:
+        """Keep the snapshots that a save stands on from being removed by policy within."""
+        with self._context.in_use.held(await self._below(found)):
+            yield
+
+    async def _below(self, found: Found) -> list[SnapshotName]:
+        """The snapshots that a save stands on, as far as they are known."""
+        context, tenant = self._context, found.tag.tenant
+        if found.turn is None:
+            row = _row(found)
+            return [(row.tenant, row.snapshot_id)]
+        names: list[SnapshotName] = []
+        if found.turn.tag.parent_snapshot is not None:
+            names.append((tenant, found.turn.tag.parent_snapshot))
+        newest = await context.row(found.tag, None)
+        if newest is not None:
+            names.append((tenant, newest.snapshot_id))
+        request = found.turn.request
+        beginning = await context.with_engine(lambda engine: self._beginning(engine, request))
+        return names if beginning is None else [*names, beginning]
+
+    async def _beginning(self, engine: EngineInfo, request: FinishedRequest) -> SnapshotName | None:
+        """The newest snapshot that ends where the longest stored beginning of a request does."""
+        context = self._context
+        keys = await context.in_store(
+            context.ranks.page_keys,
+            request.tokens[:-1],
+            engine.page_size,
+            request.extra_key,
+            request.cache_salt,
+        )
+        stored = context.boundaries.longest(keys, engine.page_size)
+        if stored is None:
+            return None
+        return await context.in_catalog(context.catalog.newest_at, engine.namespace.id, stored.key)
 
     async def _needed(self, request: FinishedRequest) -> tuple[int, bool]:
         """Bytes that a save of the request will write."""

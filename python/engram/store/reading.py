@@ -82,9 +82,10 @@ class _NothingIsMoved(Quarantine):
 
 
 def open_for_reading(
-    root: Path, on_read: OnRead | None = None, *, key: Key | None = None
+    root: Path, on_read: OnRead | None = None, *, key: Key | None = None, segments: bool = True
 ) -> ReadOnlyStore:
-    """The store in a directory; ``key`` is that of an encrypted one, and not needed by others.
+    """The store in a directory; ``key`` is that of an encrypted one, and not needed by others, nor
+    by who will read no ``segments``.
 
     Raises `NotFoundError` for a directory that is none, `StoreFormatError` for a newer one,
     `EncryptionKeyError` without the right key, or `KeyringCorruptError`.
@@ -95,7 +96,7 @@ def open_for_reading(
     layout, fs = Layout(root), ReadOnlyFileSystem()
     check_marker(layout, fs)
     encrypted = sealed_by(layout, fs) is not None
-    keyring = open_keyring(layout, key, fs, make=False) if encrypted else None
+    keyring = open_keyring(layout, key, fs, make=False) if encrypted and segments else None
     return ReadOnlyStore(root, on_read, keyring)
 
 

@@ -1,13 +1,16 @@
 """`engram retention --dry-run` shows a plan and leaves the store as it is."""
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from engram.cli.main import app
+from engram.store import marker
 from engram.store.disk import DiskStore
+from engram.store.keys import new_key
 from engram.testing.samples import sample_manifest, sample_turns, seeded_random
 from unit.cli.test_store_health import contents, damage_manifest
 
@@ -94,6 +97,53 @@ def test_a_damaged_manifest_is_told_and_left(store: Path) -> None:
     assert result.exit_code == 0
     assert "cannot be read; not planned" in result.output
     assert "2 stay" in result.output
+    assert contents(store) == before
+
+
+def test_an_encrypted_store_is_planned_without_its_key(tmp_path: Path) -> None:
+    """Manifests are not encrypted."""
+    with DiskStore.open(tmp_path / "store", key=new_key()) as store:
+        for turn, chain in enumerate(sample_turns(seeded_random(), (5, 3)), 1):
+            for segment in chain:
+                store.put_segment(segment.header, memoryview(segment.payload), segment.segment_id)
+            store.put_manifest(
+                sample_manifest([chain], snapshot_id=f"snap-{turn}", turn_number=turn)
+            )
+    result = run("--dir", str(tmp_path / "store"), "--dry-run", "--json")
+    assert result.exit_code == 0, result.output
+    assert len(json.loads(result.stdout)["remove"]) == 2
+
+
+def test_no_manifest_stays_in_memory(tmp_path: Path) -> None:
+    """Each has a lot of metadata: what is planned over has none of it."""
+    (chain,) = sample_turns(seeded_random(), (5,))
+    count, size = 60, 60_000
+    with DiskStore.open(tmp_path / "store") as store:
+        for segment in chain:
+            store.put_segment(segment.header, memoryview(segment.payload), segment.segment_id)
+        for turn in range(count):
+            manifest = sample_manifest(
+                [chain],
+                snapshot_id=f"snap-{turn}",
+                turn_number=turn,
+                user_metadata={"note": "x" * size},
+            )
+            store.put_manifest(manifest)
+    run("--dir", str(tmp_path / "store"), "--dry-run")  # what the first run imports
+    tracemalloc.start()
+    result = run("--dir", str(tmp_path / "store"), "--dry-run", "--json")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert result.exit_code == 0
+    assert peak < count * size // 3
+
+
+def test_a_newer_store_is_refused(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(marker, "FORMAT", 0)
+    before = contents(store)
+    result = run("--dir", str(store), "--dry-run")
+    assert result.exit_code == 2
+    assert "newer" in result.output
     assert contents(store) == before
 
 

@@ -363,3 +363,98 @@ async def test_files_that_nothing_named_were_never_in_the_quota(start: Any) -> N
     await service.housekeeper.round()
     assert server.files() == before
     assert await service.context.quota.used() == used
+
+
+async def two_turns_worth_nothing(server: Server) -> list[int]:
+    """A conversation that room is made of first, from its newest turn on; the tokens of that."""
+    tokens = await saved(server, "a", 2)
+    (first, _) = await server.service.list("", "a")
+    await server.service.change("", first.snapshot_id, pinned=True)
+    await server.service.set_priority("", "a", 0)
+    await saved(server, "b", 4)
+    await server.service.set_priority("", "b", 100)
+    return tokens
+
+
+async def quota_for(server: Server, more: int) -> None:
+    used = server.catalog.counts().segment_bytes
+    server.service.context.quota.limit = used + more
+    server.service.context.quota.recount()
+
+
+@on_a_loop
+async def test_what_a_branch_begins_on_stays_while_it_is_saved(start: Any) -> None:
+    """The first turn of a branch stands on the newest of main, the least valuable of all."""
+    server = start(snapshot_disk_quota_gb=1.0)
+    tokens = await two_turns_worth_nothing(server)
+    (_, base) = await server.service.list("", "a")
+    await server.chat("a", 1, tokens, branch_name="x", priority=0)
+    await quota_for(server, 10)
+    await server.service.save(tenant="", conversation_id="a", branch_name="x")
+    assert server.service.housekeeper.stats.rooms_made == 1
+    left = {row.snapshot_id for row in server.catalog.all_snapshots()}
+    assert base.snapshot_id in left
+    counts = server.catalog.counts()
+    assert counts.segment_bytes <= server.service.context.quota.limit
+    check_store(server)
+
+
+@on_a_loop
+async def test_the_turn_that_is_gone_on_from_stays_while_the_next_is_saved(start: Any) -> None:
+    """Not the newest of its branch: an older one was restored."""
+    server = start(snapshot_disk_quota_gb=1.0)
+    first = await saved(server, "a", 1)
+    await server.chat("a", 1, first)
+    await server.service.save(tenant="", conversation_id="a")
+    await server.service.set_priority("", "a", 0)
+    (older, _) = await server.service.list("", "a")
+    await server.chat("a", 1, first, parent_snapshot=older.snapshot_id, priority=0)
+    await saved(server, "b", 4)
+    await quota_for(server, 10)
+    await server.service.save(tenant="", conversation_id="a")
+    assert server.service.housekeeper.stats.rooms_made == 1
+    assert older.snapshot_id in {row.snapshot_id for row in server.catalog.all_snapshots()}
+    assert server.catalog.counts().segment_bytes <= server.service.context.quota.limit
+    check_store(server)
+
+
+@on_a_loop
+async def test_the_quota_holds_where_room_is_made_of_what_a_save_shares(
+    start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What shares rows with a save without being below it may go: then the save writes them itself,
+    and has room for that too."""
+    server = start(snapshot_disk_quota_gb=1.0)
+    tokens = await two_turns_worth_nothing(server)
+    await server.chat("a", 1, tokens, branch_name="x", priority=0)
+    await quota_for(server, 10)
+
+    async def nothing(found: Any) -> list[Any]:
+        return []
+
+    monkeypatch.setattr(server.service._saver, "_below", nothing)
+    base = (await server.service.list("", "a"))[-1]
+    await server.service.save(tenant="", conversation_id="a", branch_name="x")
+    assert base.snapshot_id not in {row.snapshot_id for row in server.catalog.all_snapshots()}
+    assert server.catalog.counts().segment_bytes <= server.service.context.quota.limit
+    check_store(server)
+
+
+@on_a_loop
+async def test_what_is_being_restored_stays_until_it_is_done(start: Any) -> None:
+    server = start(conversation_cold_retention=DAY)
+    await saved(server, "a", 1)
+    await saved(server, "b", 1)
+    later(server, 2 * DAY)
+    row = await server.service.find(tenant="", conversation_id="a")
+    server.engine.promote_gate.shut()
+    restore = asyncio.ensure_future(server.service.restore(row))
+    await server.engine.promote_gate.reached.wait()
+    await server.service.housekeeper.round()
+    assert {one.conversation_id for one in server.catalog.all_snapshots()} == {"a"}
+    server.engine.promote_gate.open.set()
+    assert (await restore).token_count == row.token_count
+    # It was used just now by the clock of the machine, and days ago by the housekeeper's.
+    await server.service.housekeeper.round()
+    assert server.catalog.all_snapshots() == []
+    check_store(server)

@@ -5,6 +5,7 @@ import json
 import os
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -27,7 +28,7 @@ from engram.errors import (
     StoreFormatError,
     StoreFullError,
 )
-from engram.snapshot.archive import Archive, plan_archive, segments_of
+from engram.snapshot.archive import plan_archive, segments_of
 from engram.snapshot.manifest import Manifest, change_manifest
 from engram.snapshot.segment import Shard
 from engram.store import disk
@@ -37,7 +38,7 @@ from engram.store.layout import Layout
 from engram.store.reading import open_for_reading
 from engram.testing.faults import WRITE_OPERATIONS, FaultyFileSystem
 from engram.testing.tamper import DAMAGES, read_payload
-from engram.upkeep.exporting import plan_export, snapshots_of, write_archive
+from engram.upkeep.exporting import Export, plan_export, snapshots_of, write_archive
 from engram.upkeep.importing import ArchiveFile, ImportReport, Names, import_archive
 from fences import blocks
 from unit.upkeep.stores import (
@@ -49,7 +50,7 @@ from unit.upkeep.stores import (
 )
 
 
-def exported(root: Path, file: Path, *ids: str) -> Archive:
+def exported(root: Path, file: Path, *ids: str) -> Export:
     """Write some snapshots to a file; without ids the whole conversation."""
     store = open_for_reading(root)
     manifests = [store.get_manifest(i) for i in ids] if ids else snapshots_of(store, "", "talk")
@@ -413,7 +414,7 @@ def test_a_chain_of_another_snapshot_is_refused(root: Path, tmp_path: Path) -> N
     archive = plan_export(store, [store.get_manifest("talk-main-3")])
     (manifest,) = archive.manifests
     wrong = change_manifest(manifest, tokens_digest="00" * 32)
-    forged = Archive((wrong,), archive.namespaces, archive.segments)
+    forged = replace(archive, manifests=(wrong,))
     write_archive(tmp_path / "forged", store, forged)
     with pytest.raises(SnapshotCorruptError, match="tokens"):
         imported(tmp_path / "new", tmp_path / "forged")

@@ -214,6 +214,9 @@ def _prepare_cpu(args: argparse.Namespace) -> None:
     if args.mamba_radix_cache_strategy == "no_buffer" and not args.disable_overlap_schedule:
         args.disable_overlap_schedule = True
         chosen["overlap scheduling"] = "off"
+    if args.tp_size > 1 and CORES_OF_RANKS not in os.environ:
+        os.environ[CORES_OF_RANKS] = _share_cores(args.tp_size)
+        chosen["cores of each rank"] = os.environ[CORES_OF_RANKS]
     # A scheduler that polls takes a whole core, which is what computes here.
     args.sleep_on_idle = True
     if args.mem_fraction_static is None and args.max_total_tokens is None:
@@ -223,6 +226,18 @@ def _prepare_cpu(args: argparse.Namespace) -> None:
     if chosen:
         facts = ", ".join(f"{name} {value}" for name, value in chosen.items())
         logger.info("Engram: no accelerator found, serving on CPU (%s)", facts)
+
+
+CORES_OF_RANKS: Final = "SGLANG_CPU_OMP_THREADS_BIND"
+"""Without it SGLang wants a NUMA node for each rank."""
+
+
+def _share_cores(ranks: int) -> str:
+    """The cores of this process divided among ranks, as SGLang reads it: "0,1|2,3"."""
+    cores = sorted(os.sched_getaffinity(0))
+    # On fewer cores than ranks, some share one.
+    shares = [cores[rank::ranks] or [cores[rank % len(cores)]] for rank in range(ranks)]
+    return "|".join(",".join(map(str, share)) for share in shares)
 
 
 POOL_SHARE: Final = 0.2

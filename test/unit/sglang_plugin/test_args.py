@@ -427,3 +427,26 @@ def test_with_an_accelerator_nothing_is_chosen(parser: argparse.ArgumentParser) 
     assert args.mamba_radix_cache_strategy == "auto"
     assert args.disable_overlap_schedule is False
     assert args.sleep_on_idle is False
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "shares"),
+    [({0, 1}, 2, "0|1"), ({0, 1, 2, 5}, 2, "0,2|1,5"), ({4}, 2, "4|4"), ({1, 3}, 3, "1|3|1")],
+)
+def test_ranks_on_a_cpu_share_its_cores(
+    parser: argparse.ArgumentParser,
+    monkeypatch: pytest.MonkeyPatch,
+    cores: set[int],
+    ranks: int,
+    shares: str,
+) -> None:
+    monkeypatch.setattr(args_module, "cpu_is_active", lambda: True)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: cores)
+    monkeypatch.setenv(args_module.CORES_OF_RANKS, "as the user says")
+    apply_flags(parse(parser, "--tp-size", str(ranks)))
+    assert os.environ[args_module.CORES_OF_RANKS] == "as the user says"
+    monkeypatch.delenv(args_module.CORES_OF_RANKS)
+    apply_flags(parse(parser))
+    assert args_module.CORES_OF_RANKS not in os.environ
+    apply_flags(parse(parser, "--tp-size", str(ranks)))
+    assert os.environ[args_module.CORES_OF_RANKS] == shares

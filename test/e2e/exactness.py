@@ -29,7 +29,7 @@ from e2e.worlds import (
 )
 from engram.testing.samples import seeded_random
 from engram.testing.tamper import add_to_value, rewrite_segment
-from engram.testing.tiny_model import FAMILIES
+from engram.testing.tiny_model import FAMILIES, KEPT
 
 PROMPT = 150
 LONG, SHORT = 40, 20
@@ -57,19 +57,19 @@ class Variant:
 
     @property
     def has_state(self) -> bool:
-        return "mamba" in FAMILIES[self.family].default_layers
+        return any(part in STATE for kind in self.layers for part in KEPT[kind])
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return FAMILIES[self.family].default_layers
 
     @property
     def altered(self) -> dict[str, str]:
-        """Case -> the buffer in which one value is changed before the restart."""
-        layers = FAMILIES[self.family].default_layers
-        found = {}
-        if "mamba" in layers:
-            first = layers.index("mamba")
-            found |= {"altered-ssm": f"ssm.{first}", "altered-conv": f"conv0.{first}"}
-        if "attention" in layers:
-            first = layers.index("attention")
-            found |= {"altered-k": f"k.{first}", "altered-v": f"v.{first}"}
+        """Case -> the buffer in which one value is changed before the restart, one of each part."""
+        found: dict[str, str] = {}
+        for layer, kind in enumerate(self.layers):
+            for part in KEPT[kind]:
+                found.setdefault(f"altered-{part}", f"{part}.{layer}")
         return found
 
     @property
@@ -98,13 +98,38 @@ VARIANTS = (
     Variant("granite-moe", "bfloat16"),
     Variant("mamba2", "float32", quick=True),
     Variant("mamba2", "bfloat16"),
+    Variant("falcon-h1", "float32"),
+    Variant("falcon-h1", "bfloat16"),
+    Variant("mamba", "float32"),
+    Variant("mamba", "bfloat16"),
+    Variant("falcon-mamba", "float32"),
+    Variant("falcon-mamba", "bfloat16"),
+    Variant("lfm2", "float32"),
+    Variant("lfm2", "bfloat16"),
+    Variant("lfm2-moe", "float32"),
+    Variant("lfm2-moe", "bfloat16"),
+    Variant("qwen3-next", "float32"),
+    Variant("qwen3-next", "bfloat16"),
+    Variant("qwen3.5", "float32"),
+    Variant("qwen3.5", "bfloat16"),
+    Variant("qwen3.5-moe", "float32"),
+    Variant("qwen3.5-moe", "bfloat16"),
+    Variant("nemotron-h", "float32"),
+    Variant("nemotron-h", "bfloat16"),
+    Variant("nemotron-h-latent", "float32"),
+    Variant("nemotron-h-latent", "bfloat16"),
+    Variant("kimi-linear", "float32", quick=True),
+    Variant("kimi-linear", "bfloat16"),
     Variant("llama", "float32", quick=True),
     Variant("llama", "bfloat16"),
     Variant("qwen3", "float32"),
     Variant("qwen3", "bfloat16"),
 )
-"""The quick ones have no attention or nothing else. The other worlds are of the dense Granite, and
-the one with experts has its pools, as Qwen3 has Llama's."""
+"""The quick ones have no attention or nothing else, and latent rows with a window that lies the
+other way round. The other worlds are of the dense Granite, whose pools the other hybrids have."""
+
+STATE = frozenset({"conv0", "ssm"})
+"""The parts of a buffer's name that are of a state, not of rows."""
 
 RESTORED = ("generate", "chat")
 INTERLEAVED = ("interleaved-0", "interleaved-1", "interleaved-2")
@@ -136,7 +161,7 @@ def exactness_world(stage: Stage, folder: Path, variant: Variant) -> World:
     world.server.kill()
     for name, buffer in {**variant.altered, "unaltered": ""}.items():
         edit = add_to_value(buffer, 8.0) if buffer else lambda header, payload: None
-        rewrite_segment(store, world.cases[name].saved["snapshot_id"], edit)
+        rewrite_segment(store, world.cases[name].saved["snapshot_id"], edit, buffer or None)
     world.server.start()
     return world
 

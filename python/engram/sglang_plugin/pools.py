@@ -4,8 +4,8 @@ Upstream's helper for external linkers refuses hybrids with MHA key/value pools,
 named here.  Anything a pool holds beyond what is named would silently not be saved, therefore a
 pool with something unknown is refused by name.
 
-Sources: `HybridLinearKVPool`, `MHATokenToKVPool`, `HybridReqToTokenPool` and `MambaPool` in
-`sglang.srt.mem_cache.memory_pool`.
+Sources: `HybridLinearKVPool`, `MHATokenToKVPool`, `MLATokenToKVPool`, `HybridReqToTokenPool` and
+`MambaPool` in `sglang.srt.mem_cache.memory_pool`.
 """
 
 from __future__ import annotations
@@ -110,7 +110,8 @@ def resolve_pools(params: Any) -> DevicePools:
     req_pool = params.req_to_token_pool
     buffers: list[DeviceBuffer] = []
     if type(kv_pool) is HybridLinearKVPool:
-        buffers += _mha_buffers(kv_pool.full_kv_pool, kv_pool.full_attention_layer_id_mapping)
+        rows = _mla_buffers if kv_pool.use_mla else _mha_buffers
+        buffers += rows(kv_pool.full_kv_pool, kv_pool.full_attention_layer_id_mapping)
     elif type(kv_pool) is MHATokenToKVPool:
         first = kv_pool.start_layer or 0
         buffers += _mha_buffers(kv_pool, {first + n: n for n in range(kv_pool.layer_num)})
@@ -141,6 +142,23 @@ def _mha_buffers(pool: Any, layer_ids: dict[int, int]) -> list[DeviceBuffer]:
     return found
 
 
+def _mla_buffers(pool: Any, layer_ids: dict[int, int]) -> list[DeviceBuffer]:
+    """The latent rows, of which keys and values are both made; one buffer a layer."""
+    from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
+
+    if type(pool) is not MLATokenToKVPool:
+        raise UnsupportedError(f"snapshots cannot hold a {type(pool).__name__} yet")
+    if pool.store_dtype != pool.dtype:
+        raise UnsupportedError(
+            f"snapshots cannot hold latent rows stored as {pool.dtype} yet",
+            hint="use --kv-cache-dtype auto",
+        )
+    return [
+        DeviceBuffer(f"kv.{layer}", layer, Kind.KV, pool.kv_buffer[index])
+        for layer, index in layer_ids.items()
+    ]
+
+
 def _state_buffers(req_pool: Any) -> list[DeviceBuffer]:
     from sglang.srt.mem_cache.memory_pool import HybridReqToTokenPool, MambaPool
 
@@ -162,5 +180,6 @@ def _state_buffers(req_pool: Any) -> list[DeviceBuffer]:
         for part, conv in enumerate(pool.mamba_cache.conv):
             found.append(DeviceBuffer(f"conv{part}.{layer}", layer, Kind.STATE, conv[index]))
         temporal = pool.mamba_cache.temporal[index]
-        found.append(DeviceBuffer(f"ssm.{layer}", layer, Kind.STATE, temporal))
+        if temporal[0].numel():  # a short convolution has no state but its window
+            found.append(DeviceBuffer(f"ssm.{layer}", layer, Kind.STATE, temporal))
     return found

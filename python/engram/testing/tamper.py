@@ -25,29 +25,39 @@ Edit = Callable[[SegmentHeader, memoryview], None]
 """Changes a payload (writable bytes, laid out as its header says) in place."""
 
 
-def rewrite_segment(root: Path, snapshot_id: str, edit: Edit) -> Manifest:
-    """Edit the payload of a snapshot's last segment and make all that names it consistent.
+def rewrite_segment(
+    root: Path, snapshot_id: str, edit: Edit, buffer: str | None = None
+) -> Manifest:
+    """Edit the payload of one of a snapshot's segments and make all that names it consistent.
 
-    The segment gets the id that its new bytes have, the manifest refers to that and is sealed
-    again, and the catalog goes, so that the next server builds it from the manifests. An edit that
-    changes nothing leaves every file but the catalog as it was. Only the first rank's chain is
-    edited. No other snapshot may name the segment: it would be left without its file.
+    It is the last one, or the last that has a buffer named ``buffer``. It gets the id that its new
+    bytes have, those after it name that, the manifest refers to all and is sealed again, and the
+    catalog goes, so that the next server builds it from the manifests. An edit that changes nothing
+    leaves every file but the catalog as it was. Only the first rank's chain is edited. No other
+    snapshot may name the segment or one after it: it would be left without its file.
 
-    Returns the manifest that is stored now. Raises `StoreBusyError` while a server has the store.
+    Returns the manifest that is stored now. Raises `StoreBusyError` while a server has the store,
+    `KeyError` if no segment has the buffer.
     """
     with DiskStore.open(root) as store:
         manifest = store.get_manifest(snapshot_id)
-        chain = manifest.segments[0]
-        shard = shard_of(manifest)
-        header, payload = read_payload(store, shard, chain[-1].segment_id)
-        edit(header, memoryview(payload))
-        segment_id = store.put_segment(header, memoryview(payload))
-        if segment_id != chain[-1].segment_id:
-            changed = SegmentRef(**{**chain[-1].model_dump(), "segment_id": segment_id})
-            segments = ((*chain[:-1], changed), *manifest.segments[1:])
+        chain, shard = list(manifest.segments[0]), shard_of(manifest)
+        first = len(chain) - 1 if buffer is None else _last_with(store, manifest, buffer)
+        for index in range(first, len(chain)):
+            header, payload = read_payload(store, shard, chain[index].segment_id)
+            if index == first:
+                edit(header, memoryview(payload))
+            else:
+                header = _planned_again(header, shard, chain[index - 1].segment_id)
+            segment_id = store.put_segment(header, memoryview(payload))
+            chain[index] = SegmentRef(**{**chain[index].model_dump(), "segment_id": segment_id})
+        before = manifest.segments[0]
+        if tuple(chain) != before:
+            segments = (tuple(chain), *manifest.segments[1:])
             manifest = change_manifest(manifest, segments=segments)
             store.put_manifest(manifest, replace=True)
-            store.delete_segment(shard, chain[-1].segment_id)
+            for ref in before[first:]:
+                store.delete_segment(shard, ref.segment_id)
     remove_catalog(root)
     return manifest
 
@@ -79,15 +89,7 @@ def rename_namespace(root: Path, snapshot_id: str, **changes: FieldValue) -> Man
         chain: list[SegmentRef] = []
         for ref in manifest.segments[0]:
             header, payload = read_payload(store, shard_of(manifest), ref.segment_id)
-            renamed = SegmentHeader.plan(
-                shard=shard,
-                key=header.key,
-                start=header.start,
-                end=header.end,
-                parent=chain[-1].segment_id if chain else None,
-                has_state=header.has_state,
-                buffers=[(b.name, b.dtype, b.shape) for b in header.buffers if b.name != TOKENS],
-            )
+            renamed = _planned_again(header, shard, chain[-1].segment_id if chain else None)
             segment_id = store.put_segment(renamed, memoryview(payload))
             fields = {"segment_id": segment_id, "bytes": renamed.file_length}
             chain.append(SegmentRef(**{**ref.model_dump(), **fields}))
@@ -160,6 +162,32 @@ def remove_catalog(root: Path) -> None:
 def shard_of(manifest: Manifest) -> Shard:
     """Where the first rank's segments of a snapshot lie."""
     return Shard(manifest.namespace, 0, manifest.world_size)
+
+
+def _planned_again(header: SegmentHeader, shard: Shard, parent: str | None) -> SegmentHeader:
+    """The header of the same payload in a shard, after a parent."""
+    return SegmentHeader.plan(
+        shard=shard,
+        key=header.key,
+        start=header.start,
+        end=header.end,
+        parent=parent,
+        has_state=header.has_state,
+        buffers=[(b.name, b.dtype, b.shape) for b in header.buffers if b.name != TOKENS],
+    )
+
+
+def _last_with(store: DiskStore, manifest: Manifest, buffer: str) -> int:
+    """Where in the first rank's chain the last segment with that buffer is."""
+    found = [
+        index
+        for index, ref in enumerate(manifest.segments[0])
+        for header, _ in (read_payload(store, shard_of(manifest), ref.segment_id),)
+        if any(spec.name == buffer for spec in header.buffers)
+    ]
+    if not found:
+        raise KeyError(f"no segment has a buffer {buffer!r}")
+    return found[-1]
 
 
 def find_buffer(header: SegmentHeader, name: str) -> BufferSpec:

@@ -131,3 +131,24 @@ def scan_inputs(
         "initial_states": normal(len(lengths), heads, head_dim, state_dim) if initial else None,
         "dt_softplus": True,
     }
+
+
+def delta(
+    state: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor,
+    beta: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token of the delta rule: state [heads, value_dim, key_dim], q and k [key_heads, key_dim],
+    v [heads, value_dim], log_decay [heads, key_dim or 1], beta [heads] to output and next state.
+    """
+    repeat = v.shape[0] // k.shape[0]
+    q, k = (part.double().repeat_interleave(repeat, 0) for part in (q, k))
+    q, k = (part / (part.square().sum(-1, keepdim=True) + 1e-6).sqrt() for part in (q, k))
+    state = state * torch.exp(log_decay.double())[:, None, :]
+    known = (state * k[:, None, :]).sum(-1)
+    state = state + (beta.double()[:, None] * (v.double() - known))[:, :, None] * k[:, None, :]
+    return (state * (scale * q)[:, None, :]).sum(-1), state

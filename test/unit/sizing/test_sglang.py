@@ -192,6 +192,13 @@ def pools_of(model: ModelConfig, dtype: torch.dtype) -> DevicePools:
         enable_mamba_extra_buffer=False,
         enable_overlap_schedule=False,
     )
+    latent: dict[str, Any] = {}
+    if model.attention_arch is AttentionArch.MLA:
+        latent = {
+            "use_mla": True,
+            "kv_lora_rank": model.kv_lora_rank,
+            "qk_rope_head_dim": model.qk_rope_head_dim,
+        }
     kv = HybridLinearKVPool(
         size=16,
         dtype=dtype,
@@ -200,6 +207,7 @@ def pools_of(model: ModelConfig, dtype: torch.dtype) -> DevicePools:
         device="cpu",
         mamba_pool=requests.mamba_pool,
         **heads,
+        **latent,
     )
     return resolved(kv, dtype, requests, ComponentType.FULL, ComponentType.MAMBA)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,19 @@ def test_greedy_output_varies(family: str, seed: int, tmp_path: Path) -> None:
         ("granite-hybrid", ["mamba", "attention"]),
         ("granite-moe", ["mamba", "attention"]),
         ("mamba2", ["mamba"]),
+        ("mamba", ["mamba"]),
+        ("falcon-mamba", ["mamba"]),
+        ("falcon-h1", ["parallel"]),
+        ("lfm2", ["conv", "attention"]),
+        ("lfm2-moe", ["conv", "attention"]),
+        ("qwen3-next", ["delta", "delta", "delta"]),
+        ("qwen3-next", ["attention"]),
+        ("qwen3.5", ["delta", "delta", "delta"]),
+        ("qwen3.5-moe", ["delta", "delta", "delta"]),
+        ("nemotron-h", ["mamba", "attention", "moe"]),
+        ("nemotron-h-latent", ["mamba", "attention", "moe"]),
+        ("kimi-linear", ["mla"]),
+        ("kimi-linear", ["kda", "mla"]),
         ("llama", ["attention"]),
         ("qwen3", ["attention"]),
     ],
@@ -121,19 +135,51 @@ def test_the_seed_makes_every_family(family: str, tmp_path: Path) -> None:
     assert files(one)["model.safetensors"] != files(other)["model.safetensors"]
 
 
-def test_every_expert_is_used(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "layers"),
+    [
+        ("granite-moe", 6),
+        ("lfm2-moe", 5),
+        ("qwen3-next", 4),
+        ("qwen3.5-moe", 4),
+        ("nemotron-h", 1),
+        ("nemotron-h-latent", 1),
+        ("kimi-linear", 5),
+    ],
+)
+def test_every_expert_is_used(family: str, layers: int, tmp_path: Path) -> None:
     """By other tokens: a router that always sends to the same experts would hide the rest."""
-    model = load(write_tiny_model(tmp_path, "granite-moe", seed=0))
+    model = load(write_tiny_model(tmp_path, family, seed=0))
     chosen: list[set[int]] = []
-    for layer in model.model.layers:
-        chosen.append(set())
-        layer.block_sparse_moe.router.register_forward_hook(
-            lambda module, inputs, outputs, found=chosen[-1]: found.update(
-                outputs[0].flatten().tolist()
+    for name, module in model.named_modules():
+        if name.endswith(".experts"):  # called with tokens, and the experts of each with a weight
+            chosen.append(set())
+            module.register_forward_pre_hook(
+                lambda module, inputs, found=chosen[-1]: found.update(
+                    next(part for part in inputs if not part.is_floating_point()).flatten().tolist()
+                )
             )
-        )
     last_log_probabilities(model, prompt(0, 150))
-    assert chosen == [set(range(6))] * 6
+    assert chosen == [set(range(6))] * layers
+
+
+def test_layers_that_a_family_cannot_have_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="attention must come every so many layers"):
+        write_tiny_model(tmp_path, "qwen3-next", layers=["attention", "delta"])
+
+
+@pytest.mark.parametrize("family", ["nemotron-h", "kimi-linear"])
+def test_what_is_written_as_published_is_the_same_model(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published = write_tiny_model(tmp_path / "published", family, seed=4)
+    plain = replace(FAMILIES[family], publish=None, renamed={})
+    monkeypatch.setitem(tiny_model.FAMILIES, family, plain)
+    own = write_tiny_model(tmp_path / "own", family, seed=4)
+    assert files(own) != files(published)
+    ids = prompt(2, 40)
+    one, other = (last_log_probabilities(load(folder), ids) for folder in (own, published))
+    assert torch.equal(one, other)
 
 
 def test_bfloat16_weights(tmp_path: Path) -> None:
@@ -147,7 +193,10 @@ def test_bfloat16_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"family": "gpt"}, "unknown family 'gpt'; supported: granite-hybrid, granite-moe, llama"),
+        (
+            {"family": "gpt"},
+            "unknown family 'gpt'; supported: falcon-h1, falcon-mamba, granite-hybrid",
+        ),
         ({"dtype": "float64"}, "unknown dtype 'float64'; supported: float32, bfloat16"),
         ({"seed": -1}, "must not be negative, got -1"),
         (

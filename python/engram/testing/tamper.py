@@ -15,7 +15,7 @@ from typing import Final
 import torch
 
 from engram.core.namespace import FieldValue, Namespace
-from engram.snapshot.manifest import Manifest, SegmentRef, change_manifest
+from engram.snapshot.manifest import Manifest, SegmentRef, change_manifest, rows_of
 from engram.snapshot.segment import TOKENS, BufferSpec, SegmentHeader, Shard
 from engram.store.disk import DiskStore
 from engram.store.layout import Layout
@@ -25,29 +25,38 @@ Edit = Callable[[SegmentHeader, memoryview], None]
 """Changes a payload (writable bytes, laid out as its header says) in place."""
 
 
-def rewrite_segment(root: Path, snapshot_id: str, edit: Edit) -> Manifest:
+def rewrite_segment(root: Path, snapshot_id: str, edit: Edit, *, rows: bool = False) -> Manifest:
     """Edit the payload of a snapshot's last segment and make all that names it consistent.
 
-    The segment gets the id that its new bytes have, the manifest refers to that and is sealed
+    With `rows` the last rows are edited where a state stands on them. A segment gets the id that
+    its new bytes have, what stands on it and the manifest refer to that, the manifest is sealed
     again, and the catalog goes, so that the next server builds it from the manifests. An edit that
     changes nothing leaves every file but the catalog as it was. Only the first rank's chain is
-    edited. No other snapshot may name the segment: it would be left without its file.
+    edited. No other snapshot may name the segments: it would be left without its files.
 
     Returns the manifest that is stored now. Raises `StoreBusyError` while a server has the store.
     """
     with DiskStore.open(root) as store:
         manifest = store.get_manifest(snapshot_id)
-        chain = manifest.segments[0]
+        before = manifest.segments[0]
         shard = shard_of(manifest)
-        header, payload = read_payload(store, shard, chain[-1].segment_id)
-        edit(header, memoryview(payload))
-        segment_id = store.put_segment(header, memoryview(payload))
-        if segment_id != chain[-1].segment_id:
-            changed = SegmentRef(**{**chain[-1].model_dump(), "segment_id": segment_id})
-            segments = ((*chain[:-1], changed), *manifest.segments[1:])
+        place = len(rows_of(before)) - 1 if rows else len(before) - 1
+        after = list(before[:place])
+        for ref in before[place:]:
+            header, payload = read_payload(store, shard, ref.segment_id)
+            if len(after) == place:
+                edit(header, memoryview(payload))
+            else:
+                fields = {**header.model_dump(), "parent": after[-1].segment_id}
+                header = SegmentHeader.model_validate(fields)
+            segment_id = store.put_segment(header, memoryview(payload))
+            after.append(SegmentRef(**{**ref.model_dump(), "segment_id": segment_id}))
+        if after[-1] != before[-1]:
+            segments = (tuple(after), *manifest.segments[1:])
             manifest = change_manifest(manifest, segments=segments)
             store.put_manifest(manifest, replace=True)
-            store.delete_segment(shard, chain[-1].segment_id)
+            for ref in before[place:]:
+                store.delete_segment(shard, ref.segment_id)
     remove_catalog(root)
     return manifest
 

@@ -43,10 +43,13 @@ class Variant:
     family: str
     dtype: str
     quick: bool = False
+    page: int | None = None
+    """Tokens a page under `extra_buffer` with overlap scheduling; None for `no_buffer`."""
 
     @property
     def name(self) -> str:
-        return f"{self.family}-{self.dtype}"
+        strategy = "" if self.page is None else f"-extra-buffer-{self.page}"
+        return f"{self.family}-{self.dtype}{strategy}"
 
     @property
     def exact(self) -> bool:
@@ -56,6 +59,11 @@ class Variant:
     @property
     def has_state(self) -> bool:
         return "mamba" in FAMILIES[self.family].default_layers
+
+    def boundary(self, tokens: int) -> int:
+        """Where the state of a turn stands that ended after so many computed tokens."""
+        page = self.page or 1
+        return tokens // page * page
 
     @property
     def altered(self) -> dict[str, str]:
@@ -74,11 +82,20 @@ class Variant:
     def flags(self) -> tuple[str, ...]:
         return (
             *("--enable-snapshot-persistence", "--disable-radix-cache"),
-            *("--mamba-scheduler-strategy", "no_buffer"),
+            *self._strategy,
             *("--skip-server-warmup", "--dtype", self.dtype),
             *("--chunked-prefill-size", str(CHUNK)),
             *("--max-total-tokens", "8192", "--max-mamba-cache-size", "64"),
         )
+
+    @property
+    def _strategy(self) -> tuple[str, ...]:
+        if self.page is None:
+            return ("--mamba-scheduler-strategy", "no_buffer")
+        page = ("--page-size", str(self.page))
+        if not self.has_state:
+            return page
+        return ("--mamba-scheduler-strategy", "extra_buffer", *page)
 
     @property
     def env(self) -> Mapping[str, str]:
@@ -88,6 +105,10 @@ class Variant:
 VARIANTS = (
     Variant("granite-hybrid", "float32"),
     Variant("granite-hybrid", "bfloat16"),
+    Variant("granite-hybrid", "float32", page=1),
+    Variant("granite-hybrid", "bfloat16", page=1),
+    Variant("granite-hybrid", "float32", page=16),
+    Variant("granite-hybrid", "bfloat16", page=16),
     Variant("granite-moe", "float32"),
     Variant("granite-moe", "bfloat16"),
     Variant("mamba2", "float32", quick=True),
@@ -130,7 +151,8 @@ def exactness_world(stage: Stage, folder: Path, variant: Variant) -> World:
     world.server.kill()
     for name, buffer in {**variant.altered, "unaltered": ""}.items():
         edit = add_to_value(buffer, 8.0) if buffer else lambda header, payload: None
-        rewrite_segment(store, world.cases[name].saved["snapshot_id"], edit)
+        rows = buffer.startswith(("k.", "v."))
+        rewrite_segment(store, world.cases[name].saved["snapshot_id"], edit, rows=rows)
     world.server.start()
     return world
 

@@ -178,6 +178,9 @@ class EngramRadixCache(UnifiedRadixCache):
         """The first point past token `start` of a request's prompt; None if there is none."""
         if not self._has_state or req.skip_radix_cache_insert:
             return None
+        # What is no text is computed by encoders, whose pieces SGLang cuts in its own way.
+        if req.input_embeds is not None or req.multimodal_inputs is not None:
+            return None
         return next_point(start, len(req.origin_input_ids), self.page_size, self.rank.interval)
 
     def at_point(self, req: Any, end: int) -> bool:

@@ -57,13 +57,17 @@ def admit_to_point(original: Callable[..., Any], adder: Any, req: Any, **kw: Any
     # last tokens of the first would never be computed.
     if kw.get("has_chunked_req") or adder.new_chunked_req is not None:
         return AddReqResult.OTHER if admission.is_chunked else admission
+    if adder.rem_chunk_tokens is None:
+        # --chunked-prefill-size -1: a prefill that was begun could not go on.
+        return admission
     point = point_of(req, admission.prefix_len)
     if point is None or point >= admission.prefix_len + admission.extend_len:
         return admission
     return type(admission)(
         prefix_len=admission.prefix_len,
         extend_len=point - admission.prefix_len,
-        max_new_tokens=0,
+        # Room for the reply stays reserved: others are admitted to this step after it.
+        max_new_tokens=admission.max_new_tokens,
         is_chunked=True,
         replay_len=admission.replay_len,
     )

@@ -73,16 +73,30 @@ def admission(prefix: int, extend: int, *, chunked: bool = False) -> _PrefillAdm
 
 
 def admit(
-    chosen: Any, *, prompt: int = 100, tree: Any = None, running: Any = None, busy: bool = False
+    chosen: Any,
+    *,
+    prompt: int = 100,
+    tree: Any = None,
+    running: Any = None,
+    busy: bool = False,
+    chunk: int | None = 512,
 ) -> Any:
-    adder = SimpleNamespace(tree_cache=tree or Tree(), new_chunked_req=running)
+    adder = SimpleNamespace(
+        tree_cache=tree or Tree(), new_chunked_req=running, rem_chunk_tokens=chunk
+    )
     req = SimpleNamespace(prompt=prompt)
     return admit_to_point(lambda *_, **__: chosen, adder, req, has_chunked_req=busy)
 
 
 def test_a_prompt_is_cut_before_its_last_token() -> None:
     cut = admit(admission(30, 70))
-    assert (cut.prefix_len, cut.extend_len, cut.is_chunked, cut.max_new_tokens) == (30, 69, True, 0)
+    assert (cut.prefix_len, cut.extend_len, cut.is_chunked, cut.max_new_tokens) == (30, 69, True, 8)
+
+
+def test_without_chunked_prefill_no_prompt_is_cut() -> None:
+    """SGLang has no way to go on with one then."""
+    chosen = admission(30, 70)
+    assert admit(chosen, chunk=None) is chosen
 
 
 def test_a_cut_is_not_moved_to_where_the_step_does_not_reach() -> None:

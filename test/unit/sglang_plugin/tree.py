@@ -75,6 +75,8 @@ class ToyRequest:
     kv_rotation_base: int | None = None
     swa_branching_seqlen: int | None = None
     skip_radix_cache_insert: bool = False
+    input_embeds: Any = None
+    multimodal_inputs: Any = None
     discard_output_reason: Any = None
     inflight_middle_chunks: int = 0
     origin: list[int] | None = None

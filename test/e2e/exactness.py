@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from e2e.helpers import Client, random_ids
+from e2e.helpers import Client, Reply, random_ids
 from e2e.reference import ALL_LOG_PROBABILITIES, CHUNK, ask_for, expect, prompts_of
 from e2e.talks import ChatTalk, GenerateTalk, Talk
 from e2e.worlds import (
@@ -32,6 +32,7 @@ from engram.testing.tamper import add_to_value, rewrite_segment
 from engram.testing.tiny_model import FAMILIES, KEPT
 
 PROMPT = 150
+INTERVAL = 64
 LONG, SHORT = 40, 20
 """New tokens of two replies to one prompt: the shorter ends inside the longer one's path."""
 
@@ -45,10 +46,17 @@ class Variant:
     dtype: str
     quick: bool = False
     ranks: int = 1
+    """Tensor-parallel ranks."""
+    page: int | None = None
+    """Tokens a page under `extra_buffer` with overlap scheduling; None for `no_buffer`."""
+    interval: int = 0
+    """Tokens between the states kept inside prompts and replies; 0 for the usual ones."""
 
     @property
     def name(self) -> str:
-        return f"{self.family}-{self.dtype}" + (f"-tp{self.ranks}" if self.ranks > 1 else "")
+        strategy = "" if self.page is None else f"-extra-buffer-{self.page}"
+        ranks = f"-tp{self.ranks}" if self.ranks > 1 else ""
+        return f"{self.family}-{self.dtype}{strategy}{ranks}"
 
     @property
     def exact(self) -> bool:
@@ -63,6 +71,11 @@ class Variant:
     def layers(self) -> tuple[str, ...]:
         return FAMILIES[self.family].default_layers
 
+    def boundary(self, tokens: int) -> int:
+        """Where the state of a turn stands that ended after so many computed tokens."""
+        page = self.page or 1
+        return tokens // page * page
+
     @property
     def altered(self) -> dict[str, str]:
         """Case -> the buffer in which one value is changed before the restart, one of each part."""
@@ -76,12 +89,22 @@ class Variant:
     def flags(self) -> tuple[str, ...]:
         return (
             *("--enable-snapshot-persistence", "--disable-radix-cache"),
-            *("--mamba-scheduler-strategy", "no_buffer"),
+            *self._strategy,
+            *("--snapshot-point-interval", str(self.interval)),
             *("--skip-server-warmup", "--dtype", self.dtype),
             *("--chunked-prefill-size", str(CHUNK)),
             *("--max-total-tokens", "8192", "--max-mamba-cache-size", "64"),
             *("--tp-size", str(self.ranks)),
         )
+
+    @property
+    def _strategy(self) -> tuple[str, ...]:
+        if self.page is None:
+            return ("--mamba-scheduler-strategy", "no_buffer")
+        page = ("--page-size", str(self.page))
+        if not self.has_state:
+            return page
+        return ("--mamba-scheduler-strategy", "extra_buffer", *page)
 
     @property
     def env(self) -> Mapping[str, str]:
@@ -94,6 +117,11 @@ VARIANTS = (
     Variant("granite-hybrid", "float32"),
     Variant("granite-hybrid", "bfloat16"),
     Variant("granite-hybrid", "float32", ranks=2),
+    Variant("granite-hybrid", "float32", ranks=2, page=1),
+    Variant("granite-hybrid", "float32", page=1, quick=True),
+    Variant("granite-hybrid", "bfloat16", page=1),
+    Variant("granite-hybrid", "float32", page=16, interval=INTERVAL),
+    Variant("granite-hybrid", "bfloat16", page=16, interval=INTERVAL),
     Variant("granite-moe", "float32"),
     Variant("granite-moe", "bfloat16"),
     Variant("mamba2", "float32", quick=True),
@@ -156,6 +184,9 @@ def exactness_world(stage: Stage, folder: Path, variant: Variant) -> World:
             talk.say(client, talk.draw(client, numbers, length), name)
         world.cases[name] = save_and_peek(client, numbers, name, talk)
     world.cases |= interleaved(client, numbers, INTERLEAVED)
+    world.facts["again"] = _again(client, numbers)
+    if variant.interval:
+        world.facts["parted"] = _parted(client, numbers)
     world.cases["evicted"] = _evicted(world, numbers)
     world.cases["branch"] = _branch(client, numbers)
     world.server.kill()
@@ -175,6 +206,33 @@ def _compared(client: Client) -> tuple[list[Any], list[Any]]:
     ]
     batch: list[Any] = client.post("/generate", ask_for(prompts, **ALL_LOG_PROBABILITIES)).json()
     return alone, batch
+
+
+def _again(client: Client, numbers: random.Random) -> list[tuple[Reply, Reply]]:
+    """A prompt and a second turn, each sent twice."""
+    prompt = random_ids(numbers, PROMPT)
+    first = client.generate(prompt, LONG, "again")
+    turn = [*prompt, *first.tokens, *random_ids(numbers, NEXT_LENGTH)]
+    second = client.generate(turn, LONG, "again")
+    return [(first, client.generate(prompt, LONG)), (second, client.generate(turn, LONG))]
+
+
+def _parted(client: Client, numbers: random.Random) -> list[tuple[int, Reply, Reply]]:
+    """Tokens in common with a longer path, the reply to a prompt that parts there, and the same
+    computed from nothing: inside a prompt, inside a reply."""
+    prompt = random_ids(numbers, PROMPT)
+    path = [*prompt, *client.generate(prompt, 2 * LONG).tokens]
+    parted = [
+        [*path[:common], *random_ids(numbers, NEXT_LENGTH)] for common in (PROMPT - 10, PROMPT + 50)
+    ]
+    warm = [client.generate(tokens) for tokens in parted]
+    cold = []
+    for tokens in parted:
+        client.flush()
+        cold.append(client.generate(tokens))
+    assert [reply.cached for reply in cold] == [0, 0]
+    commons = [len(tokens) - NEXT_LENGTH for tokens in parted]
+    return list(zip(commons, warm, cold, strict=True))
 
 
 def _evicted(world: World, numbers: random.Random) -> Case:

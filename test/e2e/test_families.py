@@ -75,6 +75,34 @@ def test_same_tokens_find_the_state_without_any_id(world: World, name: str) -> N
 
 
 @each()
+def test_what_is_sent_again_computes_one_token(world: World, variant: Variant) -> None:
+    """The same prompt, and a turn that is generated again: from one token before its end, or from
+    the last page boundary before that."""
+    for first, again in world.facts["again"]:
+        assert again.cached == variant.boundary(first.prompt_tokens - 1)
+        if variant.has_state:
+            # Cut there the first time, so that both compute in the same shapes.
+            assert again.output == first.output
+        elif variant.exact:
+            assert_close(again, first, 1e-3)
+
+
+@each()
+def test_a_next_turn_computes_what_is_new(world: World, variant: Variant) -> None:
+    (first, _), (second, _) = world.facts["again"]
+    computed = first.prompt_tokens + len(first.tokens) - 1
+    assert second.cached == variant.boundary(computed)
+
+
+@each([variant for variant in VARIANTS if variant.interval])
+def test_a_branch_starts_near_where_it_parts(world: World, variant: Variant) -> None:
+    for common, warm, cold in world.facts["parted"]:
+        assert warm.cached == common // variant.interval * variant.interval
+        if variant.exact:
+            assert_close(warm, cold, 1e-3)
+
+
+@each()
 def test_restored_from_ram_after_vram_forgot_it(world: World) -> None:
     case, again = world.cases["evicted"], world.facts["evicted from ram"]
     assert world.facts["evicted restore"]["source_tier"] == "ram"
@@ -92,7 +120,7 @@ def test_restored_from_disk_after_vram_forgot_it(world: World) -> None:
 def test_turn_that_ends_inside_another_path(world: World, variant: Variant) -> None:
     """The server that never stopped has rows of the longer reply; those of two restores agree."""
     case = world.cases["branch"]
-    assert case.saved["token_count"] == PROMPT + SHORT - 1
+    assert case.saved["token_count"] == variant.boundary(PROMPT + SHORT - 1)
     first = _restored_branch(world)
     if variant.exact:
         assert_close(first, case.reference, 1e-3)

@@ -28,6 +28,7 @@ class Settings(BaseModel):
     ] = "every_turn"
     snapshot_every_n_turns: Count = 5
     snapshot_min_interval_seconds: NotNegative = 1.0
+    snapshot_point_interval: Annotated[int, Field(ge=0)] = 0
     snapshot_keep_named_branches: bool = True
     snapshot_auto_restore: bool = True
     snapshot_health_check_interval: Annotated[int, Field(ge=0)] = 0

@@ -57,6 +57,10 @@ FLAGS: Final = (
         "snapshot_min_interval_seconds",
         "Least time between automatic saves of one conversation; the last turn is always saved.",
     ),
+    Flag(
+        "snapshot_point_interval",
+        "Tokens between states that VRAM keeps inside prompts and replies; 0: the usual points.",
+    ),
     Flag("snapshot_keep_named_branches", "Exempt named branches from retention."),
     Flag("snapshot_auto_restore", "Let requests bring their stored prefix into RAM themselves."),
     Flag(
@@ -303,6 +307,11 @@ def refuse(args: argparse.Namespace) -> None:
         value = getattr(args, field, fine)
         if value != fine and not (fine is None and not value):
             _exit(f"--enable-snapshot-persistence does not work with {name} yet; {hint}")
+    if args.mamba_radix_cache_strategy == "extra_buffer_lazy":
+        _exit(
+            "--enable-snapshot-persistence does not work with extra_buffer_lazy yet; "
+            "use --mamba-radix-cache-strategy extra_buffer"
+        )
     no_buffer = args.mamba_radix_cache_strategy in ("auto", "no_buffer")
     if no_buffer and getattr(args, "strip_thinking_cache", False):
         _exit(

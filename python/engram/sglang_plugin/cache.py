@@ -5,8 +5,8 @@ are compared with what is stored, the run of pages past the last stored rows bec
 the recurrent state at its end another.  Upstream's own offers (`offload`) miss a state that lands
 on a node already stored and cannot be repeated, hence this.
 
-Captured is the end of a finished request.  States at the end of prefill chunks are not: each state
-of a real model is tens of MiB.
+Captured is the end of a finished request.  States inside prompts and replies (`points.py`) stay in
+the tree: each state of a real model is tens of MiB.
 
 While a copy is running its path is locked in the tree, so the device memory it reads cannot be
 given to another request; `check_hicache_events`, which every scheduler step calls, unlocks it.
@@ -26,8 +26,10 @@ nothing is loaded on top of it, until SGLang empties it (`/flush_cache`).
 from __future__ import annotations
 
 import logging
+from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -40,6 +42,8 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from engram.sglang_plugin.contain import Containment, contained
 from engram.sglang_plugin.linker import EngramLinker
+from engram.sglang_plugin.live_state import LiveStateComponent
+from engram.sglang_plugin.points import is_point, next_point
 from engram.sglang_plugin.streams import SideStream
 from engram.sglang_plugin.vram import VramPins
 from engram.tiers.health import StateCheck
@@ -101,6 +105,10 @@ class EngramRadixCache(UnifiedRadixCache):
         self._pools = cache_linker.device_pools
         self._stream = SideStream(self._pools.device, cache_linker.forward_stream)
         self._has_state = ComponentType.MAMBA in self.components
+        if self._has_state:
+            # Upstream's own way to another component (`component_registry_override`) gives up the
+            # native tree core.
+            self.components[ComponentType.MAMBA].__class__ = LiveStateComponent
         self._finishing: Any = None
         self._finished: OrderedDict[str, tuple[FinishedTurn, ...]] = OrderedDict()
         self._locks: dict[int, Any] = {}
@@ -149,9 +157,14 @@ class EngramRadixCache(UnifiedRadixCache):
         """Remember whose finished tokens the inserts inside are."""
         if getattr(req, "engram_epoch", None) != self.rank.epoch:
             self._stale = True
+        if not req.finished() and self._follows_last_point(req, up_to):
+            return
         self._finishing = req if req.finished() else None
         try:
             super().checkpoint(req, up_to=up_to, **kwargs)
+            if self._finishing is not None:
+                # Nothing was inserted: SGLang kept no state of this turn past what the tree has.
+                self._remember_nearest(req, up_to)
         finally:
             self._finishing = None
 
@@ -164,6 +177,53 @@ class EngramRadixCache(UnifiedRadixCache):
         if req is not None:
             self._reconcile(req, params, result)
         return result
+
+    # ---- states inside prompts and replies ----
+
+    def next_point(self, req: Any, start: int) -> int | None:
+        """The first point past token `start` of a request's prompt; None if there is none."""
+        if not self._has_state or req.skip_radix_cache_insert:
+            return None
+        # What is no text is computed by encoders, whose pieces SGLang cuts in its own way.
+        if req.input_embeds is not None or req.multimodal_inputs is not None:
+            return None
+        return next_point(start, len(req.origin_input_ids), self.page_size, self.rank.interval)
+
+    def at_point(self, req: Any, end: int) -> bool:
+        """Whether token `end` is a point of a request's prompt."""
+        return is_point(end, len(req.origin_input_ids), self.page_size, self.rank.interval)
+
+    def _follows_last_point(self, req: Any, end: int) -> bool:
+        """Whether a prompt ends here whose last point is in the tree: a state one token further
+        would cost as much as that one, and nothing can start from it that cannot from that."""
+        prompt = len(req.origin_input_ids)
+        if not self._has_state or end != prompt:
+            return False
+        return 0 < req.kv.cache_protected_len == (prompt - 1) // self.page_size * self.page_size
+
+    def keep_reply(self, req: Any) -> None:
+        """Put the state of a running reply into the tree, at the first it has past a multiple of
+        the interval."""
+        interval = self.rank.interval
+        if not interval or not self._has_state or req.skip_radix_cache_insert:
+            return
+        if self.enable_mamba_extra_buffer:
+            end = req.kv.mamba_last_track_seqlen or 0
+        else:
+            end = req.kv.kv_committed_len // self.page_size * self.page_size
+        if end // interval <= req.kv.cache_protected_len // interval or not self.room_for_state():
+            return
+        req.refresh_fill_ids()
+        self.checkpoint(req, up_to=end)
+
+    def room_for_state(self) -> bool:
+        """Whether a slot for another state is free or can be made free; SGLang asserts there is."""
+        free: int = self.req_to_token_pool.mamba_allocator.available_size()
+        return free + self.mamba_evictable_size() > 0
+
+    def on_forward_stream(self) -> AbstractContextManager[Any]:
+        """A context in which device work is in order with forward passes."""
+        return self._stream.on_forward()
 
     def check_hicache_events(self) -> None:
         """Called every scheduler step: let go of paths whose copies are done."""
@@ -191,6 +251,18 @@ class EngramRadixCache(UnifiedRadixCache):
         turn = self._capture(result.last_device_node, params.key.token_ids)
         if turn is not None:
             self._remember(req.rid, turn)
+
+    @contained("capture")
+    def _remember_nearest(self, req: Any, end: int) -> None:
+        """The turn stands at the longest part of it that the tree has a state of."""
+        tokens = array("q", req.full_untruncated_fill_ids[:end])
+        if self._stale or not tokens:
+            return
+        found = self._match(tokens, req.extra_key, req.cache_salt)
+        if found.device_prefix_len:
+            turn = self._capture(found.last_device_node, tokens[: found.device_prefix_len])
+            if turn is not None:
+                self._remember(req.rid, turn)
 
     def _capture(self, node: Any, token_ids: Sequence[int]) -> FinishedTurn | None:
         """Queue the copy of what the path to `node` has past its last stored rows."""

@@ -22,6 +22,12 @@ HTTP: Final = SRT + "entrypoints.http_server."
 TOKENIZER: Final = SRT + "managers.tokenizer_manager.TokenizerManager."
 SCHEDULER: Final = SRT + "managers.scheduler.Scheduler."
 WEIGHTS: Final = SRT + "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
+ADDER: Final = SRT + "managers.schedule_policy.PrefillAdder."
+RESULTS: Final = (
+    SRT + "managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor."
+)
+STATES: Final = SRT + "mem_cache.unified_cache.components.mamba.MambaComponent."
+STATE_POOL: Final = SRT + "mem_cache.memory_pool.HybridReqToTokenPool."
 
 EXPECTED: Final[dict[str, str]] = {
     SRT + "server_args.ServerArgs.add_cli_args": "parser",
@@ -72,6 +78,18 @@ EXPECTED: Final[dict[str, str]] = {
     LINKER + "LayerWiseLoadCounter.finish": "self, index",
     SRT + "mem_cache.memory_pool.HybridReqToTokenPool.register_layer_transfer_counter": "self, "
     "layer_transfer_counter",
+    STATES + "prepare_for_caching_req": "self, req, insert_params, token_ids_len, is_finished",
+    STATES + "_alloc_mamba_slot": "self, req=",
+    STATE_POOL + "get_mamba_ping_pong_keep_idx": "self, req",
+    STATE_POOL + "set_mamba_ping_pong_slot": "self, req, idx, value",
+    STATE_POOL + "translate_mamba_indices": "self, mamba_indices",
+    SRT + "mem_cache.memory_pool.MambaPool.copy_from": "self, src_indices, dst_indices",
+    ADDER + "_select_prefill_admission": "self, req, *, total_tokens, host_hit_length, "
+    "swa_host_hit_length, truncation_align_size, has_chunked_req=",
+    ADDER + "add_chunked_req": "self, req",
+    RESULTS + "_handle_finish_state_updated_req": "self, req, batch, result, i, logits_output",
+    SRT + "runtime_context.mamba_track_grid": "tree_page",
+    SRT + "managers.schedule_batch.Req.refresh_fill_ids": "self",
     TOKENIZER + "generate_request": "self, obj, request=",
     TOKENIZER + "auto_create_handle_loop": "self",
     TOKENIZER + "_dispatch_to_scheduler": "self, obj",

@@ -12,7 +12,7 @@ from typing import Any
 
 from engram.errors import EngramError
 from engram.sglang_plugin import compat, cpu
-from engram.sglang_plugin.compat import WEIGHTS
+from engram.sglang_plugin.compat import ADDER, RESULTS, WEIGHTS
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def around_create_unified_radix_cache(
     from engram.sglang_plugin.rank import MODEL_CONFIG
 
     compat.require_whole(HOOKS)
-    _in_use.add("page keys")
+    _in_use.update(("page keys", "whole pages"))
     token = MODEL_CONFIG.set(ctx.model_config)
     try:
         return original(ctx, cache_class=EngramRadixCache)
@@ -107,6 +107,40 @@ def around_get_native_hash(original: Callable[..., Any], *args: Any, **kwargs: A
     from engram.sglang_plugin.keys import replace_native_hash
 
     return replace_native_hash(*args, **kwargs)
+
+
+def around_select_prefill_admission(
+    original: Callable[..., Any], adder: Any, req: Any, **kw: Any
+) -> Any:
+    """End a prefill at the next point of its prompt."""
+    from engram.sglang_plugin.points import admit_to_point
+
+    return admit_to_point(original, adder, req, **kw)
+
+
+def around_add_chunked_req(original: Callable[..., Any], adder: Any, req: Any) -> Any:
+    """The same, for a prefill that goes on."""
+    from engram.sglang_plugin.points import continue_to_point
+
+    return continue_to_point(original, adder, req)
+
+
+def around_handle_finish_state_updated_req(
+    original: Callable[..., Any], processor: Any, req: Any, *args: Any, **kw: Any
+) -> Any:
+    """Keep states of a running reply."""
+    from engram.sglang_plugin.points import keep_points_of_reply
+
+    return keep_points_of_reply(original, processor, req, *args, **kw)
+
+
+def around_mamba_track_grid(original: Callable[..., int], tree_page: int) -> int:
+    """Track the state of a running reply at every page, where pages are larger than a token."""
+    from engram.sglang_plugin.points import track_whole_pages
+
+    if "whole pages" not in _in_use:
+        return original(tree_page)
+    return track_whole_pages(original, tree_page)
 
 
 def around_update_weights_from_disk(original: Callable[..., Any], *args: Any) -> Any:
@@ -161,6 +195,13 @@ HOOKS: dict[str, tuple[Callable[..., Any], str]] = {
         around_get_native_hash,
         "around",
     ),
+    ADDER + "_select_prefill_admission": (around_select_prefill_admission, "around"),
+    ADDER + "add_chunked_req": (around_add_chunked_req, "around"),
+    RESULTS + "_handle_finish_state_updated_req": (
+        around_handle_finish_state_updated_req,
+        "around",
+    ),
+    "sglang.srt.runtime_context.mamba_track_grid": (around_mamba_track_grid, "around"),
     WEIGHTS + "update_weights_from_disk": (around_update_weights_from_disk, "around"),
     WEIGHTS + "update_weights_from_tensor": (around_weight_update, "around"),
     WEIGHTS + "update_weights_from_distributed": (around_weight_update, "around"),

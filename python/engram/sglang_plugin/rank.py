@@ -69,7 +69,8 @@ class Launch:
 class RankContext:
     """The identity and the tiers of one rank.
 
-    `epoch` counts the changes of weights, from 0; `pin_budget` are bytes of VRAM, None for a share.
+    `epoch` counts the changes of weights, from 0; `pin_budget` are bytes of VRAM, None for a share;
+    `interval` are the tokens between states that are kept inside prompts and replies, 0 for none.
     """
 
     namespace: Namespace
@@ -82,6 +83,7 @@ class RankContext:
     launch: Launch
     epoch: int = 0
     pin_budget: int | None = None
+    interval: int = 0
     _runtime: int = 0
     _retiring: list[threading.Thread] = field(default_factory=list)
 
@@ -198,6 +200,7 @@ def open_rank(
         get_serving().served_model_name,
         launch,
         pin_budget=settings.pin_budget_bytes,
+        interval=settings.snapshot_point_interval,
     )
 
 

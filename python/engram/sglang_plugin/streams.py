@@ -41,6 +41,14 @@ class SideStream:
             self._stream.wait_event(event)
         return torch.cuda.stream(self._stream)
 
+    def on_forward(self) -> AbstractContextManager[Any]:
+        """A context in which device work is enqueued on the forward stream, behind the scheduler's:
+        in order with the steps that write the pools."""
+        if self._stream is None or self._forward is None:
+            return nullcontext()
+        self._forward.wait_stream(torch.cuda.current_stream())
+        return torch.cuda.stream(self._forward)
+
     def synchronize(self) -> None:
         """Wait until everything enqueued on this stream has run."""
         if self._stream is not None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 from sglang.srt.mem_cache import utils
@@ -32,8 +33,8 @@ def new_rank(
     monkeypatch.setattr(utils, "get_native_hash", replace_native_hash)
     made: list[Rank] = []
 
-    def new(capacity: int = 1 << 24) -> Rank:
-        made.append(Rank(store, core=request.param, capacity=capacity))
+    def new(capacity: int = 1 << 24, **options: Any) -> Rank:
+        made.append(Rank(store, core=request.param, capacity=capacity, **options))
         return made[-1]
 
     with sglang_settings():

@@ -35,6 +35,7 @@ CONTRACT = {
     "--snapshot-trigger-policy": ("every_n_turns", "every_n_turns"),
     "--snapshot-every-n-turns": ("7", 7),
     "--snapshot-min-interval-seconds": ("0.5", 0.5),
+    "--snapshot-point-interval": ("512", 512),
     "--snapshot-health-check-interval": ("2", 2),
     "--snapshot-health-failure-policy": ("log_and_continue", "log_and_continue"),
     "--max-warm-conversations": ("5", 5),
@@ -387,6 +388,12 @@ def test_the_old_name_of_the_strategy_is_an_alias(parser: argparse.ArgumentParse
         apply_flags(args)
         assert args.mamba_radix_cache_strategy == "no_buffer"
         assert not hasattr(args, "mamba_scheduler_strategy")
+
+
+def test_the_lazy_strategy_is_refused_and_the_other_named(parser: argparse.ArgumentParser) -> None:
+    args = parse(parser, ON, "--mamba-scheduler-strategy", "extra_buffer_lazy")
+    with pytest.raises(SystemExit, match="use --mamba-radix-cache-strategy extra_buffer"):
+        apply_flags(args)
 
 
 @pytest.mark.usefixtures("without_accelerator")

@@ -76,8 +76,12 @@ class ToyRequest:
     kv_rotation_base: int | None = None
     swa_branching_seqlen: int | None = None
     skip_radix_cache_insert: bool = False
+    input_embeds: Any = None
+    multimodal_inputs: Any = None
     discard_output_reason: Any = None
     inflight_middle_chunks: int = 0
+    origin: list[int] | None = None
+    """Its prompt, where that is not all of its tokens so far."""
 
     @property
     def full_untruncated_fill_ids(self) -> array[int]:
@@ -85,7 +89,10 @@ class ToyRequest:
 
     @property
     def origin_input_ids(self) -> array[int]:
-        return array("q", self.tokens)
+        return array("q", self.tokens if self.origin is None else self.origin)
+
+    def refresh_fill_ids(self) -> None:
+        """Here they are always up to date."""
 
     def finished(self) -> bool:
         return self.finished_reason is not None
@@ -111,7 +118,15 @@ def drawn(name: str, key: str, like: torch.Tensor) -> torch.Tensor:
 class Rank:
     """One scheduler rank: pools, tree, linker, tiers."""
 
-    def __init__(self, store: DiskStore, *, core: str, capacity: int = 1 << 24) -> None:
+    def __init__(
+        self,
+        store: DiskStore,
+        *,
+        core: str,
+        capacity: int = 1 << 24,
+        extra_buffer: bool = False,
+        interval: int = 0,
+    ) -> None:
         shape = Mamba2StateShape.create(
             tp_world_size=1,
             intermediate_size=8,
@@ -130,8 +145,8 @@ class Rank:
             enable_memory_saver=False,
             cache_params=Mamba2CacheParams(shape=shape, layers=list(STATE_LAYERS)),
             mamba_layer_ids=list(STATE_LAYERS),
-            enable_mamba_extra_buffer=False,
-            enable_overlap_schedule=False,
+            enable_mamba_extra_buffer=extra_buffer,
+            enable_overlap_schedule=extra_buffer,
         )
         self.kv = HybridLinearKVPool(
             size=SLOTS,
@@ -151,9 +166,11 @@ class Rank:
             page_size=1,
             tree_components=(ComponentType.FULL, ComponentType.MAMBA),
             tree_core_backend=core,
+            enable_mamba_extra_buffer=extra_buffer,
         )
         self.store = store
         self.capacity = capacity
+        self.interval = interval
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(linker_module, "open_rank", self._open_rank)
             self.linker = EngramLinker(
@@ -188,7 +205,9 @@ class Rank:
             pools.has_state,
             page_keys=partial(page_keys_after, page_size=1),
         )
-        return RankContext(namespace, shard, tiers, 1, LAYERS, "toy", "a toy", LAUNCH)
+        return RankContext(
+            namespace, shard, tiers, 1, LAYERS, "toy", "a toy", LAUNCH, interval=self.interval
+        )
 
     # ---- the toy model ----
 
@@ -251,7 +270,7 @@ class Rank:
         fresh = self.slots.alloc(len(request.tokens) - prefix)
         table[row, prefix : len(request.tokens)] = fresh.to(table.dtype)
         request.kv.cache_protected_len = resident
-        request.kv.kv_allocated_len = len(request.tokens)
+        request.kv.kv_allocated_len = request.kv.kv_committed_len = len(request.tokens)
         return resident, loaded
 
     def forward(self, request: ToyRequest, prefix: int) -> None:

@@ -1,0 +1,1 @@
+"""Tokens of prompts that are computed again."""

@@ -15,7 +15,7 @@ from typing import Final
 import torch
 
 from engram.core.namespace import FieldValue, Namespace
-from engram.snapshot.manifest import Manifest, SegmentRef, change_manifest, rows_of
+from engram.snapshot.manifest import Manifest, SegmentRef, change_manifest
 from engram.snapshot.segment import TOKENS, BufferSpec, SegmentHeader, Shard
 from engram.store.disk import DiskStore
 from engram.store.layout import Layout

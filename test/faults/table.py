@@ -1,6 +1,7 @@
 """Every operation, every file operation and SQL statement in it, every way each can fail.
 
-`python -m faults.table` (with test/ and python/ on PYTHONPATH) writes the table of docs/faults.md.
+`python -m faults.table` (with test/, python/ and scripts/lib on PYTHONPATH) writes the table of
+docs/faults.md.
 """
 
 from __future__ import annotations

@@ -20,8 +20,10 @@ from engram.service.context import ServiceContext
 from engram.service.demotion import Demoter
 from engram.service.finder import TurnFinder, need_place
 from engram.service.housekeeping import Housekeeper
+from engram.service.linking import PrefixLinks
 from engram.service.pins import PinResult, VramPinner
 from engram.service.ports import EngineInfo, Generator, Ranks
+from engram.service.recorded import Recorded
 from engram.service.removals import Remover
 from engram.service.requests import RequestGate
 from engram.service.restores import Continuation, Restorer
@@ -68,6 +70,8 @@ class SnapshotService:
         self._automatic = AutomaticSaver(self.context, self._saver)
         self._finder = TurnFinder(self.context)
         self._restorer = Restorer(self.context)
+        self.recorded = Recorded(self.context, self._restorer)
+        self.links = PrefixLinks(self.context, self.recorded)
         self._remover = Remover(self.context)
         self._changer = SnapshotChanger(self.context)
         self._demoter = Demoter(self.context)

@@ -23,13 +23,15 @@ from engram.errors import EngramError, InvalidRequestError
 from engram.server.chat import chat_router
 from engram.server.compatible import compatible_router
 from engram.server.memory import memory_router
+from engram.server.prefixes import prefixes_router
 from engram.server.refusing import RefusingMiddleware
 from engram.server.resources import resources_router
+from engram.server.snapshots import snapshots_router
 from engram.server.tagging import CURRENT_TAG, HoldingMiddleware, TaggingMiddleware
 from engram.server.tool_calls import ToolCallMiddleware
 from engram.service import SnapshotService
 from engram.sglang_plugin.args import open_store, settings_of
-from engram.sglang_plugin.chat import SglangChat, watch_chats
+from engram.sglang_plugin.chat import SglangChat, SglangPrompts, watch_chats
 from engram.sglang_plugin.control import RankClient
 from engram.sglang_plugin.engine import SglangGenerator, SglangRanks
 from engram.sglang_plugin.messages import EngramReply
@@ -97,7 +99,13 @@ def before_setup_and_run_http_server(
     )
     _watch_requests(tokenizer_manager, service)
     _watch_weights(tokenizer_manager, service)
-    for router in (compatible_router(service), resources_router(service), memory_router(service)):
+    for router in (
+        compatible_router(service),
+        snapshots_router(service),
+        resources_router(service),
+        prefixes_router(service, SglangPrompts()),
+        memory_router(service),
+    ):
         app.include_router(_marked(router))
     # Generation: for whoever may use /v1/chat/completions.
     app.include_router(chat_router(SglangChat()))

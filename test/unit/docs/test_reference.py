@@ -10,6 +10,7 @@ from engram.errors import walk_error_classes
 from engram.server.chat import OWN_FIELDS, ChatEngine, chat_router
 from engram.server.compatible import compatible_router
 from engram.server.memory import memory_router
+from engram.server.prefixes import PrefixBody, Prompts, prefixes_router
 from engram.server.resources import resources_router
 from engram.server.schemas import (
     BranchPlace,
@@ -19,8 +20,11 @@ from engram.server.schemas import (
     Place,
     RestoreBody,
     SaveBody,
+    SnapshotBranch,
     SnapshotPatch,
+    SnapshotRestore,
 )
+from engram.server.snapshots import snapshots_router
 from engram.service import SnapshotService
 from engram.sglang_plugin.args import FLAGS, REFUSED, _default
 from engram.sglang_plugin.plugin import HOOKS
@@ -32,6 +36,9 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "/restore_snapshot": RestoreBody,
     "/list_snapshots": ListBody,
     "/get_snapshot_info": Place,
+    "/v1/snapshots/{snapshot_id}/restore": SnapshotRestore,
+    "/v1/snapshots/{snapshot_id}/branch": SnapshotBranch,
+    "/v1/prefixes": PrefixBody,
     "/v1/memory/promote": MemoryPlace,
     "/v1/memory/pin": BranchPlace,
     "PATCH /v1/snapshots/{snapshot_id}": SnapshotPatch,
@@ -85,6 +92,8 @@ def test_every_route_is_documented() -> None:
     routers = (
         compatible_router(service),
         chat_router(cast(ChatEngine, None)),
+        snapshots_router(service),
+        prefixes_router(service, cast(Prompts, None)),
         resources_router(service),
         memory_router(service),
     )

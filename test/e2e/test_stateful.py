@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from e2e.talks import ChatTalk, StatefulTalk, openai_client
-from e2e.worlds import TURNS, World, next_turn_is_exact
+from e2e.worlds import INTERLEAVED, TURNS, World, next_turn_is_exact
 from engram.testing.chat import NEVER_END
 from engram.testing.samples import seeded_random
 
@@ -104,20 +104,22 @@ def test_regenerate_goes_back_before_a_reply_of_before_the_restart(restarted: Wo
 
 
 def test_branches_and_conversations_begin_at_a_saved_turn(restarted: World) -> None:
-    case, url = restarted.cases["generate"], "/v1/conversations"
+    # Of which no test asks where it was restored from.
+    source = INTERLEAVED[0]
+    case, url = restarted.cases[source], "/v1/conversations"
     body = {
         "messages": [{"role": "user", "content": "elsewhere"}],
-        "continue_from": {"conversation_id": "generate", "turn_number": TURNS},
+        "continue_from": {"conversation_id": source, "turn_number": TURNS},
     }
     replies = [
         StatefulTalk.post(restarted.client, f"{url}/{name}/chat", {**body, **where})
-        for name, where in (("generate", {"branch_name": "side"}), ("from-generate", {}))
+        for name, where in ((source, {"branch_name": "side"}), ("begun-there", {}))
     ]
     assert replies[0].output == replies[1].output
     assert all(reply.cached >= case.saved["token_count"] for reply in replies)
-    saved = restarted.client.save(conversation_id="from-generate")
+    saved = restarted.client.save(conversation_id="begun-there")
     assert saved["turn_number"] == TURNS + 1
-    metadata = restarted.client.info(conversation_id="from-generate")
+    metadata = restarted.client.info(conversation_id="begun-there")
     assert metadata["parent_snapshot"] == case.saved["snapshot_id"]
 
 

@@ -109,7 +109,8 @@ def test_untagged_requests_are_not_written_by_a_trigger(restarted: World) -> Non
     with DiskStore.open(restarted.facts["copy"], lock=False) as store:
         manifests = [m for m in store.iter_manifests() if isinstance(m, Manifest)]
         stored = {segment.segment_id for segment in store.iter_segments()}
-    assert {m.conversation_id for m in manifests} == set(restarted.cases)
+    asked_for = {*restarted.cases, "prefix:guide"}
+    assert {m.conversation_id for m in manifests} == asked_for
     assert restarted.facts["never"] not in {m.rid for m in manifests}
     assert stored == {ref.segment_id for m in manifests for ref in m.segments[0]}
     automatic = [m for m in manifests if m.conversation_id == "generate" and m.turn_number == 1]

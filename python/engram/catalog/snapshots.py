@@ -131,6 +131,28 @@ class SnapshotTable:
         )
         return None if row is None else self._snapshot(row)
 
+    def ending_at(
+        self, tenant: str, namespace: str, boundary_key: str, limit: int
+    ) -> list[SnapshotRow]:
+        """The newest snapshots whose state stands at ``boundary_key``."""
+        rows = self._db.rows(
+            "SELECT * FROM snapshots WHERE namespace = ? AND boundary_key = ? AND tenant = ?"
+            " ORDER BY created_at DESC LIMIT ?",
+            (namespace, boundary_key, tenant, limit),
+        )
+        return [self._snapshot(row) for row in rows]
+
+    def branches_of_many(self, tenant: str, id_prefix: str, limit: int) -> list[tuple[str, str]]:
+        """(conversation id, branch) of conversations whose id begins so, the newest first."""
+        rows = self._db.rows(
+            "SELECT conversation_id, branch_name FROM snapshots WHERE tenant = ?"
+            " AND conversation_id >= ? AND conversation_id < ?"
+            " GROUP BY conversation_id, branch_name ORDER BY MAX(created_at) DESC LIMIT ?",
+            # Ids are ASCII, and "~" is above all that may be in one.
+            (tenant, id_prefix, id_prefix + "~", limit),
+        )
+        return [(row["conversation_id"], row["branch_name"]) for row in rows]
+
     def earlier(
         self, tenant: str, conversation_id: str, branch_name: str, before_turn: int
     ) -> Iterator[tuple[str, str]]:
@@ -231,7 +253,28 @@ class SnapshotTable:
 
         Raises `InvalidRequestError` for a limit outside 1 to `MAX_PAGE`.
         """
+        return self.conversations_from(tenant, "", limit=limit, after=after)
+
+    def conversation(self, tenant: str, conversation_id: str) -> ConversationRow | None:
+        """One conversation; None if nothing of it is saved."""
+        found = self._conversations("conversation_id = ?2", (tenant, conversation_id))
+        return found[0] if found else None
+
+    def conversations_from(
+        self, tenant: str, id_prefix: str, *, limit: int = 100, after: str | None = None
+    ) -> list[ConversationRow]:
+        """`conversations`, of those whose id begins with ``id_prefix``."""
         _check_limit(limit)
+        # Ids are ASCII, and "~" is above all that may be in one.
+        return self._conversations(
+            "conversation_id > ?2 AND conversation_id < ?3",
+            (tenant, max(after or "", id_prefix), id_prefix + "~"),
+            limit,
+        )
+
+    def _conversations(
+        self, condition: str, values: tuple[str, ...], limit: int = 1
+    ) -> list[ConversationRow]:
         rows = self._db.rows(
             "SELECT conversation_id, count(*) AS snapshots,"
             " count(DISTINCT branch_name) AS branches, max(turn_number) AS newest_turn,"
@@ -240,9 +283,9 @@ class SnapshotTable:
             "  FROM segments WHERE id IN"
             "  (SELECT segment FROM snapshot_segments JOIN snapshots AS s ON snapshot = s.id"
             "   WHERE s.tenant = ?1 AND s.conversation_id = snapshots.conversation_id))) AS bytes"
-            " FROM snapshots WHERE tenant = ?1 AND conversation_id > ?2"
-            " GROUP BY conversation_id ORDER BY conversation_id LIMIT ?3",
-            (tenant, after or "", limit),
+            f" FROM snapshots WHERE tenant = ?1 AND {condition}"
+            f" GROUP BY conversation_id ORDER BY conversation_id LIMIT {int(limit)}",
+            values,
         )
         return [ConversationRow(**dict(row)) for row in rows]
 

@@ -87,6 +87,7 @@ class ConversationTracker:
             self._clock(),
             request.extra_key,
             request.cache_salt,
+            len(request.prompt),
         )
         # A client may use an id again: from here on it names this request.
         self._forget_untagged(rid)
@@ -115,6 +116,10 @@ class ConversationTracker:
     def knows_conversation(self, tenant: str, conversation_id: str) -> bool:
         """Whether a request of the conversation was met on any branch."""
         return any(key[:2] == (tenant, conversation_id) for key in self._branches)
+
+    def branches_of(self, tenant: str, conversation_id: str) -> list[str]:
+        """The branches of a conversation on which a request was met."""
+        return [key[2] for key in self._branches if key[:2] == (tenant, conversation_id)]
 
     def learn(self, tag: Tag, newest_saved: int) -> list[Turn]:
         """How far a branch is saved (0: not at all); the turns that waited for their numbers."""
@@ -158,6 +163,18 @@ class ConversationTracker:
             return branch.turns.get(branch.newest)
         return branch.turns.get(number)
 
+    def newest_turns(self, tenant: str, limit: int) -> list[Turn]:
+        """The newest turns of a tenant's branches, of those used last, as far as remembered."""
+        found = []
+        for key in reversed(self._branches):
+            branch = self._branches[key]
+            turn = branch.turns.get(branch.newest)
+            if key[0] == tenant and turn is not None:
+                found.append(turn)
+                if len(found) == limit:
+                    break
+        return found
+
     def newest(self, tag: Tag) -> int:
         """The number of a learnt branch's newest turn, saved or not; 0 if it has none."""
         branch = self._branches.get(tag.branch)
@@ -190,7 +207,7 @@ class ConversationTracker:
 
     def _append(self, tag: Tag, finished: FinishedRequest) -> Turn:
         branch = self._branch(tag)
-        branch.newest += 1
+        branch.newest = max(branch.newest, tag.after_turn) + 1
         turn = Turn(tag, branch.newest, finished)
         branch.turns[turn.number] = turn
         self._turns[tag.branch, turn.number] = turn

@@ -12,13 +12,12 @@ from fastapi import APIRouter, Request
 
 from engram.catalog.rows import SnapshotRow
 from engram.core.ids import DEFAULT_TENANT
-from engram.core.tokens import TokenArray
 from engram.errors import NotFoundError, SnapshotCorruptError, StoreError
+from engram.server.replies import metadata, restore_reply, save_reply, shown
 from engram.server.schemas import ListBody, Place, RestoreBody, SaveBody
 from engram.server.wire import answering, body_of, read_body
 from engram.service import SnapshotService
 from engram.service.restores import Continuation
-from engram.service.results import RestoreResult, SaveResult
 
 
 def compatible_router(service: SnapshotService) -> APIRouter:
@@ -59,7 +58,7 @@ class _Routes:
             branch_name=body.branch_name,
             durability=body.durability,
         )
-        return _save_reply(result)
+        return save_reply(result)
 
     async def restore(self, request: Request) -> dict[str, Any]:
         """Bring a snapshot into memory, verified; with create_new_request, generate from it."""
@@ -76,7 +75,7 @@ class _Routes:
             assert body.continuation_ids is not None
             params = {**(body.sampling_params or {}), "max_new_tokens": body.max_new_tokens}
             continuation = Continuation(body.continuation_ids, params, body.request_id)
-        return _restore_reply(await self._service.restore(row, continuation))
+        return restore_reply(await self._service.restore(row, continuation))
 
     async def list(self, request: Request) -> dict[str, Any]:
         """List the snapshots of a conversation, oldest first."""
@@ -88,7 +87,7 @@ class _Routes:
         """Describe one snapshot, its recorded tokens included."""
         row = await self._at(await read_body(request, Place))
         tokens = await self._service.tokens(row)
-        return {"success": True, "metadata": _metadata(row, tokens, await self._service.tier(row))}
+        return {"success": True, "metadata": metadata(row, tokens, await self._service.tier(row))}
 
     async def delete(self, request: Request) -> dict[str, Any]:
         """Delete one snapshot, and the bytes that no other snapshot shares."""
@@ -97,7 +96,7 @@ class _Routes:
         return {
             "success": True,
             "snapshot_id": row.snapshot_id,
-            "message": f"deleted {_shown(row)}",
+            "message": f"deleted {shown(row)}",
         }
 
     async def _at(self, place: Place) -> SnapshotRow:
@@ -112,93 +111,6 @@ class _Routes:
         """The metadata of one snapshot among others, which its damage must not hide."""
         try:
             tokens = await self._service.tokens(row)
-            return _metadata(row, tokens, await self._service.tier(row))
+            return metadata(row, tokens, await self._service.tier(row))
         except (SnapshotCorruptError, NotFoundError, StoreError) as error:
-            return _metadata(row, None, "disk", damaged=error.message)
-
-
-def _metadata(
-    row: SnapshotRow, tokens: TokenArray | None, tier: str, damaged: str | None = None
-) -> dict[str, Any]:
-    return {
-        "conversation_id": row.conversation_id,
-        "turn_number": row.turn_number,
-        "timestamp": row.created_at,
-        "token_count": row.token_count,
-        "model_name": row.model_name,
-        "layer_config": {"num_layers": row.num_layers, "model_type": row.model_type},
-        "branch_name": row.branch_name,
-        "parent_snapshot": row.parent_snapshot,
-        "fill_ids": None if tokens is None else tokens.tolist(),
-        "snapshot_id": row.snapshot_id,
-        "recompute_tokens": row.pending_count,
-        "tier": tier,
-        "bytes": row.bytes,
-        "unique_bytes": row.unique_bytes,
-        "durability": "sync",
-        "created_at": row.created_at,
-        "pinned": row.pinned,
-        "expires_at": row.expires_at,
-        "namespace": row.namespace,
-        "user_metadata": row.user_metadata,
-        "rid": row.rid,
-        "health": row.health,
-        "damaged": damaged,
-    }
-
-
-def _save_reply(result: SaveResult) -> dict[str, Any]:
-    place = f"turn {result.turn_number} of {result.conversation_id}/{result.branch_name}"
-    if result.existing:
-        message = f"{place} was saved already"
-    elif result.durability == "async":
-        message = f"{place} is being saved"
-    else:
-        message = f"saved {place}: {result.token_count} tokens"
-    if result.recomputed:
-        message += "; its state was gone and was computed again from the recorded tokens"
-    return {
-        "success": True,
-        "snapshot_id": result.snapshot_id,
-        "message": message,
-        "conversation_id": result.conversation_id,
-        "branch_name": result.branch_name,
-        "turn_number": result.turn_number,
-        "token_count": result.token_count,
-        "recompute_tokens": result.recompute_tokens,
-        "bytes": result.bytes,
-        "unique_bytes": result.unique_bytes,
-        "durability": result.durability,
-        "recomputed": result.recomputed,
-        "elapsed_ms": round(result.elapsed_ms, 3),
-    }
-
-
-def _restore_reply(result: RestoreResult) -> dict[str, Any]:
-    generation = result.generation
-    return {
-        "success": True,
-        "rid": generation.rid if generation else None,
-        "mamba_pool_idx": result.state_slot,
-        "message": f"restored {_shown(result.snapshot)}: {result.token_count} tokens, "
-        f"from {result.source_tier}",
-        "token_count": result.token_count,
-        "recompute_tokens": result.recompute_tokens,
-        "output_ids": generation.output_ids if generation else None,
-        "output_text": generation.text if generation else None,
-        "finish_reason": generation.meta.get("finish_reason") if generation else None,
-        "cached_tokens": generation.cached_tokens if generation else None,
-        "snapshot_id": result.snapshot.snapshot_id,
-        "conversation_id": result.snapshot.conversation_id,
-        "branch_name": result.snapshot.branch_name,
-        "turn_number": result.snapshot.turn_number,
-        "source_tier": result.source_tier,
-        "tier": result.tier,
-        "verified": result.verified,
-        "bytes": result.bytes,
-        "elapsed_ms": round(result.elapsed_ms, 3),
-    }
-
-
-def _shown(row: SnapshotRow) -> str:
-    return f"turn {row.turn_number} of {row.conversation_id}/{row.branch_name}"
+            return metadata(row, None, "disk", damaged=error.message)

@@ -8,8 +8,10 @@ clients as well, so the header is read here.  The body is passed on as it came.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
+from contextlib import ExitStack
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, Final
 
 import msgspec
@@ -17,7 +19,9 @@ import msgspec
 from engram.conversation.turns import Tag
 from engram.core.ids import DEFAULT_TENANT, check_id
 from engram.errors import EngramError, InvalidRequestError, UnsupportedError
+from engram.server.stateful import CURRENT_STATEFUL, Stateful, stateful_of
 from engram.server.wire import bounded, error_response
+from engram.service.prefixes import RESERVED
 from engram.snapshot.conversation import MAX_PRIORITY
 
 Scope = MutableMapping[str, Any]
@@ -31,11 +35,18 @@ GENERATION_ROUTES: Final = frozenset(
 )
 HEADER: Final = b"x-override-conversation-id"
 FIELD: Final = b'"conversation_id"'
+MARK: Final = b'"cache_control"'
+MARK_SECONDS: Final[dict[Any, float]] = {"5m": 300.0, "1h": 3600.0}
+STATEFUL: Final = b'"stateful"'
+CHAT: Final = "/v1/chat/completions"
 TEXT_PARTS: Final = ("text", "input_text", "output_text", "refusal")
 """Types of the parts of a message that are text, in chat completions and in responses."""
 
 MAX_GENERATION_BODY_BYTES: Final = 64 << 20
 """Of the routes that generate: room for a context of millions of tokens, or for inline images."""
+
+HELD: Final = "engram.held"
+"""Where in a request's scope its `ExitStack` is."""
 
 CURRENT_TAG: ContextVar[Tag | None] = ContextVar("CURRENT_TAG", default=None)
 """The tag of the request that is being served in this task."""
@@ -57,6 +68,10 @@ class _Fields(msgspec.Struct):
     video_data: Any = None
     audio_data: Any = None
     session_params: Any = None
+    stateful: Any = None
+    branch_name: Any = None
+    continue_from: Any = None
+    tools: Any = None
 
 
 def route_of(scope: Scope) -> str:
@@ -67,6 +82,39 @@ def route_of(scope: Scope) -> str:
     """
     path, root = str(scope["path"]), str(scope.get("root_path", ""))
     return path.removeprefix(root) if path.startswith(root.rstrip("/") + "/") else path
+
+
+@dataclass(frozen=True, slots=True)
+class Marked:
+    """What a chat marks with `cache_control`: its messages up to there, for so many seconds."""
+
+    messages: list[dict[str, Any]]
+    tools: Any
+    seconds: float
+
+
+CURRENT_MARK: ContextVar[Marked | None] = ContextVar("CURRENT_MARK", default=None)
+"""What the request that is served in this task has marked."""
+
+
+def marked_in(body: bytes, route: str) -> Marked | None:
+    """The last mark of a chat's messages; None without one."""
+    fields = _decode(body) if route == CHAT and MARK in body else None
+    if fields is None or not isinstance(fields.messages, list):
+        return None
+    for index in range(len(fields.messages) - 1, -1, -1):
+        message = fields.messages[index]
+        if not isinstance(message, dict):
+            continue
+        content = message.get("content")
+        parts = content if isinstance(content, list) else []
+        marks = [message.get("cache_control")]
+        marks += [part.get("cache_control") for part in parts if isinstance(part, dict)]
+        for mark in reversed(marks):
+            if isinstance(mark, dict):
+                seconds = MARK_SECONDS.get(mark.get("ttl"), MARK_SECONDS["5m"])
+                return Marked(fields.messages[: index + 1], fields.tools, seconds)
+    return None
 
 
 class TaggingMiddleware:
@@ -83,14 +131,50 @@ class TaggingMiddleware:
         try:
             body, replay = await _read(receive, headers.get(b"content-length"))
             tag = tag_of(body, headers.get(HEADER))
+            stateful = stateful_in(body, tag, route_of(scope))
+            mark = None if stateful else marked_in(body, route_of(scope))
         except EngramError as error:
             await error_response(error)(scope, receive, send)
             return
-        token = CURRENT_TAG.set(tag)
+        token, asked = CURRENT_TAG.set(tag), CURRENT_STATEFUL.set(stateful)
+        marked = CURRENT_MARK.set(mark)
         try:
             await self._app(scope, replay, send)
         finally:
+            CURRENT_MARK.reset(marked)
             CURRENT_TAG.reset(token)
+            CURRENT_STATEFUL.reset(asked)
+
+
+class HoldingMiddleware:
+    """Gives every request a stack of what is to be let go of when it is over, however it ends."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with ExitStack() as held:
+            scope[HELD] = held
+            await self._app(scope, receive, send)
+
+
+def stateful_in(body: bytes, tag: Tag | None, route: str) -> Stateful | None:
+    """What a request says with `"stateful": true`; None if it does not say it."""
+    fields = _decode(body) if STATEFUL in body else None
+    if fields is None or fields.stateful in (None, False):
+        return None
+    if fields.stateful is not True:
+        raise InvalidRequestError("stateful must be true or false", details={"field": "stateful"})
+    if route != CHAT:
+        raise UnsupportedError(
+            f"stateful is for {CHAT} and for /v1/conversations/{{conversation_id}}/chat",
+            details={"field": "stateful"},
+        )
+    if tag is None:
+        raise InvalidRequestError(
+            "stateful needs a conversation_id", details={"field": "conversation_id"}
+        )
+    return stateful_of("chat", tag.conversation_id, fields.branch_name, fields.continue_from)
 
 
 def tag_of(body: bytes, header: bytes | None) -> Tag | None:
@@ -103,8 +187,21 @@ def tag_of(body: bytes, header: bytes | None) -> Tag | None:
     given = fields.conversation_id
     if given is None:
         given = header.decode("latin-1") if header is not None else None
-    if given is None:
-        return None
+    return None if given is None else _tag(given, fields)
+
+
+def tag_of_chat(conversation_id: str, body: Mapping[str, Any]) -> Tag:
+    """The tag of a chat whose conversation its route names; the same rules hold."""
+    return _tag(conversation_id, msgspec.convert(dict(body), type=_Fields))
+
+
+def _tag(given: Any, fields: _Fields) -> Tag:
+    if isinstance(given, str) and given.startswith(RESERVED):
+        raise InvalidRequestError(
+            f"ids that begin with {RESERVED!r} are those of named prefixes",
+            hint="a request need not name a prefix: it starts from the one that it begins with",
+            details={"field": "conversation_id"},
+        )
     tag = Tag(
         check_id("conversation_id", given),
         tenant=DEFAULT_TENANT,

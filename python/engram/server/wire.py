@@ -26,12 +26,17 @@ logger = logging.getLogger(__name__)
 MAX_BODY_BYTES: Final = 16 << 20
 """Of Engram's own routes; the largest legitimate body is a list of continuation tokens."""
 
+DEFAULT_PAGE: Final = 100
+MAX_PAGE: Final = 500
+"""Entries of a list in one reply."""
+
 Body = TypeVar("Body", bound=BaseModel)
 
 
-async def read_body(request: Request, schema: type[Body]) -> Body:
+async def read_body(request: Request, schema: type[Body], limit: int | None = None) -> Body:
     """The request's JSON body as `schema`.  Raises `InvalidRequestError` naming the field."""
-    data = await bounded(request.stream(), request.headers.get("content-length"), MAX_BODY_BYTES)
+    limit = MAX_BODY_BYTES if limit is None else limit
+    data = await bounded(request.stream(), request.headers.get("content-length"), limit)
     try:
         return schema.model_validate(parse_json(data))
     except ValidationError as error:
@@ -75,6 +80,45 @@ def parse_json(data: bytes) -> Any:
     except ValueError as error:
         raise InvalidRequestError(f"the body is not JSON: {_short(str(error))}") from None
     return value
+
+
+def page_of(request: Request, fields: frozenset[str] = frozenset()) -> tuple[int, str | None]:
+    """`limit` and `after` of a listing; every other field but `fields` is refused."""
+    query = request.query_params
+    unknown = sorted(query.keys() - {"limit", "after"} - fields)
+    if unknown:
+        name = _short(unknown[0], 80)
+        raise InvalidRequestError(f"{name}: no such field here", details={"field": name})
+    given = query.get("limit", str(DEFAULT_PAGE))
+    limit = int(given) if given.isdecimal() and len(given) < 9 else 0
+    if not 1 <= limit <= MAX_PAGE:
+        raise InvalidRequestError(
+            f"limit must be an integer from 1 to {MAX_PAGE}", details={"field": "limit"}
+        )
+    return limit, query.get("after")
+
+
+def paged() -> list[dict[str, Any]]:
+    """What OpenAPI says of `limit` and `after`."""
+    return [
+        {
+            "name": "limit",
+            "in": "query",
+            "description": "at most so many",
+            "schema": {
+                "type": "integer",
+                "minimum": 1,
+                "maximum": MAX_PAGE,
+                "default": DEFAULT_PAGE,
+            },
+        },
+        {
+            "name": "after",
+            "in": "query",
+            "description": "the `after` of the page before",
+            "schema": {"type": "string"},
+        },
+    ]
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Final
 
 from engram.catalog.rows import SnapshotRow
 from engram.conversation.turns import FinishedRequest, Tag, Turn
-from engram.core.ids import new_snapshot_id
+from engram.core.ids import DEFAULT_BRANCH, new_snapshot_id
 from engram.core.tokens import tokens_digest
 from engram.errors import (
     AlreadyExistsError,
@@ -240,7 +240,7 @@ class TurnSaver:
                 manifest = await self._manifest(found, engine, snapshot_id, durability, stored)
             else:
                 manifest = await context.in_store(self._branch, found, snapshot_id, durability)
-            await context.in_store(self._commit, manifest)
+            await context.in_store(self.commit, manifest)
             context.stored(manifest)
         context.stats.saves += 1
         recomputed = recomputed or again
@@ -326,7 +326,7 @@ class TurnSaver:
 
         return await context.with_engine(ask)
 
-    def _commit(self, manifest: Manifest) -> None:
+    def commit(self, manifest: Manifest) -> None:
         """Manifest durable, then its row.  A crash in between is healed at the next start."""
         catalog, store = self._context.catalog, self._context.store
         catalog.ensure_free(manifest)
@@ -414,15 +414,20 @@ class TurnSaver:
             pinned=False,
             expires_at=None,
             rid=turn.request.rid,
+            prompt_count=turn.request.prompt_count,
         )
 
     def _branch(self, found: Found, snapshot_id: str, durability: Durability) -> Manifest:
         """The start of a branch: another manifest over the same segments, no state copied."""
         row = _row(found)
         origin = self._check_whole(row)
+        same = found.tag.conversation_id == row.conversation_id
         return change_manifest(
             origin,
             snapshot_id=snapshot_id,
+            conversation_id=found.tag.conversation_id,
+            # The request it came from was one of the other conversation.
+            rid=origin.rid if same else None,
             branch_name=found.tag.branch_name,
             parent_snapshot=row.snapshot_id,
             created_at=time.time(),
@@ -465,7 +470,8 @@ class TurnSaver:
     def _parent(self, turn: Turn, tag: Tag, keys: set[str]) -> str | None:
         """The newest earlier snapshot that this one stands on, on its branch or where it began."""
         catalog = self._context.catalog
-        for branch in dict.fromkeys((tag.branch_name, turn.tag.branch_name)):
+        branches = (tag.branch_name, turn.tag.branch_name, DEFAULT_BRANCH)
+        for branch in dict.fromkeys(branches):
             earlier = catalog.earlier(tag.tenant, tag.conversation_id, branch, turn.number)
             for snapshot_id, key in earlier:
                 if key in keys:

@@ -20,14 +20,18 @@ from engram.conversation.turns import RunningRequest
 from engram.core.settings import Settings
 from engram.core.tokens import to_tokens
 from engram.errors import EngramError, InvalidRequestError
+from engram.server.chat import chat_router
 from engram.server.compatible import compatible_router
 from engram.server.memory import memory_router
+from engram.server.prefixes import prefixes_router
 from engram.server.refusing import RefusingMiddleware
 from engram.server.resources import resources_router
-from engram.server.tagging import CURRENT_TAG, TaggingMiddleware
+from engram.server.snapshots import snapshots_router
+from engram.server.tagging import CURRENT_TAG, HoldingMiddleware, TaggingMiddleware
 from engram.server.tool_calls import ToolCallMiddleware
 from engram.service import SnapshotService
 from engram.sglang_plugin.args import open_store, settings_of
+from engram.sglang_plugin.chat import SglangChat, SglangPrompts, watch_chats
 from engram.sglang_plugin.control import RankClient
 from engram.sglang_plugin.engine import SglangGenerator, SglangRanks
 from engram.sglang_plugin.messages import EngramReply
@@ -95,13 +99,40 @@ def before_setup_and_run_http_server(
     )
     _watch_requests(tokenizer_manager, service)
     _watch_weights(tokenizer_manager, service)
-    for router in (compatible_router(service), resources_router(service), memory_router(service)):
+    for router in (
+        compatible_router(service),
+        snapshots_router(service),
+        resources_router(service),
+        prefixes_router(service, SglangPrompts()),
+        memory_router(service),
+    ):
         app.include_router(_marked(router))
+    # Generation: for whoever may use /v1/chat/completions.
+    app.include_router(chat_router(SglangChat()))
     if _opened.settings.snapshot_trigger_policy == "on_tool_call":
-        app.add_middleware(ToolCallMiddleware, tool_called=service.gate.tool_called)
+        app.add_middleware(
+            ToolCallMiddleware,
+            tool_called=service.gate.tool_called,
+            untagged=_opened.settings.snapshot_link_by_prefix,
+        )
     app.add_middleware(TaggingMiddleware)
     app.add_middleware(RefusingMiddleware)
+    app.add_middleware(HoldingMiddleware)
+    _watch_chats(app, service)
     _save_before_the_end(app, tokenizer_manager, service)
+
+
+def _watch_chats(app: Any, service: SnapshotService) -> None:
+    """Wrap SGLang's object that serves chats, which is made when the app starts."""
+    serve = app.router.lifespan_context
+
+    @asynccontextmanager
+    async def lifespan(running: Any) -> AsyncIterator[Any]:
+        async with serve(running) as state:
+            watch_chats(app.state.openai_serving_chat, service)
+            yield state
+
+    app.router.lifespan_context = lifespan
 
 
 def _report(store: DiskStore, catalog: Catalog) -> None:

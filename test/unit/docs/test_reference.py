@@ -7,8 +7,10 @@ import pytest
 from pydantic import BaseModel
 
 from engram.errors import walk_error_classes
+from engram.server.chat import OWN_FIELDS, ChatEngine, chat_router
 from engram.server.compatible import compatible_router
 from engram.server.memory import memory_router
+from engram.server.prefixes import PrefixBody, Prompts, prefixes_router
 from engram.server.resources import resources_router
 from engram.server.schemas import (
     BranchPlace,
@@ -18,8 +20,11 @@ from engram.server.schemas import (
     Place,
     RestoreBody,
     SaveBody,
+    SnapshotBranch,
     SnapshotPatch,
+    SnapshotRestore,
 )
+from engram.server.snapshots import snapshots_router
 from engram.service import SnapshotService
 from engram.sglang_plugin.args import FLAGS, REFUSED, _default
 from engram.sglang_plugin.plugin import HOOKS
@@ -31,6 +36,9 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "/restore_snapshot": RestoreBody,
     "/list_snapshots": ListBody,
     "/get_snapshot_info": Place,
+    "/v1/snapshots/{snapshot_id}/restore": SnapshotRestore,
+    "/v1/snapshots/{snapshot_id}/branch": SnapshotBranch,
+    "/v1/prefixes": PrefixBody,
     "/v1/memory/promote": MemoryPlace,
     "/v1/memory/pin": BranchPlace,
     "PATCH /v1/snapshots/{snapshot_id}": SnapshotPatch,
@@ -80,13 +88,24 @@ def test_every_refused_combination_is_documented() -> None:
 
 def test_every_route_is_documented() -> None:
     service = cast(SnapshotService, None)
-    routers = (compatible_router(service), resources_router(service), memory_router(service))
-    routes = {cast(Any, route).path for router in routers for route in router.routes}
-    headings = re.findall(
-        r"^## (?:POST|GET|PATCH) (\S+)$", (DOCS / "http-api.md").read_text(), re.MULTILINE
+    routers = (
+        compatible_router(service),
+        chat_router(cast(ChatEngine, None)),
+        snapshots_router(service),
+        prefixes_router(service, cast(Prompts, None)),
+        resources_router(service),
+        memory_router(service),
     )
-    assert set(headings) == routes
-    assert len(headings) == len(routes)
+    routes = [
+        f"{method} {cast(Any, route).path}"
+        for router in routers
+        for route in router.routes
+        for method in cast(Any, route).methods
+    ]
+    headings = re.findall(
+        r"^## ((?:POST|GET|PATCH|DELETE) \S+)$", (DOCS / "http-api.md").read_text(), re.MULTILINE
+    )
+    assert sorted(headings) == sorted(routes)
 
 
 @pytest.mark.parametrize("route", SCHEMAS)
@@ -94,6 +113,13 @@ def test_every_field_of_a_body_is_documented(route: str) -> None:
     heading = route if route.startswith("PATCH") else f"POST {route}"
     table = rows((DOCS / "http-api.md").read_text(), heading)
     assert [plain(row[0]) for row in table] == list(SCHEMAS[route].model_fields)
+
+
+def test_every_field_of_a_chat_is_documented() -> None:
+    table = rows(
+        (DOCS / "http-api.md").read_text(), "POST /v1/conversations/{conversation_id}/chat"
+    )
+    assert {plain(row[0]) for row in table} == {*OWN_FIELDS, "messages", "all others"}
 
 
 def test_every_error_is_documented_with_its_status() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
+from shop_tools import price as price  # the document's, as its reader has it
 
 from engram.agents import ToolContext, tool
 

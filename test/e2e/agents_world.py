@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 
 from e2e.worlds import CONTRACT, FLOAT32, Stage, World, fresh, start
+from fences import blocks
 
 HERE = Path(__file__).parent
 KEY = "secret-of-the-agents"
@@ -47,7 +48,11 @@ def agents_world(stage: Stage, folder: Path) -> World:
     store = folder / "store" / "snapshots"
     tools = folder / "tools"
     tools.mkdir()
-    paths = (str(HERE), *filter(None, [os.environ.get("PYTHONPATH")]))
+    modules = folder / "modules"
+    modules.mkdir()
+    (example,) = blocks("agent-tools")
+    (modules / "shop_tools.py").write_text(example.code)
+    paths = (str(HERE), str(modules), *filter(None, [os.environ.get("PYTHONPATH")]))
     env = {
         **FLOAT32,
         "ENGRAM_TEST_TOOLS": str(tools),

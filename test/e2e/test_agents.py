@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from mcp.client.streamable_http import streamable_http_client
 
 from e2e.agents_world import HEADERS, KEY, answered, begin, events, finished, forced, forget, get
 from e2e.worlds import World
+from fences import blocks
 
 EVERY_TOOL: dict[str, dict[str, Any]] = {
     "memory_store": {"key": "k", "value": "an old station"},
@@ -39,6 +41,7 @@ EVERY_TOOL: dict[str, dict[str, Any]] = {
     "careless": {"part": 1},
     "report": {"steps": 2},
     "misbehave": {"how": "write"},
+    "price": {"article": "milk"},
 }
 FAILING = {"hang": {}}
 
@@ -360,6 +363,35 @@ def test_32_clients_hear_only_of_their_own(agents: World) -> None:
 
 
 # ---- documents ----
+
+
+def test_the_commands_of_the_document(agents: World, tmp_path: Path) -> None:
+    found = blocks("agents")
+    assert len(found) == 3
+    said = []
+    for block in found:
+        code = block.code.replace("localhost:30000", f"127.0.0.1:{agents.server.port}")
+        command = {"bash": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
+        result = subprocess.run(
+            [*command[block.language], code],
+            cwd=tmp_path,
+            env={
+                **os.environ,
+                "ENGRAM_API_KEY": KEY,
+                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            },
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, f"{block}\n{result.stdout}{result.stderr}"
+        said.append(result.stdout)
+    assert json.loads(said[0])["result"] == 5.0
+    run = json.loads(said[1][said[1].rindex("\n\n") :])
+    assert run["status"] == "completed"
+    assert "result" in run["steps"][0]["calls"][0]["outcome"]
+    assert "event: run_finished" in said[1]
+    assert "opens at seven" in said[2]
 
 
 def test_routes_are_described(agents: World) -> None:

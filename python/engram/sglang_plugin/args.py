@@ -296,8 +296,10 @@ def refuse(args: argparse.Namespace) -> None:
 
 def _check_agents(settings: Settings) -> None:
     if not settings.enable_snapshot_persistence:
-        _exit("--enable-agent-tools needs --enable-snapshot-persistence")
-    if settings.snapshot_encryption_key_file is not None or KEY_VARIABLE in os.environ:
+        logger.warning(
+            "Engram: --enable-agent-tools has no effect without --enable-snapshot-persistence"
+        )
+    elif settings.snapshot_encryption_key_file is not None or KEY_VARIABLE in os.environ:
         _exit(
             "--enable-agent-tools does not work with encryption at rest yet: what agents remember "
             "and the journal of their runs would not be encrypted"

@@ -423,3 +423,21 @@ def test_with_an_accelerator_nothing_is_chosen(parser: argparse.ArgumentParser) 
     assert args.mamba_radix_cache_strategy == "auto"
     assert args.disable_overlap_schedule is False
     assert args.sleep_on_idle is False
+
+
+def test_agents_are_refused_with_encryption_and_need_persistence(
+    parser: argparse.ArgumentParser,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What they remember would lie beside the encrypted states as it is."""
+    with pytest.raises(SystemExit, match="encryption"):
+        apply_flags(
+            parse(parser, ON, "--enable-agent-tools", "--snapshot-encryption-key-file", "/key")
+        )
+    monkeypatch.setenv(KEY_VARIABLE, "00" * 32)
+    with pytest.raises(SystemExit, match="encryption"):
+        apply_flags(parse(parser, ON, "--enable-agent-tools"))
+    monkeypatch.delenv(KEY_VARIABLE)
+    apply_flags(parse(parser, "--enable-agent-tools"))
+    assert "no effect" in caplog.text

@@ -482,7 +482,7 @@ def test_the_official_client(tmp_path: Path, bridged: bool) -> None:
         assert result.is_error
         assert result.structured_content["error"] == "tool_failed"
         assert "no bread" in result.content[0].text  # type: ignore[union-attr]
-        result = await client.call_tool("calculator", {"expresion": "1"})
+        result = await client.call_tool("calculator", {"sum": "1"})
         assert result.structured_content["error"] == "invalid_request"
         with pytest.raises(MCPError, match="no tool"):
             await client.call_tool("none", {})

@@ -56,6 +56,7 @@ class RunManager:
         self._active: dict[str, _Active] = {}
         self._busy: set[tuple[str, str]] = set()
         self._changed: dict[str, asyncio.Event] = {}
+        self._closing = False
 
     @property
     def active(self) -> int:
@@ -68,7 +69,8 @@ class RunManager:
             logger.info("Engram: agent run %s of %s was interrupted", run_id, owner or "everybody")
 
     async def close(self) -> None:
-        """Interrupt what runs; it can be resumed."""
+        """Interrupt what runs, and begin nothing more; it can be resumed.  May be called again."""
+        self._closing = True
         for one in list(self._active.values()):
             one.task.cancel()
         await asyncio.gather(*(one.task for one in self._active.values()), return_exceptions=True)
@@ -184,6 +186,8 @@ class RunManager:
             )
 
     def _admit(self, owner: str, conversation: str | None) -> None:
+        if self._closing:
+            raise AgentsBusyError("the server is about to end", hint="try again when it is back")
         if len(self._active) >= MAX_ACTIVE_RUNS:
             raise AgentsBusyError(f"{MAX_ACTIVE_RUNS} runs are under way", hint="try again later")
         if conversation is not None and (owner, conversation) in self._busy:

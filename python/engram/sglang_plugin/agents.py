@@ -26,6 +26,7 @@ from engram.server.agent import agent_router
 from engram.server.agent_socket import AgentSocket
 from engram.service import SnapshotService
 
+POLL_S: Final = 0.2
 AGENT_FILE: Final = "agents.sqlite"
 """Below the snapshot directory, beside the catalog."""
 
@@ -159,6 +160,20 @@ def mount_agents(
     manager = session_manager(host)
     app.router.routes.append(Route("/mcp", endpoint=marked(_Mcp(manager))))
     _live(app, host, manager)
+    _interrupt_before_the_end(tokenizer_manager, host)
+
+
+def _interrupt_before_the_end(manager: Any, host: AgentHost) -> None:
+    """Stop runs on SIGTERM: upstream waits for all requests, and they would ask for more."""
+    shut_down = manager.sigterm_watchdog
+
+    async def sigterm_watchdog() -> None:
+        while not manager.gracefully_exit:
+            await asyncio.sleep(POLL_S)
+        await host.runs.close()
+        await shut_down()
+
+    manager.sigterm_watchdog = sigterm_watchdog
 
 
 class _Mcp:

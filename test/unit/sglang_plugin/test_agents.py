@@ -40,6 +40,11 @@ class Manager:
 
     tokenizer: Any = field(default_factory=lambda: build_tokenizer(4096))
     aborted: list[str] = field(default_factory=list)
+    gracefully_exit: bool = False
+    ended: bool = False
+
+    async def sigterm_watchdog(self) -> None:
+        self.ended = True
 
     def abort_request(self, rid: str) -> None:
         self.aborted.append(rid)
@@ -183,6 +188,35 @@ def test_a_run_over_the_application(url: str) -> None:
         assert "event: run_finished" in stream
         done = client.get(f"/v1/agent/runs/{run['run_id']}").json()
         assert (done["status"], done["result"]["content"]) == ("completed", "tiny")
+
+
+def test_runs_are_interrupted_before_the_server_ends(tmp_path: Path) -> None:
+    """Else their next replies would be requests that the end has to wait for."""
+    manager = Manager()
+    app = chat_app(manager)
+    server = server_in(tmp_path, snapshot_dir=str(tmp_path))
+    templates = SimpleNamespace(chat_template_name=None)
+    mount_agents(app, server.settings, server.service, manager, templates, args(api_key=None))
+
+    async def work() -> None:
+        transport = httpx.ASGITransport(app)
+        client = httpx.AsyncClient(transport=transport, base_url="http://engram")
+        async with app.router.lifespan_context(app), client:
+            body = {"messages": [{"role": "user", "content": "wait"}]}
+            run = (await client.post("/v1/agent/runs", json=body)).json()
+            ending = asyncio.create_task(manager.sigterm_watchdog())
+            await asyncio.sleep(0)
+            assert not manager.ended
+            manager.gracefully_exit = True
+            await ending
+            assert manager.ended
+            path = f"/v1/agent/runs/{run['run_id']}"
+            assert (await client.get(path)).json()["status"] == "interrupted"
+            refusal = await client.post("/v1/agent/runs", json=body)
+            assert (refusal.status_code, refusal.json()["error"]) == (503, "agents_busy")
+
+    asyncio.run(work())
+    server.stop()
 
 
 # ---- the engine ----

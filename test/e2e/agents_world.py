@@ -37,7 +37,7 @@ PLAN: dict[str, Any] = {
     "messages": [{"role": "user", "content": "Count, paint, and count what was painted, please."}],
     "tools": ["count", "paint", "gated"],
     "tool_choice": forced("count", "paint", "gated"),
-    "max_tokens": 96,
+    "max_tokens": 160,
     "temperature": 0,
 }
 

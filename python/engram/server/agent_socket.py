@@ -202,6 +202,8 @@ class _Connection:
             answer = {"type": "tool_error", **told.to_dict()}
         finally:
             reporting.cancel()
+        if there.is_set():
+            await self._send({**newest[0], **where})
         await self._send({**answer, **where})
 
 

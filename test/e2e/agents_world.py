@@ -23,7 +23,7 @@ AGENTS = (
     *("--skip-server-warmup", "--max-total-tokens", "8192", "--max-mamba-cache-size", "24"),
     *("--dtype", "float32", "--snapshot-trigger-policy", "manual_only"),
     *("--enable-agent-tools", "--agent-tools-module", "agent_tools"),
-    *("--tool-call-parser", "qwen25", "--constrained-json-disable-any-whitespace"),
+    *("--tool-call-parser", "lfm2", "--constrained-json-disable-any-whitespace"),
     *("--api-key", KEY),
 )
 

@@ -30,17 +30,30 @@ T = TypeVar("T")
 HELLO = [{"role": "user", "content": "hello"}]
 
 
-def counting(folder: Path, *, careful: bool) -> Any:
+def counting(folder: Path) -> list[Any]:
+    """A tool that counts, and one that counts each call once, however often it is made."""
+
+    def written(context: ToolContext) -> None:
+        with (folder / "counts").open("a") as file:
+            file.write(context.call_id + "\n")
+
     async def count(context: ToolContext, by: int) -> int:
-        """Count; carefully, once for each call."""
-        path = folder / "counts"
-        known = path.read_text().splitlines() if path.exists() else []
-        if not (careful and context.call_id in known):
-            with path.open("a") as file:
-                file.write(context.call_id + "\n")
+        """Count."""
+        written(context)
         return by
 
-    return make_tool(count, isolated=False, idempotent=careful)
+    async def careful(context: ToolContext, by: int) -> int:
+        """Count once."""
+        if context.call_id not in counted(folder):
+            written(context)
+        return by
+
+    return [make_tool(count, isolated=False), make_tool(careful, isolated=False, idempotent=True)]
+
+
+def counted(folder: Path) -> list[str]:
+    path = folder / "counts"
+    return path.read_text().splitlines() if path.exists() else []
 
 
 def hanging(folder: Path) -> Any:
@@ -57,7 +70,6 @@ def using(
     script: Script,
     work: Callable[[RunManager, ScriptedChat], Awaitable[T]],
     *,
-    careful: bool = True,
     at_write: Callable[[int], None] = lambda number: None,
     save: Exception | None = None,
 ) -> T:
@@ -68,9 +80,7 @@ def using(
         host, chat = host_of(server, script, folder / "agents.sqlite")
         _hook(host._database, at_write)
         await host.start()
-        host.executor = ToolExecutor(
-            [counting(folder, careful=careful), hanging(folder)], timeout=60.0
-        )
+        host.executor = ToolExecutor([*counting(folder), hanging(folder)], timeout=60.0)
         host.runs._executor = host.executor
         if save is not None:
 
@@ -292,7 +302,12 @@ def test_cancelled_and_resumed(tmp_path: Path) -> None:
     using(tmp_path, script, work)
 
 
-def killed_at(folder: Path, point: int, *, careful: bool) -> bool:
+def careful_steps(number: int, body: Mapping[str, Any]) -> dict[str, Any] | str:
+    first = calling(("careful", {"by": 1}), ("count", {"by": 2}))
+    return [first, calling(("careful", {"by": 3})), "done"][number]
+
+
+def killed_at(folder: Path, point: int) -> bool:
     """Run in a process that kills itself at a point of its journal; whether it got so far."""
     child = os.fork()
     if child == 0:
@@ -307,7 +322,7 @@ def killed_at(folder: Path, point: int, *, careful: bool) -> bool:
                 run = await runs.create("", request(conversation_id="c"))
                 assert (await over(runs, run)).status == "completed"
 
-            using(folder, two_steps, work, careful=careful, at_write=die)
+            using(folder, careful_steps, work, at_write=die)
             status = 0
         finally:
             os._exit(status)
@@ -316,8 +331,8 @@ def killed_at(folder: Path, point: int, *, careful: bool) -> bool:
     return os.WIFSIGNALED(status)
 
 
-def ended(folder: Path, *, careful: bool) -> tuple[Run, list[str]]:
-    """The run as the next server finds and ends it, and what was counted."""
+def ended(folder: Path) -> Run:
+    """The run as the next server finds and ends it."""
 
     async def work(runs: RunManager, chat: ScriptedChat) -> Run:
         (run,) = await runs.newest("", 10)
@@ -326,38 +341,53 @@ def ended(folder: Path, *, careful: bool) -> tuple[Run, list[str]]:
             run = await runs.resume("", run.run_id, repeat=False)
         return await over(runs, run)
 
-    run = using(folder, two_steps, work, careful=careful)
-    return run, (folder / "counts").read_text().splitlines()
+    return using(folder, careful_steps, work)
 
 
 FIRST_WRITES = 5
 """Points before a run exists."""
 
 
-@pytest.mark.parametrize("careful", [True, False], ids=["idempotent", "not idempotent"])
-def test_killed_at_any_point_a_run_ends_right(tmp_path: Path, careful: bool) -> None:
+def test_killed_at_any_point_a_run_ends_right(tmp_path: Path) -> None:
     """Every result is the unkilled run's or reported as unknown; nothing is counted twice."""
     point, unknown = FIRST_WRITES, 0
     while True:
         folder = tmp_path / str(point)
         folder.mkdir()
-        if not killed_at(folder, point, careful=careful):
+        if not killed_at(folder, point):
             break
-        run, counts = ended(folder, careful=careful)
+        run, counts = ended(folder), counted(folder)
         assert run.status == "completed"
         calls = [call for step in run.steps for call in step.calls]
-        assert [call.tool for call in calls] == ["count"] * 3
+        assert [call.tool for call in calls] == ["careful", "count", "careful"]
         assert len(run.steps) == 3
-        for number, call in enumerate(calls, 1):
-            if call.outcome != {"result": number}:
-                assert call.outcome is not None
-                assert call.outcome["error"]["error"] == "outcome_unknown"
-                assert not careful
-                unknown += 1
         assert len(counts) == len(set(counts))
+        for number, call in enumerate(calls, 1):
+            assert call.outcome is not None
+            if call.outcome == {"result": number}:
+                assert call.call_id in counts
+                continue
+            assert call.tool == "count"
+            assert call.outcome["error"]["error"] == "outcome_unknown"
+            unknown += 1
         assert set(counts) <= {call.call_id for call in calls}
-        if careful:
-            assert set(counts) == {call.call_id for call in calls}
         point += 1
     assert point > FIRST_WRITES + 20
-    assert unknown > 0 or careful
+    assert unknown > 0
+
+
+def test_a_call_of_unknown_outcome_is_repeated_if_asked(tmp_path: Path) -> None:
+    def script(number: int, body: Mapping[str, Any]) -> dict[str, Any] | str:
+        return [calling(("hang", {})), "done"][number]
+
+    async def work(runs: RunManager, chat: ScriptedChat) -> None:
+        run = await runs.create("", request())
+        for _ in range(2):
+            while not (tmp_path / "hanging").exists():
+                await asyncio.sleep(0)
+            (tmp_path / "hanging").unlink()
+            assert (await runs.cancel("", run.run_id)).status == "cancelled"
+            await runs.resume("", run.run_id, repeat=True)
+        await runs.cancel("", run.run_id)
+
+    using(tmp_path, script, work)

@@ -64,36 +64,32 @@ class AgentHost:
         self.bus = EventBus()
         self._database = AgentDatabase(database)
         self.memory = MemoryStore(self._database, self._remembered)
-        self._settings = settings
-        self._engine = engine
-        self.executor: ToolExecutor
-        self.runs: RunManager
-
-    async def start(self) -> None:
-        """Load the tools, and find the runs that were interrupted."""
-        settings, module = self._settings, self._settings.agent_tools_module
+        module = settings.agent_tools_module
         pool = None
         if module is not None:
             pool = WorkerPool(module, size=WORKERS, max_result_bytes=MAX_RESULT_BYTES)
         self.executor = ToolExecutor(
-            built_in_tools(self.service, self.memory, self._engine.decode),
+            built_in_tools(service, self.memory, engine.decode),
             timeout=settings.agent_tool_timeout,
             pool=pool,
         )
-        await self.executor.load()
-        self.service.context.on_tier_change = self._moved
         self.runs = RunManager(
             Journal(self._database),
             self.executor,
-            self._engine,
+            engine,
             self.bus,
             self._save_turn,
             Limits(settings.agent_max_iterations, settings.agent_max_tool_calls_per_iteration),
         )
+
+    async def start(self) -> None:
+        """Load the tools, and find the runs that were interrupted."""
+        await self.executor.load()
+        self.service.context.on_tier_change = self._moved
         await self.runs.start()
 
     async def close(self) -> None:
-        """Interrupt the runs, end the tools, close the file."""
+        """Interrupt the runs, end the tools, close the file.  May be called again."""
         await self.runs.close()
         self.executor.close()
         self._database.close()

@@ -59,7 +59,7 @@ class SglangChat:
         """Answer a chat completion."""
         rid = uuid.uuid4().hex
         asked = {
-            "model": self._args.served_model_name,
+            "model": self._manager.served_model_name,
             **body,
             "rid": rid,
             "return_input_ids_in_sglext": True,
@@ -196,10 +196,13 @@ def _live(app: Any, host: AgentHost, manager: Any) -> None:
     @asynccontextmanager
     async def lifespan(running: Any) -> AsyncIterator[Any]:
         async with contextlib.AsyncExitStack() as stack:
-            state = await stack.enter_async_context(serve(running))
-            await host.start()
+            # Before SGLang's own, which counts on requests being taken as soon as it has begun.
             stack.push_async_callback(host.close)
+            await host.start()
+            state = await stack.enter_async_context(serve(running))
             await stack.enter_async_context(manager.run())
+            # Again, and first: the runs end before the snapshots do.
+            stack.push_async_callback(host.close)
             yield state
 
     app.router.lifespan_context = lifespan

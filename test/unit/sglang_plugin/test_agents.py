@@ -41,6 +41,7 @@ class Manager:
     tokenizer: Any = field(default_factory=lambda: build_tokenizer(4096))
     aborted: list[str] = field(default_factory=list)
     gracefully_exit: bool = False
+    served_model_name: str = "tiny"
     ended: bool = False
 
     async def sigterm_watchdog(self) -> None:
@@ -52,7 +53,7 @@ class Manager:
 
 def args(**more: Any) -> Any:
     given = {"api_key": KEY, "admin_api_key": None, "tool_call_parser": "qwen25"}
-    return SimpleNamespace(**{**given, "served_model_name": "tiny", **more})
+    return SimpleNamespace(**{**given, **more})
 
 
 def chat_app(manager: Manager) -> FastAPI:

@@ -5,6 +5,8 @@
 | `test` | `unit/docs/test_commands.py`: needs nothing |
 | `server` | `e2e/test_docs_commands.py`: needs the server of README on port 30000 |
 | `make-model`, `launch` | the same, to get there |
+| `agents` | `e2e/test_agents.py`: needs a server with agents on port 30000 |
+| `agent-tools` | the same, which loads it as a module |
 """
 
 import re

@@ -24,6 +24,13 @@
     |-- SaveQueueFullError           503  save_queue_full     more is saved than the store can write
     |-- GenerationAbortedError       503  generation_aborted  by SGLang, with its reason
     |-- DeadlineError                504  deadline
+    |-- ToolError                    502  tool_failed         a tool raised, or returned no JSON
+    |   |-- ToolCrashedError         502  tool_crashed        its process ended in the middle
+    |   |-- ToolTimeoutError         504  tool_timeout        ended, with its process
+    |   `-- ToolResultTooLargeError  502  tool_result_too_large
+    |-- AgentsBusyError              503  agents_busy         more at once than is served
+    |-- RunConflictError             409  run_conflict        the run's status does not allow it
+    |-- OutcomeUnknownError          409  outcome_unknown     a call may have been carried out
     `-- StoreError                   500  store_error         the disk or its driver failed
         |-- StoreFullError           507  store_full          needed and free bytes
         |-- StoreFormatError         500  store_format        written by a newer version
@@ -41,6 +48,7 @@ from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 __all__ = [
+    "AgentsBusyError",
     "AlreadyExistsError",
     "BodyTooLargeError",
     "CaptureLostError",
@@ -57,8 +65,10 @@ __all__ = [
     "NamespaceChangedError",
     "NamespaceMismatchError",
     "NotFoundError",
+    "OutcomeUnknownError",
     "PinBudgetError",
     "RamTierFullError",
+    "RunConflictError",
     "SaveQueueFullError",
     "SegmentCorruptError",
     "SnapshotCorruptError",
@@ -68,6 +78,10 @@ __all__ = [
     "StoreError",
     "StoreFormatError",
     "StoreFullError",
+    "ToolCrashedError",
+    "ToolError",
+    "ToolResultTooLargeError",
+    "ToolTimeoutError",
     "UnsupportedError",
     "error_from_dict",
     "walk_error_classes",
@@ -249,6 +263,53 @@ class DeadlineError(EngramError):
 
     code = "deadline"
     http_status = 504
+
+
+class ToolError(EngramError):
+    """A tool of an agent raised an error, or returned what cannot be written as JSON."""
+
+    code = "tool_failed"
+    http_status = 502
+
+
+class ToolCrashedError(ToolError):
+    """The process of a tool ended before its result came."""
+
+    code = "tool_crashed"
+
+
+class ToolTimeoutError(ToolError):
+    """A tool took longer than it may; it was ended, with all it had started."""
+
+    code = "tool_timeout"
+    http_status = 504
+
+
+class ToolResultTooLargeError(ToolError):
+    """The result of a tool has more bytes, written as JSON, than a result may."""
+
+    code = "tool_result_too_large"
+
+
+class AgentsBusyError(EngramError):
+    """More runs, tool calls or connections at once than the server takes."""
+
+    code = "agents_busy"
+    http_status = 503
+
+
+class RunConflictError(EngramError):
+    """What is asked of an agent run does not fit its status."""
+
+    code = "run_conflict"
+    http_status = 409
+
+
+class OutcomeUnknownError(EngramError):
+    """The server ended while a tool was at work: whether it had its effect is not known."""
+
+    code = "outcome_unknown"
+    http_status = 409
 
 
 class StoreError(EngramError):

@@ -13,19 +13,21 @@ from pathlib import Path
 
 import pytest
 
+from e2e.agents_world import agents_world
 from e2e.battered_world import battered_world
 from e2e.pressured_world import alone_world, pressured_world
 from e2e.slow_world import SlowWorld, slow_world
 from e2e.small_world import small_world
 from e2e.worlds import Stage, World, restarted_world
 
-WORLDS = ("restarted", "other", "small", "battered", "pressured", "alone", "slow")
+WORLDS = ("restarted", "other", "small", "battered", "pressured", "alone", "slow", "agents")
 STANDS_ON = {"other": "restarted", "alone": "pressured"}
 """Worlds that begin with what another has left behind."""
 SECONDS = {
     "restarted": 200,
     "battered": 230,
     "small": 130,
+    "agents": 130,
     "pressured": 130,
     "test_demo": 95,
     "test_encryption": 90,
@@ -127,3 +129,9 @@ def pressured(stage: Stage) -> World:
 def alone(stage: Stage) -> World:
     """What the server under pressure stored, on one that runs one request at a time."""
     return stage.world("alone", alone_world)
+
+
+@pytest.fixture
+def agents(stage: Stage) -> World:
+    """float32 with agents: killed twice in the middle of a run, and started again."""
+    return stage.world("agents", agents_world)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from engram.cli import doctor, fsck, gc, keys, retention, size, transfer
+from engram.cli import doctor, fsck, gc, keys, mcp, retention, size, transfer
 from engram.version import __version__
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app.command("export")(transfer.export)
 app.command("fsck")(fsck.fsck)
 app.command("gc")(gc.gc)
 app.command("import")(transfer.import_)
+app.command("mcp")(mcp.mcp)
 app.command("retention")(retention.retention)
 app.command("size")(size.size)
 app.add_typer(keys.app, name="key")

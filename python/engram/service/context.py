@@ -22,7 +22,7 @@ from engram.service.in_use import SnapshotsInUse
 from engram.service.ports import EngineInfo, Generator, Ranks
 from engram.service.queue import SaveQueue
 from engram.service.quota import DiskQuota
-from engram.service.results import ServiceStats
+from engram.service.results import ServiceStats, TierChange
 from engram.snapshot.manifest import Manifest
 from engram.store.base import Store
 from engram.upkeep.collect import Sweep
@@ -63,6 +63,8 @@ class ServiceContext:
         self.tracker = ConversationTracker()
         self.on_turn: Callable[[Turn], None] = lambda turn: None
         """Called for every turn that has finished and has its number."""
+        self.on_tier_change: Callable[[TierChange], None] = lambda change: None
+        """Called when a conversation's bytes have come into RAM or left it; must not raise."""
         self.saves = SaveQueue()
         self.conversations = Conversations(self)
         quota = settings.snapshot_disk_quota_gb

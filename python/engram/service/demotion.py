@@ -15,6 +15,7 @@ from engram.catalog.rows import SnapshotRow
 from engram.retention.demotion import DemotionPlan, DemotionPolicy, Resident, plan_demotions
 from engram.service.context import ServiceContext
 from engram.service.ports import EngineInfo, ResidentSegment
+from engram.service.results import TierChange
 from engram.snapshot.conversation import DEFAULT_PRIORITY
 
 Conversation = tuple[str, str]
@@ -73,6 +74,9 @@ class Demoter:
         for demotion in found.demotions:
             reason = demotion.reason.value
             self.stats.demoted[reason] = self.stats.demoted.get(reason, 0) + 1
+            self._context.on_tier_change(
+                TierChange(demotion.resident.conversation_id, "ram", "disk", reason)
+            )
         self.stats.demoted_bytes += freed
 
     def _made(self, names: Iterable[Conversation]) -> dict[Conversation, float]:
@@ -98,6 +102,8 @@ class Demoter:
         freed = await self._demote(engine, places)
         self.stats.demoted["request"] = self.stats.demoted.get("request", 0) + 1
         self.stats.demoted_bytes += freed
+        for name in sorted({row.conversation_id for row in rows}):
+            context.on_tier_change(TierChange(name, "ram", "disk", "request"))
         return freed
 
     async def _demote(self, engine: EngineInfo, places: Iterable[Place]) -> int:

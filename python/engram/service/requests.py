@@ -12,6 +12,7 @@ from engram.errors import DeadlineError, NotFoundError, SnapshotCorruptError
 from engram.service.automatic import AutomaticSaver
 from engram.service.context import ServiceContext
 from engram.service.ports import EngineInfo
+from engram.service.results import TierChange
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +172,7 @@ class RequestGate:
                 chains = await context.in_catalog(
                     context.catalog.chains, engine.namespace.id, engine.world_size, stored.key
                 )
-                await context.ranks.promote(
+                brought = await context.ranks.promote(
                     engine.namespace.id,
                     chains,
                     owner=request.rid,
@@ -189,6 +190,11 @@ class RequestGate:
                 boundaries.forget(stored.key)
                 stored = boundaries.longest(keys, engine.page_size)
             else:
+                if brought.source_tier == "disk":
+                    whose = None if request.tag is None else request.tag.conversation_id
+                    context.on_tier_change(
+                        TierChange(whose, "disk", "ram", "request", bytes=brought.bytes)
+                    )
                 break
         if damage is not None:
             raise damage

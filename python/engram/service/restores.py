@@ -23,7 +23,7 @@ from engram.errors import (
 from engram.service.context import ServiceContext
 from engram.service.demotion import restore_owner
 from engram.service.ports import Brought, EngineInfo
-from engram.service.results import RestoreResult
+from engram.service.results import RestoreResult, TierChange
 from engram.snapshot.manifest import Manifest, rows_of
 from engram.snapshot.segment import Shard
 
@@ -69,6 +69,12 @@ class Restorer:
             raise
         context.stats.restores += 1
         context.conversations.used(row.tenant, row.conversation_id)
+        if brought.source_tier == "disk":
+            context.on_tier_change(
+                TierChange(
+                    row.conversation_id, "disk", "ram", "restore", row.snapshot_id, brought.bytes
+                )
+            )
         elapsed_ms = (time.monotonic() - begun) * 1000
         generation = None
         if continuation is not None:

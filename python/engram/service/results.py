@@ -50,6 +50,18 @@ class RestoreResult:
     generation: Generation | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class TierChange:
+    """Bytes of a conversation have moved; `conversation_id` is None where nobody can tell whose."""
+
+    conversation_id: str | None
+    source: str
+    target: str
+    reason: str
+    snapshot_id: str | None = None
+    bytes: int | None = None
+
+
 @dataclass(slots=True)
 class ServiceStats:
     """Counters of the service since start."""

@@ -77,10 +77,10 @@ FLAGS: Final = (
     Flag("enable_cross_session_refs", "Let a conversation continue from another's snapshot."),
     Flag("enable_tier_background_cleanup", "Demote and expire in the background."),
     Flag("tier_cleanup_interval", "Seconds between clean-ups."),
-    Flag("enable_agent_tools", "Serve the agent framework.", active=False),
-    Flag("agent_tool_timeout", "Seconds one tool call may take.", active=False),
-    Flag("agent_max_iterations", "Model calls in one agent run.", active=False),
-    Flag("agent_max_tool_calls_per_iteration", "Tool calls in one reply.", active=False),
+    Flag("enable_agent_tools", "Serve the agent framework."),
+    Flag("agent_tool_timeout", "Seconds one tool call may take."),
+    Flag("agent_max_iterations", "Model calls in one agent run."),
+    Flag("agent_max_tool_calls_per_iteration", "Tool calls in one reply."),
     Flag(
         "snapshot_durability",
         "Automatic saves: 'sync' ends a reply only when its snapshot is durable.",
@@ -97,7 +97,7 @@ FLAGS: Final = (
     ),
     Flag("snapshot_link_by_prefix", "Make untagged chats turns of the conversation they extend."),
     Flag("snapshot_tenants", "File that maps API keys to tenants.", active=False),
-    Flag("agent_tools_module", "Python module with tools for agents.", active=False),
+    Flag("agent_tools_module", "Python module with tools for agents."),
     Flag("snapshot_remote", "URL of an object store shared by replicas.", active=False),
     Flag("snapshot_verify_weights", "How thoroughly the weights are fingerprinted."),
 )
@@ -155,6 +155,8 @@ def apply_flags(args: argparse.Namespace) -> Settings:
     settings = _settings(args)
     if cpu_is_active():
         _prepare_cpu(args)
+    if settings.enable_agent_tools:
+        _check_agents(settings)
     if settings.enable_snapshot_persistence:
         refuse(args)
         _switch_on(args, settings)
@@ -313,6 +315,18 @@ def refuse(args: argparse.Namespace) -> None:
         _exit(
             "--enable-snapshot-persistence does not work with --strip-thinking-cache under "
             "no_buffer: the state kept there is not the one its key names"
+        )
+
+
+def _check_agents(settings: Settings) -> None:
+    if not settings.enable_snapshot_persistence:
+        logger.warning(
+            "Engram: --enable-agent-tools has no effect without --enable-snapshot-persistence"
+        )
+    elif settings.snapshot_encryption_key_file is not None or KEY_VARIABLE in os.environ:
+        _exit(
+            "--enable-agent-tools does not work with encryption at rest yet: what agents remember "
+            "and the journal of their runs would not be encrypted"
         )
 
 

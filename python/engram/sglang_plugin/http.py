@@ -64,6 +64,10 @@ def around_launch_server(
     if settings is None:
         return original(server_args, *args, **kw)
     try:
+        if settings.enable_agent_tools and settings.agent_tools_module is not None:
+            from engram.agents.host import check_tools_module
+
+            check_tools_module(settings.agent_tools_module)
         store = open_store(server_args, lock=True)
         with store.reserve_at_hand():
             catalog = Catalog.open(store.catalog_path, store)
@@ -80,7 +84,7 @@ def around_launch_server(
 
 
 def before_setup_and_run_http_server(
-    server_args: Any, tokenizer_manager: Any, *args: Any, **kw: Any
+    server_args: Any, tokenizer_manager: Any, template_manager: Any, *args: Any, **kw: Any
 ) -> None:
     """Build the service around the tokenizer manager and mount it on SGLang's app."""
     if _opened is None:
@@ -120,6 +124,12 @@ def before_setup_and_run_http_server(
     app.add_middleware(HoldingMiddleware)
     _watch_chats(app, service)
     _save_before_the_end(app, tokenizer_manager, service)
+    if _opened.settings.enable_agent_tools:
+        from engram.sglang_plugin.agents import mount_agents
+
+        mount_agents(
+            app, _opened.settings, service, tokenizer_manager, template_manager, server_args
+        )
 
 
 def _watch_chats(app: Any, service: SnapshotService) -> None:

@@ -11,7 +11,7 @@ import pytest
 from engram.testing.demo import FLAGS
 from fences import Block, blocks, blocks_of
 
-MARKS = {"test", "server", "launch", "make-model"}
+MARKS = {"test", "server", "launch", "make-model", "agents", "agent-tools"}
 SHELL = {"bash", "sh", "shell", "console", "python"}
 # First line of a block that no test runs -> why.
 NOT_RUN = {
@@ -21,6 +21,8 @@ NOT_RUN = {
     "import json": "unit/upkeep/test_transfer.py runs it",
     "python -m sglang.launch_server --model-path tiny-model --enable-snapshot-persistence "
     "--snapshot-dir ./snapshots \\": "e2e/test_encryption.py launches so",
+    "python -m sglang.launch_server --model-path <model> --enable-snapshot-persistence "
+    "--snapshot-dir ./snapshots \\": "e2e/agents_world.py launches so",
     "engram key new new.key": "unit/cli/test_keys.py rotates; here is no store",
     "python -m pytest test/faults/test_hostile_files.py -s": "the unit tests run a part of it",
     "PYTHONPATH=python:test python -m faults.hostile --seed 20261122 --case 4711": "the same",

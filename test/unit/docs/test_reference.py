@@ -6,7 +6,13 @@ from typing import Any, cast
 import pytest
 from pydantic import BaseModel
 
+from engram.agents.built_in import built_in_tools
+from engram.agents.events import TOPICS
+from engram.agents.host import AgentHost
+from engram.agents.requests import RunRequest
 from engram.errors import walk_error_classes
+from engram.server.agent import agent_router
+from engram.server.agent_schemas import ExecuteMessage, PingMessage, SubscribeMessage
 from engram.server.chat import OWN_FIELDS, ChatEngine, chat_router
 from engram.server.compatible import compatible_router
 from engram.server.memory import memory_router
@@ -106,6 +112,49 @@ def test_every_route_is_documented() -> None:
         r"^## ((?:POST|GET|PATCH|DELETE) \S+)$", (DOCS / "http-api.md").read_text(), re.MULTILINE
     )
     assert sorted(headings) == sorted(routes)
+
+
+def test_every_route_of_agents_is_documented_with_its_fields() -> None:
+    table = rows((DOCS / "agents.md").read_text(), "Routes")
+    documented = {name: about for names, about in table for name in re.findall(r"`([^`]+)`", names)}
+    router = agent_router(cast(AgentHost, None))
+    schemas = {
+        f"{method} {route.path}": route.openapi_extra
+        for route in cast(list[Any], router.routes)
+        for method in route.methods
+    }
+    assert set(documented) == set(schemas)
+    runs = rows((DOCS / "agents.md").read_text(), "Runs")
+    in_prose = {"POST /v1/agent/runs", "POST /v1/agent/runs/{run_id}/resume"}
+    for route, extra in schemas.items():
+        if extra is None or route in in_prose:
+            continue
+        body = extra["requestBody"]["content"]["application/json"]["schema"]["properties"]
+        named = set(re.findall(r"`(\w+)`", documented[route]))
+        if "other_" in documented[route]:
+            named |= {f"other_{name}" for name in named - {"other_"}}
+        assert named - {"other_"} == set(body), route
+    fields = [field for names, _ in runs for field in re.findall(r"`(\w+)`", names)]
+    assert fields == list(dict.fromkeys(fields))
+    assert set(fields) == set(RunRequest.model_fields)
+
+
+def test_every_message_of_the_socket_is_documented() -> None:
+    text = (DOCS / "agents.md").read_text()
+    section = text.split("## WebSocket")[1].split("## MCP")[0]
+    table = rows(text, "WebSocket")
+    for (name, fields, _), schema in zip(
+        table, (ExecuteMessage, SubscribeMessage, PingMessage), strict=True
+    ):
+        assert plain(name) == schema.model_fields["type"].annotation.__args__[0]  # type: ignore[union-attr]
+        assert {"type", *re.findall(r"`(\w+)`", fields)} == set(schema.model_fields)
+    assert set(re.findall(r"`(\w+)`", section)) >= TOPICS | {"connected", "heartbeat", "error"}
+
+
+def test_every_built_in_tool_is_documented() -> None:
+    text = (DOCS / "agents.md").read_text()
+    tools = built_in_tools(cast(SnapshotService, None), cast(Any, None), cast(Any, None))
+    assert [tool.spec.name for tool in tools if f"`{tool.spec.name}" not in text] == []
 
 
 @pytest.mark.parametrize("route", SCHEMAS)

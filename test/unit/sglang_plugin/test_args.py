@@ -457,3 +457,21 @@ def test_ranks_on_a_cpu_share_its_cores(
     assert args_module.CORES_OF_RANKS not in os.environ
     apply_flags(parse(parser, "--tp-size", str(ranks)))
     assert os.environ[args_module.CORES_OF_RANKS] == shares
+
+
+def test_agents_are_refused_with_encryption_and_need_persistence(
+    parser: argparse.ArgumentParser,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What they remember would lie beside the encrypted states as it is."""
+    with pytest.raises(SystemExit, match="encryption"):
+        apply_flags(
+            parse(parser, ON, "--enable-agent-tools", "--snapshot-encryption-key-file", "/key")
+        )
+    monkeypatch.setenv(KEY_VARIABLE, "00" * 32)
+    with pytest.raises(SystemExit, match="encryption"):
+        apply_flags(parse(parser, ON, "--enable-agent-tools"))
+    monkeypatch.delenv(KEY_VARIABLE)
+    apply_flags(parse(parser, "--enable-agent-tools"))
+    assert "no effect" in caplog.text

@@ -1,0 +1,130 @@
+"""Who hears of what: events of one owner go to the subscribers of that owner, and no others.
+
+A subscriber that reads slowly costs bounded memory: what does not fit is left out, counted, and
+told as soon as there is room.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+MAX_QUEUED: Final = 256
+"""Events that wait for one subscriber."""
+
+TOPICS: Final = frozenset(
+    {
+        *("tool_start", "tool_progress", "tool_result", "tool_error"),
+        *("tier_transition", "memory_update", "run_event"),
+    }
+)
+"""What can be subscribed to."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened.  `owner` is None for what belongs to the server as a whole."""
+
+    type: str
+    owner: str | None
+    conversation_id: str | None = None
+    run_id: str | None = None
+    data: dict[str, Any] = field(default_factory=dict)
+
+    def message(self) -> dict[str, Any]:
+        """The event as it is sent."""
+        where = {"conversation_id": self.conversation_id, "run_id": self.run_id}
+        told = {name: value for name, value in where.items() if value is not None}
+        return {"type": self.type, "timestamp": time.time(), **told, **self.data}
+
+
+@dataclass(frozen=True)
+class Interest:
+    """Which events a subscriber wants: of these topics, in one of these conversations or runs.
+
+    None for the conversations and the runs stands for all of the owner's.
+    """
+
+    topics: Collection[str] = frozenset()
+    conversation_ids: Collection[str] | None = None
+    run_ids: Collection[str] | None = None
+
+    def wants(self, event: Event) -> bool:
+        """Whether an event is among them."""
+        if event.type not in self.topics:
+            return False
+        if self.conversation_ids is None and self.run_ids is None:
+            return True
+        return (
+            event.conversation_id is not None
+            and event.conversation_id in (self.conversation_ids or ())
+        ) or (event.run_id is not None and event.run_id in (self.run_ids or ()))
+
+
+class Subscriber:
+    """One reader of events."""
+
+    def __init__(self, owner: str, limit: int) -> None:
+        self.owner = owner
+        self.interest = Interest()
+        self._limit = limit
+        self._queue: deque[dict[str, Any]] = deque()
+        self._lost = 0
+        self._there = asyncio.Event()
+
+    def offer(self, event: Event) -> None:
+        """Take an event if it is wanted and allowed."""
+        if event.owner not in (None, self.owner) or not self.interest.wants(event):
+            return
+        if len(self._queue) >= self._limit:
+            self._lost += 1
+        else:
+            self._queue.append(event.message())
+        self._there.set()
+
+    async def next(self) -> dict[str, Any]:
+        """The next event; one of type ``error`` where some were left out."""
+        while not self._queue and not self._lost:
+            self._there.clear()
+            await self._there.wait()
+        if self._queue:
+            return self._queue.popleft()
+        lost, self._lost = self._lost, 0
+        return {
+            "type": "error",
+            "timestamp": time.time(),
+            "error": "events_lost",
+            "message": f"{lost} events were left out: they were not read in time",
+            "hint": "read faster, or subscribe to less",
+            "details": {"lost": lost},
+        }
+
+
+class EventBus:
+    """Hands events to subscribers.  Used on one event loop; nothing here waits."""
+
+    def __init__(self) -> None:
+        self._subscribers: set[Subscriber] = set()
+
+    def __len__(self) -> int:
+        return len(self._subscribers)
+
+    def subscribe(self, owner: str, *, limit: int = MAX_QUEUED) -> Subscriber:
+        """A new subscriber, which wants nothing yet."""
+        made = Subscriber(owner, limit)
+        self._subscribers.add(made)
+        return made
+
+    def unsubscribe(self, subscriber: Subscriber) -> None:
+        """It hears nothing any more."""
+        self._subscribers.discard(subscriber)
+
+    def publish(self, event: Event, but: Subscriber | None = None) -> None:
+        """Tell everybody who wants and may hear it, but one who knows."""
+        for subscriber in self._subscribers:
+            if subscriber is not but:
+                subscriber.offer(event)

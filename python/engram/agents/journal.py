@@ -1,0 +1,249 @@
+"""The journal of agent runs: what a run did, written before and after each thing it does.
+
+A reply is written before its calls are made, a call before it begins and again when its outcome is
+known.  So after a crash each call is known to have ended, not to have begun, or to have begun with
+an outcome nobody knows.  The events that clients read are written with what they tell of.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from engram.agents.database import AgentDatabase
+from engram.errors import NotFoundError
+
+MAX_RUNS: Final = 10_000
+"""Of one owner; of more the oldest that are over go."""
+MAX_PAGE: Final = 1_000
+
+ACTIVE: Final = "running"
+INTERRUPTED: Final = "interrupted"
+OVER: Final = ("completed", "limit_reached", "failed", "cancelled")
+
+
+@dataclass
+class Call:
+    """One call of a tool.
+
+    `state` is ``waiting``, ``started`` or ``done``; `outcome` is what the tool answered:
+    ``{"result": ...}`` or ``{"error": ...}``.
+    """
+
+    number: int
+    call_id: str
+    tool: str
+    arguments: str
+    state: str = "waiting"
+    outcome: dict[str, Any] | None = None
+
+
+@dataclass
+class Step:
+    """One reply of the model, with its calls.
+
+    `reply` holds ``message``, ``finish_reason``, ``rid``, ``output_ids``, the tokens that were
+    added to the prompt since the last reply (``prompt_ids``; of a rendered prompt all of them,
+    with ``rendered`` true), ``cached_tokens``, ``prompt_tokens`` and what became of the checkpoint.
+    """
+
+    number: int
+    reply: dict[str, Any]
+    calls: list[Call] = field(default_factory=list)
+
+
+@dataclass
+class Run:
+    """A run as it stands in the journal; times are seconds since the epoch."""
+
+    run_id: str
+    owner: str
+    conversation_id: str
+    request: dict[str, Any]
+    status: str
+    result: dict[str, Any] | None
+    created_at: float
+    updated_at: float
+    steps: list[Step] = field(default_factory=list)
+
+
+class Journal:
+    """The runs of a server.  What a method has done is durable when it returns."""
+
+    def __init__(self, database: AgentDatabase) -> None:
+        self._database = database
+
+    async def create(self, owner: str, conversation_id: str, request: dict[str, Any]) -> str:
+        """A new run; its id."""
+        run_id = f"run-{uuid.uuid4().hex}"
+        now = time.time()
+
+        def work(db: sqlite3.Connection) -> None:
+            db.execute(
+                "INSERT INTO runs VALUES (?, ?, ?, ?, ?, NULL, ?, ?)",
+                (run_id, owner, conversation_id, _json(request), ACTIVE, now, now),
+            )
+            marks = ", ".join("?" * len(OVER))
+            db.execute(
+                f"DELETE FROM runs WHERE owner = ? AND status IN ({marks}) AND run_id NOT IN "
+                "(SELECT run_id FROM runs WHERE owner = ? ORDER BY created_at DESC LIMIT ?)",
+                (owner, *OVER, owner, MAX_RUNS),
+            )
+
+        await self._database.run(work)
+        return run_id
+
+    async def load(self, owner: str, run_id: str) -> Run:
+        """A run with its steps and calls.  `NotFoundError`, for another owner's too."""
+
+        def work(db: sqlite3.Connection) -> Run | None:
+            row = db.execute(
+                "SELECT * FROM runs WHERE run_id = ? AND owner = ?", (run_id, owner)
+            ).fetchone()
+            if row is None:
+                return None
+            run = _run(row)
+            for number, reply in db.execute(
+                "SELECT step, reply FROM steps WHERE run_id = ? ORDER BY step", (run_id,)
+            ):
+                run.steps.append(Step(number, json.loads(reply)))
+            for step, number, call_id, tool, arguments, state, outcome in db.execute(
+                "SELECT step, number, call_id, tool, arguments, state, outcome FROM calls "
+                "WHERE run_id = ? ORDER BY step, number",
+                (run_id,),
+            ):
+                known = None if outcome is None else json.loads(outcome)
+                run.steps[step].calls.append(Call(number, call_id, tool, arguments, state, known))
+            return run
+
+        found = await self._database.run(work)
+        if found is None:
+            raise NotFoundError(f"no run {run_id[:100]!r}", details={"run_id": run_id[:100]})
+        return found
+
+    async def newest(self, owner: str, limit: int = 100) -> list[Run]:
+        """An owner's runs without their steps, the newest first."""
+
+        def work(db: sqlite3.Connection) -> list[Run]:
+            rows = db.execute(
+                "SELECT * FROM runs WHERE owner = ? ORDER BY created_at DESC LIMIT ?",
+                (owner, min(limit, MAX_PAGE)),
+            )
+            return [_run(row) for row in rows]
+
+        return await self._database.run(work)
+
+    async def interrupt(self) -> list[tuple[str, str]]:
+        """Mark what was running when the last server ended; the owners and ids of those runs."""
+
+        def work(db: sqlite3.Connection) -> list[tuple[str, str]]:
+            found = db.execute(
+                "SELECT owner, run_id FROM runs WHERE status = ?", (ACTIVE,)
+            ).fetchall()
+            db.execute("UPDATE runs SET status = ? WHERE status = ?", (INTERRUPTED, ACTIVE))
+            return found
+
+        return await self._database.run(work)
+
+    async def set_status(
+        self, run_id: str, status: str, result: dict[str, Any] | None, event: dict[str, Any]
+    ) -> None:
+        """A run begins again, or ends."""
+
+        def work(db: sqlite3.Connection) -> None:
+            db.execute(
+                "UPDATE runs SET status = ?, result = ?, updated_at = ? WHERE run_id = ?",
+                (status, None if result is None else _json(result), time.time(), run_id),
+            )
+            _tell(db, run_id, event)
+
+        await self._database.run(work)
+
+    async def add_step(self, run_id: str, step: Step, event: dict[str, Any]) -> None:
+        """A reply, and the calls it asks for, none of which has begun."""
+        now = time.time()
+
+        def work(db: sqlite3.Connection) -> None:
+            db.execute(
+                "INSERT INTO steps VALUES (?, ?, ?, ?)",
+                (run_id, step.number, _json(step.reply), now),
+            )
+            db.executemany(
+                "INSERT INTO calls VALUES (?, ?, ?, ?, ?, ?, ?, NULL, ?)",
+                [
+                    (run_id, step.number, c.number, c.call_id, c.tool, c.arguments, c.state, now)
+                    for c in step.calls
+                ],
+            )
+            _tell(db, run_id, event)
+
+        await self._database.run(work)
+
+    async def set_reply(self, run_id: str, step: Step, event: dict[str, Any]) -> None:
+        """Something more is known of a reply: what became of its checkpoint."""
+
+        def work(db: sqlite3.Connection) -> None:
+            db.execute(
+                "UPDATE steps SET reply = ? WHERE run_id = ? AND step = ?",
+                (_json(step.reply), run_id, step.number),
+            )
+            _tell(db, run_id, event)
+
+        await self._database.run(work)
+
+    async def set_call(self, run_id: str, step: int, call: Call, event: dict[str, Any]) -> None:
+        """A call begins, or its outcome is known."""
+        outcome = None if call.outcome is None else _json(call.outcome)
+
+        def work(db: sqlite3.Connection) -> None:
+            db.execute(
+                "UPDATE calls SET state = ?, outcome = ?, updated_at = ? "
+                "WHERE run_id = ? AND step = ? AND number = ?",
+                (call.state, outcome, time.time(), run_id, step, call.number),
+            )
+            _tell(db, run_id, event)
+
+        await self._database.run(work)
+
+    async def tell(self, run_id: str, event: dict[str, Any]) -> None:
+        """An event that changes nothing."""
+        await self._database.run(lambda db: _tell(db, run_id, event))
+
+    async def events(
+        self, run_id: str, after: int, limit: int = 256
+    ) -> Sequence[tuple[int, dict[str, Any]]]:
+        """Events past number `after`, the oldest first, with their numbers."""
+
+        def work(db: sqlite3.Connection) -> list[tuple[int, dict[str, Any]]]:
+            rows = db.execute(
+                "SELECT seq, event FROM events WHERE run_id = ? AND seq > ? ORDER BY seq LIMIT ?",
+                (run_id, after, limit),
+            )
+            return [(seq, json.loads(event)) for seq, event in rows]
+
+        return await self._database.run(work)
+
+
+def _tell(db: sqlite3.Connection, run_id: str, event: dict[str, Any]) -> None:
+    told = {**event, "run_id": run_id, "timestamp": time.time()}
+    db.execute(
+        "INSERT INTO events SELECT ?, coalesce(max(seq), 0) + 1, ? FROM events WHERE run_id = ?",
+        (run_id, _json(told), run_id),
+    )
+
+
+def _run(row: tuple[Any, ...]) -> Run:
+    run_id, owner, conversation_id, request, status, result, created_at, updated_at = row
+    known = None if result is None else json.loads(result)
+    return Run(
+        run_id, owner, conversation_id, json.loads(request), status, known, created_at, updated_at
+    )
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, allow_nan=False)

@@ -1,0 +1,267 @@
+"""Processes in which tools run that the server does not trust with itself."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+import psutil
+
+from engram.agents import framing
+from engram.agents.tool import OnProgress, ToolContext, ToolSpec
+from engram.errors import (
+    EngramError,
+    InvalidRequestError,
+    ToolCrashedError,
+    ToolError,
+    ToolTimeoutError,
+    error_from_dict,
+)
+
+START_TIMEOUT_S: Final = 60.0
+OUTPUT_BYTES: Final = 8 << 10
+"""Of what a tool writes to its standard output and error, the end is kept."""
+KILL_ROUNDS: Final = 5
+
+
+@dataclass(frozen=True)
+class ToolOutput:
+    """What a tool returned, as JSON, and the end of what it wrote to its standard output."""
+
+    value: Any
+    output: str = ""
+
+
+class WorkerPool:
+    """At most `size` processes, each with one call at a time; made when needed, replaced when used
+    up.  Used on one event loop.
+
+    A process is used up when a call was ended, when it broke, or when it left processes or threads
+    behind; it is killed then, with all its descendants.
+    """
+
+    def __init__(self, module: str, *, size: int, max_result_bytes: int) -> None:
+        self._module = module
+        self._limit = max_result_bytes
+        self._places = asyncio.Semaphore(size)
+        self._idle: list[_Worker] = []
+        self._all: set[_Worker] = set()
+
+    async def describe(self) -> list[ToolSpec]:
+        """The tools of the module.  `InvalidRequestError` if it cannot be imported."""
+        async with self._places:
+            worker = await self._start()
+            self._idle.append(worker)
+            return worker.specs
+
+    async def call(
+        self, name: str, arguments: Mapping[str, Any], context: ToolContext, timeout: float
+    ) -> ToolOutput:
+        """Run a tool.  Raises as the tools' errors say; the process is gone when it had to be."""
+        async with self._places:
+            worker = self._idle.pop() if self._idle else await self._start()
+            kept = False
+            try:
+                output = await asyncio.wait_for(worker.call(name, arguments, context), timeout)
+                kept = worker.clean()
+                return output
+            except asyncio.TimeoutError:
+                raise ToolTimeoutError(
+                    f"{name} was ended: it took longer than {timeout:g} s",
+                    hint="give the tool a longer timeout, or less to do",
+                    details={"tool": name, "timeout": timeout, "output": worker.output()},
+                ) from None
+            except EngramError as error:
+                kept = not isinstance(error, ToolCrashedError) and worker.clean()
+                raise
+            finally:
+                if kept:
+                    self._idle.append(worker)
+                else:
+                    self._all.discard(worker)
+                    worker.kill()
+
+    def close(self) -> None:
+        """Kill every process."""
+        for worker in self._all:
+            worker.kill()
+        self._all.clear()
+        self._idle.clear()
+
+    async def _start(self) -> _Worker:
+        worker = _Worker(self._module, self._limit)
+        self._all.add(worker)
+        try:
+            await asyncio.wait_for(worker.ready(), START_TIMEOUT_S)
+        except BaseException as error:
+            self._all.discard(worker)
+            worker.kill()
+            if isinstance(error, asyncio.TimeoutError):
+                raise ToolTimeoutError(
+                    f"{self._module} was not imported in {START_TIMEOUT_S:g} s"
+                ) from None
+            raise
+        return worker
+
+
+class _Worker:
+    """One process."""
+
+    def __init__(self, module: str, limit: int) -> None:
+        self._module = module
+        self._limit = limit
+        self._clean = True
+        self.specs: list[ToolSpec] = []
+        self._ours, theirs = socket.socketpair()
+        self._said, writes = os.pipe()
+        os.set_blocking(self._said, False)
+        self._output = bytearray()
+        command = [sys.executable, "-m", "engram.agents.worker", str(theirs.fileno())]
+        try:
+            self._process = subprocess.Popen(
+                [*command, str(os.getpid()), str(limit), module],
+                stdin=subprocess.DEVNULL,
+                stdout=writes,
+                stderr=writes,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        finally:
+            theirs.close()
+            os.close(writes)
+        self._reader: asyncio.StreamReader | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        # Drained at all times, or a tool that writes much would wait for ever.
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._said, self._drain)
+
+    async def ready(self) -> None:
+        """Wait for the module.  `InvalidRequestError` if it fails."""
+        self._reader, self._writer = await asyncio.open_connection(sock=self._ours)
+        try:
+            message = await framing.read(self._reader, 16 << 20)
+        except (EOFError, ValueError, OSError) as error:
+            raise InvalidRequestError(
+                f"the tools of {self._module} cannot be loaded: the process ended "
+                f"({error}): {self.output()}",
+                hint="python -c 'import " + self._module + "' must work",
+            ) from error
+        if message.get("type") != "ready":
+            raise InvalidRequestError(
+                f"the tools of {self._module} cannot be loaded: {message.get('message')}",
+                hint="python -c 'import " + self._module + "' must work",
+            )
+        self.specs = [ToolSpec.model_validate(one) for one in message["tools"]]
+
+    async def call(
+        self, name: str, arguments: Mapping[str, Any], context: ToolContext
+    ) -> ToolOutput:
+        """Run a tool to its end."""
+        assert self._reader is not None
+        assert self._writer is not None
+        self._output.clear()
+        who = asdict(context)
+        on_progress: OnProgress = who.pop("on_progress")
+        message = {"type": "call", "tool": name, "arguments": dict(arguments), "context": who}
+        try:
+            self._writer.write(framing.encode(message))
+            await self._writer.drain()
+            while True:
+                answer = await framing.read(self._reader, self._limit + framing.OVERHEAD_BYTES)
+                if answer["type"] != "progress":
+                    break
+                on_progress(float(answer["fraction"]), str(answer["message"]))
+            self._clean = bool(answer["clean"])
+            if answer["type"] == "result":
+                return ToolOutput(answer["value"], self.output())
+        except (EOFError, OSError) as error:
+            raise ToolCrashedError(
+                f"{name} ended its process: {self._status()}",
+                hint="the server is not affected; the next call gets a new process",
+                details={"tool": name, "output": self.output()},
+            ) from error
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ToolCrashedError(
+                f"{name} wrote something else than a result to the server: {error}",
+                details={"tool": name},
+            ) from error
+        refusal = error_from_dict(answer)
+        refusal.details |= {"tool": name}
+        if isinstance(refusal, ToolError):
+            refusal.message = f"{name}: {refusal.message}"
+            refusal.details |= {"output": self.output()}
+        raise refusal
+
+    def output(self) -> str:
+        """The end of what was written to the standard output and error since the call began."""
+        self._drain()
+        return self._output.decode(errors="replace")
+
+    def clean(self) -> bool:
+        """Whether the last call left nothing behind and the process lives."""
+        return self._clean and self._process.poll() is None and not self._descendants()
+
+    def kill(self) -> None:
+        """End the process and everything it has started."""
+        # As long as it lives it adopts its orphans, so what it started is found below it: the
+        # others first, again until none has been started meanwhile.
+        for _ in range(KILL_ROUNDS):
+            found = self._descendants()
+            if not found:
+                break
+            for one in found:
+                with contextlib.suppress(psutil.Error):
+                    one.kill()
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, 9)
+        self._process.kill()
+        self._process.wait()
+        if self._said >= 0:
+            self._loop.remove_reader(self._said)
+            os.close(self._said)
+            self._said = -1
+        if self._writer is not None:
+            self._writer.close()
+        else:
+            self._ours.close()
+
+    def _descendants(self) -> list[psutil.Process]:
+        try:
+            found = psutil.Process(self._process.pid).children(recursive=True)
+        except psutil.Error:
+            return []
+        # One that has ended and was not waited for does nothing any more.
+        return [one for one in found if _alive(one)]
+
+    def _status(self) -> str:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            status = self._process.wait(1.0)
+            return f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+        return "it closed its connection"
+
+    def _drain(self) -> None:
+        while self._said >= 0:
+            try:
+                part = os.read(self._said, 64 << 10)
+            except BlockingIOError:
+                return
+            if not part:
+                self._loop.remove_reader(self._said)
+                os.close(self._said)
+                self._said = -1
+                return
+            self._output += part
+            del self._output[:-OUTPUT_BYTES]
+
+
+def _alive(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    return False

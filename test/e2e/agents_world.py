@@ -1,0 +1,155 @@
+"""A server with agents, killed twice in the middle of a run: between two steps, and in a tool."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from e2e.worlds import CONTRACT, FLOAT32, Stage, World, fresh, start
+from fences import blocks
+
+HERE = Path(__file__).parent
+KEY = "secret-of-the-agents"
+HEADERS = {"Authorization": f"Bearer {KEY}"}
+
+AGENTS = (
+    *CONTRACT,
+    *("--skip-server-warmup", "--max-total-tokens", "8192", "--max-mamba-cache-size", "24"),
+    *("--dtype", "float32", "--snapshot-trigger-policy", "manual_only"),
+    *("--enable-agent-tools", "--agent-tools-module", "agent_tools"),
+    *("--tool-call-parser", "lfm2", "--constrained-json-disable-any-whitespace"),
+    *("--api-key", KEY),
+)
+
+
+def forced(*names: str) -> list[Any]:
+    """Tool choices: these tools, one a reply, then none."""
+    return [*({"type": "function", "function": {"name": name}} for name in names), "none"]
+
+
+PLAN: dict[str, Any] = {
+    "messages": [{"role": "user", "content": "Count, paint, and count what was painted, please."}],
+    "tools": ["count", "paint", "gated"],
+    "tool_choice": forced("count", "paint", "gated"),
+    "max_tokens": 160,
+    "temperature": 0,
+}
+
+
+def agents_world(stage: Stage, folder: Path) -> World:
+    """Runs that were killed and resumed, and one that was not."""
+    folder = fresh(folder)
+    store = folder / "store" / "snapshots"
+    tools = folder / "tools"
+    tools.mkdir()
+    modules = folder / "modules"
+    modules.mkdir()
+    (example,) = blocks("agent-tools")
+    (modules / "shop_tools.py").write_text(example.code)
+    paths = (str(HERE), str(modules), *filter(None, [os.environ.get("PYTHONPATH")]))
+    env = {
+        **FLOAT32,
+        "ENGRAM_TEST_TOOLS": str(tools),
+        "PYTHONPATH": os.pathsep.join((*paths, str(HERE.parents[1] / "python"))),
+    }
+    world = start(stage.server(folder, AGENTS, store=store, env=env), store)
+    world.client.http.headers.update(HEADERS)
+    http, facts = world.client.http, world.facts
+    facts["tools"] = tools
+
+    (tools / "gate").touch()
+    whole = begin(http, **PLAN, conversation_id="whole", checkpoint=False)
+    facts["whole"] = finished(http, whole)
+    facts["counts of whole"] = counts(tools)
+    stored(http, key="before", value="kept through a kill", category="facts")
+    (tools / "gate").unlink()
+    (tools / "gated").unlink()
+    (tools / "counts").unlink()
+
+    run_id = begin(http, **PLAN, conversation_id="killed")
+    wait_for(http, run_id, "tool_result")
+    world.server.kill()
+    world.server.start()
+    facts["between"] = get(http, run_id)
+    resumed(http, run_id)
+    until(tools / "gated")
+    world.server.kill()
+    world.server.start()
+    facts["inside"] = get(http, run_id)
+    (tools / "gate").touch()
+    resumed(http, run_id)
+    facts["killed"] = finished(http, run_id)
+    facts["counts of killed"] = counts(tools)
+    return world
+
+
+def begin(http: httpx.Client, **body: Any) -> str:
+    return str(answered(http.post("/v1/agent/runs", json=body))["run_id"])
+
+
+def resumed(http: httpx.Client, run_id: str, **body: Any) -> dict[str, Any]:
+    return answered(http.post(f"/v1/agent/runs/{run_id}/resume", json=body))
+
+
+def get(http: httpx.Client, run_id: str) -> dict[str, Any]:
+    return answered(http.get(f"/v1/agent/runs/{run_id}"))
+
+
+def stored(http: httpx.Client, **body: Any) -> dict[str, Any]:
+    return answered(http.post("/v1/agent/memory/store", json=body))
+
+
+def answered(response: httpx.Response) -> dict[str, Any]:
+    body: dict[str, Any] = response.json()
+    assert response.status_code == 200, body
+    assert body["success"] is True
+    return body
+
+
+def events(http: httpx.Client, run_id: str, after: int = 0) -> list[dict[str, Any]]:
+    """All events of a run, to its end."""
+    return list(_events(http, run_id, after))
+
+
+def _events(http: httpx.Client, run_id: str, after: int = 0) -> Any:
+    with http.stream("GET", f"/v1/agent/runs/{run_id}/stream", params={"after": after}) as reply:
+        assert reply.status_code == 200
+        for line in reply.iter_lines():
+            if line.startswith("data: "):
+                yield json.loads(line.removeprefix("data: "))
+
+
+def wait_for(http: httpx.Client, run_id: str, event: str) -> None:
+    """Return as soon as a run has had such an event."""
+    for one in _events(http, run_id):
+        if one["event"] == event:
+            return
+    raise AssertionError(get(http, run_id))
+
+
+def finished(http: httpx.Client, run_id: str) -> dict[str, Any]:
+    """The run when it is over."""
+    events(http, run_id)
+    return get(http, run_id)
+
+
+def until(path: Path) -> None:
+    """Wait for a file; a hang ends with the test's own limit."""
+    while not path.exists():
+        time.sleep(0.02)
+
+
+def counts(tools: Path) -> list[str]:
+    return (tools / "counts").read_text().splitlines()
+
+
+def forget(tools: Path) -> None:
+    """Begin to count anew."""
+    shutil.rmtree(tools)
+    tools.mkdir()

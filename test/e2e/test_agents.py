@@ -1,0 +1,420 @@
+"""Agents on a real server: runs that were killed, tools over every way in, memory that stays."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import httpx2
+import openai
+import psutil
+import pytest
+import websockets
+from mcp import Client as McpClient
+from mcp import StdioServerParameters
+from mcp.client.streamable_http import streamable_http_client
+
+from e2e.agents_world import (
+    HEADERS,
+    KEY,
+    answered,
+    begin,
+    events,
+    finished,
+    forced,
+    forget,
+    get,
+    until,
+)
+from e2e.worlds import World
+from fences import blocks
+
+EVERY_TOOL: dict[str, dict[str, Any]] = {
+    "memory_store": {"key": "k", "value": "an old station"},
+    "memory_recall": {"key": "k"},
+    "memory_search": {"query": "station"},
+    "checkpoint_list": {"conversation_id": "killed"},
+    "checkpoint_save": {"conversation_id": "killed"},
+    "checkpoint_restore": {"conversation_id": "killed"},
+    "conversation_branch": {"conversation_id": "killed", "turn_number": 1, "branch_name": "other"},
+    "conversation_compare": {"conversation_id": "killed", "other_branch_name": "other"},
+    "calculator": {"expression": "6 * 7"},
+    "count": {"by": 3},
+    "paint": {"colour": "red"},
+    "gated": {"part": 1},
+    "careless": {"part": 1},
+    "report": {"steps": 2},
+    "misbehave": {"how": "write"},
+    "price": {"article": "milk"},
+}
+FAILING = {"hang": {}}
+
+
+def said(run: dict[str, Any]) -> list[Any]:
+    """What the model wrote and was told, without the ids that differ from run to run."""
+    return [
+        (
+            step["message"].get("content"),
+            [
+                (call["function"]["name"], call["function"]["arguments"])
+                for call in step["message"].get("tool_calls", ())
+            ],
+            [call["outcome"] for call in step["calls"]],
+        )
+        for step in run["steps"]
+    ]
+
+
+# ---- runs ----
+
+
+def test_a_run_uses_three_tools(agents: World) -> None:
+    run = agents.facts["whole"]
+    assert run["status"] == "completed"
+    assert [step["calls"][0]["tool"] for step in run["steps"][:3]] == ["count", "paint", "gated"]
+    assert all("result" in step["calls"][0]["outcome"] for step in run["steps"][:3])
+    assert run["steps"][3]["calls"] == []
+    assert run["result"]["content"] == run["steps"][3]["message"]["content"]
+    assert len(agents.facts["counts of whole"]) == 2
+
+
+def test_a_killed_run_ends_as_one_that_was_not(agents: World) -> None:
+    whole, between, inside, killed = (
+        agents.facts[name] for name in ("whole", "between", "inside", "killed")
+    )
+    assert between["status"] == inside["status"] == "interrupted"
+    assert between["steps"][0]["calls"][0]["state"] == "done"
+    assert inside["steps"][2]["calls"][0]["state"] == "started"
+    assert killed["status"] == "completed"
+    assert said(killed) == said(whole)
+    assert killed["result"] == whole["result"]
+
+
+def test_no_side_effect_is_repeated(agents: World) -> None:
+    calls = [
+        call["call_id"]
+        for step in agents.facts["killed"]["steps"]
+        for call in step["calls"]
+        if call["tool"] in ("count", "gated")
+    ]
+    assert agents.facts["counts of killed"] == calls
+
+
+def test_what_a_resumed_run_computes_is_only_what_is_new(agents: World) -> None:
+    steps = agents.facts["killed"]["steps"]
+    for before, step in itertools.pairwise(steps):
+        assert step["snapshot_id"]
+        recorded = before["prompt_tokens"] + before["completion_tokens"]
+        assert step["cached_tokens"] == recorded - 1, step
+
+
+def test_a_call_of_unknown_outcome_is_reported(agents: World) -> None:
+    """The tool may not be repeated, and its run was cancelled in the middle of it."""
+    http, tools = agents.client.http, agents.facts["tools"]
+    forget(tools)
+    run_id = begin(
+        http,
+        messages=[{"role": "user", "content": "Be careless."}],
+        tools=["careless"],
+        tool_choice=forced("careless"),
+        max_tokens=160,
+        temperature=0,
+    )
+    until(tools / "gated")
+    cancelled = answered(http.post(f"/v1/agent/runs/{run_id}/cancel"))
+    assert cancelled["status"] == "cancelled"
+    answered(http.post(f"/v1/agent/runs/{run_id}/resume", json={}))
+    run = finished(http, run_id)
+    assert run["status"] == "completed"
+    assert run["steps"][0]["calls"][0]["outcome"]["error"]["error"] == "outcome_unknown"
+    assert len((tools / "counts").read_text().splitlines()) == 1
+    kinds = [event["event"] for event in events(http, run_id)]
+    assert kinds[0] == "run_started"
+    assert {"tool_start", "run_resumed", "tool_error"} <= set(kinds)
+    assert kinds[-1] == "run_finished"
+    response = http.post(f"/v1/agent/runs/{run_id}/resume", json={})
+    assert (response.status_code, response.json()["error"]) == (409, "run_conflict")
+
+
+def test_a_run_ends_at_its_limit(agents: World) -> None:
+    http = agents.client.http
+    run_id = begin(
+        http,
+        messages=[{"role": "user", "content": "Paint as much as you can."}],
+        tools=["paint"],
+        tool_choice=forced("paint")[0],
+        max_iterations=2,
+        max_tokens=160,
+        temperature=0,
+    )
+    run = finished(http, run_id)
+    assert run["status"] == "limit_reached", run
+    assert [[call["tool"] for call in step["calls"]] for step in run["steps"]] == [["paint"]] * 2
+
+
+# ---- memory ----
+
+
+def test_memory_survives_kill_9(agents: World) -> None:
+    http = agents.client.http
+    found = answered(http.post("/v1/agent/memory/recall", json={"key": "before"}))
+    assert found["memory"]["value"] == "kept through a kill"
+    for search in (
+        {"query": "kill"},
+        {"category": "facts"},
+        {"query": "kept", "category": "facts"},
+    ):
+        found = answered(http.post("/v1/agent/memory/search", json=search))
+        assert [one["key"] for one in found["memories"]] == ["before"], search
+    assert answered(http.post("/v1/agent/memory/search", json={"category": "x"}))["memories"] == []
+
+
+# ---- tools that misbehave ----
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "status", "code"),
+    [
+        ("hang", {}, 504, "tool_timeout"),
+        ("misbehave", {"how": "raise"}, 502, "tool_failed"),
+        ("misbehave", {"how": "large"}, 502, "tool_result_too_large"),
+        ("misbehave", {"how": "exit"}, 502, "tool_crashed"),
+        ("misbehave", {"how": "fork"}, 200, None),
+        ("misbehave", {"how": "write"}, 200, None),
+        ("misbehave", {"how": "sing"}, 422, "invalid_request"),
+        ("nothing", {}, 404, "not_found"),
+    ],
+)
+def test_a_tool_that_misbehaves_leaves_the_server_unharmed(
+    agents: World, tool: str, arguments: dict[str, Any], status: int, code: str | None
+) -> None:
+    http = agents.client.http
+    body = {"tool": tool, "arguments": arguments}
+    response = http.post("/v1/agent/tools/execute", json=body)
+    assert response.status_code == status, response.text[:500]
+    assert response.json().get("error") == code
+    assert http.get("/v1/agent/health").json()["status"] == "ok"
+    assert len(agents.client.generate([10, 11, 12], 2).tokens) == 2
+
+
+# ---- keys ----
+
+
+def test_every_way_in_asks_for_the_key(agents: World) -> None:
+    url = agents.server.url
+    for path in ("/v1/agent/health", "/v1/agent/tools", "/v1/agent/runs", "/mcp"):
+        assert httpx.get(url + path).status_code == 401, path
+    assert httpx.post(url + "/mcp", json={}).status_code == 401
+
+    async def knock(headers: dict[str, str]) -> int | None:
+        try:
+            async with websockets.connect(ws(agents), additional_headers=headers):
+                return None
+        except websockets.InvalidStatus as refused:
+            return refused.response.status_code
+
+    assert asyncio.run(knock({})) == 403
+    assert asyncio.run(knock({"Authorization": "Bearer wrong"})) == 403
+    assert asyncio.run(knock({**HEADERS, "Origin": "http://elsewhere.example"})) == 403
+    assert asyncio.run(knock(HEADERS)) is None
+
+
+# ---- MCP ----
+
+
+def mcp_over_http(world: World) -> Any:
+    http = httpx2.AsyncClient(headers=HEADERS, timeout=120)
+    return streamable_http_client(world.server.url + "/mcp", http_client=http)
+
+
+def mcp_over_stdio(world: World) -> Any:
+    return StdioServerParameters(
+        command=sys.executable,
+        args=["-m", "engram.cli.main", "mcp", "--url", world.server.url],
+        env={**os.environ, "ENGRAM_API_KEY": KEY},
+    )
+
+
+@pytest.mark.parametrize("way", [mcp_over_http, mcp_over_stdio])
+def test_the_official_client_lists_and_calls_every_tool(agents: World, way: Any) -> None:
+    (agents.facts["tools"] / "gate").touch()
+
+    async def work() -> None:
+        async with McpClient(way(agents)) as client:
+            listed = {tool.name for tool in (await client.list_tools()).tools}
+            assert listed == set(EVERY_TOOL) | set(FAILING)
+            for name, arguments in EVERY_TOOL.items():
+                result = await client.call_tool(name, arguments)
+                assert not result.is_error, (name, result)
+                assert result.structured_content is not None, name
+            assert (await client.call_tool("calculator", {"expression": "6*7"})).content[
+                0
+            ].text == "42"
+            failed = await client.call_tool("hang", {})
+            assert failed.is_error
+            assert failed.structured_content["error"] == "tool_timeout"
+            resources = (await client.list_resources()).resources
+            uris = {str(resource.uri) for resource in resources}
+            assert "engram://conversations/killed" in uris
+            read = await client.read_resource("engram://conversations/killed")
+            rows = json.loads(read.contents[0].text)
+            one = await client.read_resource(f"engram://snapshots/{rows[0]['snapshot_id']}")
+            assert json.loads(one.contents[0].text) == rows[0]
+
+    asyncio.run(work())
+
+
+# ---- OpenAI ----
+
+
+def test_the_openai_client_does_a_tool_call_round_trip(agents: World) -> None:
+    client = openai.OpenAI(base_url=agents.server.url + "/v1", api_key=KEY)
+    spec = answered(agents.client.http.get("/v1/agent/tools/paint"))["tool"]
+    function = {name: spec[name] for name in ("name", "description", "parameters")}
+    messages: list[Any] = [{"role": "user", "content": "Paint it."}]
+    common: dict[str, Any] = {
+        "model": "tiny",
+        "tools": [{"type": "function", "function": function}],
+        "max_tokens": 160,
+        "temperature": 0,
+        "extra_body": {"conversation_id": "openai"},
+    }
+    choice: Any = {"type": "function", "function": {"name": "paint"}}
+    reply = client.chat.completions.create(messages=messages, tool_choice=choice, **common)
+    (call,) = reply.choices[0].message.tool_calls or ()
+    assert call.type == "function"
+    executed = answered(
+        agents.client.http.post(
+            "/v1/agent/tools/execute",
+            json={
+                "tool": call.function.name,
+                "arguments": json.loads(call.function.arguments),
+                "conversation_id": "openai",
+            },
+        )
+    )
+    messages.append(reply.choices[0].message.model_dump(exclude_none=True))
+    messages.append({"role": "tool", "tool_call_id": call.id, "content": executed["result"]})
+    last = client.chat.completions.create(messages=messages, tool_choice="none", **common)
+    assert last.choices[0].message.content
+    saved = agents.client.save(conversation_id="openai")
+    assert saved["turn_number"] == 2
+
+
+# ---- WebSocket ----
+
+CLIENTS = 32
+
+
+def ws(world: World) -> str:
+    return world.server.url.replace("http", "ws") + "/v1/agent/ws"
+
+
+def test_32_clients_hear_only_of_their_own(agents: World) -> None:
+    async def client(number: int) -> list[dict[str, Any]]:
+        mine = f"ws-{number}"
+        heard: list[dict[str, Any]] = []
+
+        async def ask(socket: Any, answer: str, **message: Any) -> dict[str, Any]:
+            await socket.send(json.dumps(message))
+            while True:
+                heard.append(json.loads(await socket.recv()))
+                if heard[-1]["type"] == answer:
+                    return heard[-1]
+
+        async with websockets.connect(ws(agents), additional_headers=HEADERS) as socket:
+            assert json.loads(await socket.recv())["type"] == "connected"
+            told = await ask(
+                socket, "subscription_updated", type="subscribe", conversation_ids=[mine]
+            )
+            assert told["conversation_ids"] == [mine]
+            for step in range(3):
+                where = {"conversation_id": mine, "request_id": f"{number}-{step}"}
+                result = await ask(
+                    socket, "tool_result", type="execute_tool", tool="report", **where
+                )
+                assert result["result"] == {"conversation_id": mine}
+                assert result["request_id"] == f"{number}-{step}"
+                arguments = {"key": "k", "value": mine}
+                await ask(
+                    socket,
+                    "tool_result",
+                    type="execute_tool",
+                    tool="memory_store",
+                    arguments=arguments,
+                    **where,
+                )
+            await ask(socket, "heartbeat", type="ping")
+            error = await ask(socket, "error", type="sing")
+            assert error["error"] == "invalid_request"
+        return heard
+
+    async def all_of_them() -> list[list[dict[str, Any]]]:
+        return await asyncio.gather(*(client(number) for number in range(CLIENTS)))
+
+    for number, heard in enumerate(asyncio.run(all_of_them())):
+        assert {one.get("conversation_id") for one in heard} <= {f"ws-{number}", None}
+        kinds = [one["type"] for one in heard]
+        assert kinds.count("memory_update") == 3
+        assert kinds.count("tool_result") == 6
+        assert "tool_progress" in kinds
+
+
+# ---- documents ----
+
+
+def test_the_commands_of_the_document(agents: World, tmp_path: Path) -> None:
+    found = blocks("agents")
+    assert len(found) == 3
+    said = []
+    for block in found:
+        code = block.code.replace("localhost:30000", f"127.0.0.1:{agents.server.port}")
+        command = {"bash": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
+        result = subprocess.run(
+            [*command[block.language], code],
+            cwd=tmp_path,
+            env={
+                **os.environ,
+                "ENGRAM_API_KEY": KEY,
+                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            },
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, f"{block}\n{result.stdout}{result.stderr}"
+        said.append(result.stdout)
+    assert json.loads(said[0])["result"] == 5.0
+    run = json.loads(said[1][said[1].rindex("\n\n") :])
+    assert run["status"] == "completed"
+    assert "result" in run["steps"][0]["calls"][0]["outcome"]
+    assert "event: run_finished" in said[1]
+    assert "opens at seven" in said[2]
+
+
+def test_routes_are_described(agents: World) -> None:
+    paths = agents.client.http.get("/openapi.json").json()["paths"]
+    assert {"/v1/agent/runs", "/v1/agent/tools/execute", "/v1/agent/memory/search"} <= set(paths)
+    described = paths["/v1/agent/runs"]["post"]["requestBody"]["content"]["application/json"]
+    assert "messages" in described["schema"]["properties"]
+
+
+def test_no_tool_process_outlives_its_server(agents: World, tmp_path: Path) -> None:
+    """Those of the two servers that were killed are gone."""
+    assert agents.server.process is not None
+    workers = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if "engram.agents.worker" in (process.info["cmdline"] or ())
+        and "agent_tools" in process.info["cmdline"]
+        and process.status() != psutil.STATUS_ZOMBIE
+    ]
+    assert {worker.ppid() for worker in workers} <= {agents.server.process.pid}
+    assert get(agents.client.http, agents.facts["killed"]["run_id"])["status"] == "completed"

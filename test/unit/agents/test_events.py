@@ -1,0 +1,61 @@
+"""Events go to who may hear and wants them, and a slow reader costs a bounded amount."""
+
+import asyncio
+
+from engram.agents.events import TOPICS, Event, EventBus, Interest
+
+
+def test_who_hears_what() -> None:
+    bus = EventBus()
+    readers = {}
+    for owner in ("one", "two"):
+        for name, interest in {
+            "all": Interest(TOPICS),
+            "c": Interest(TOPICS, frozenset({"c"})),
+            "run": Interest(TOPICS, None, frozenset({"r"})),
+            "memory": Interest({"memory_update"}),
+            "nothing": Interest(),
+        }.items():
+            readers[owner, name] = bus.subscribe(owner)
+            readers[owner, name].interest = interest
+
+    def heard(event: Event) -> set[tuple[str, str]]:
+        bus.publish(event)
+        found = {key for key, reader in readers.items() if reader._queue}
+        for reader in readers.values():
+            reader._queue.clear()
+        return found
+
+    assert heard(Event("memory_update", "one", "c")) == {
+        ("one", "all"),
+        ("one", "c"),
+        ("one", "memory"),
+    }
+    assert heard(Event("memory_update", "two", "d")) == {("two", "all"), ("two", "memory")}
+    assert heard(Event("run_event", "one", "d", "r")) == {("one", "all"), ("one", "run")}
+    assert heard(Event("tier_transition", None, "c")) == {
+        (owner, name) for owner in ("one", "two") for name in ("all", "c")
+    }
+    assert heard(Event("tier_transition", None)) == {("one", "all"), ("two", "all")}
+    bus.unsubscribe(readers["one", "all"])
+    assert heard(Event("tool_start", "one", "x")) == set()
+
+
+def test_a_slow_reader_is_bounded_and_told() -> None:
+    async def run() -> None:
+        bus = EventBus()
+        reader = bus.subscribe("o", limit=4)
+        reader.interest = Interest(TOPICS)
+        for number in range(10):
+            bus.publish(Event("tool_start", "o", data={"number": number}))
+        assert [(await reader.next())["number"] for _ in range(4)] == [0, 1, 2, 3]
+        told = await reader.next()
+        assert (told["type"], told["error"], told["details"]) == (
+            "error",
+            "events_lost",
+            {"lost": 6},
+        )
+        bus.publish(Event("tool_start", "o", data={"number": 10}))
+        assert (await reader.next())["number"] == 10
+
+    asyncio.run(run())

@@ -1,0 +1,393 @@
+"""The loop of a run, and what its journal makes of a kill at any point."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from engram.agents.database import AgentDatabase
+from engram.agents.execution import ToolExecutor
+from engram.agents.journal import Run
+from engram.agents.requests import RunRequest
+from engram.agents.runs import RunManager
+from engram.agents.tool import ToolContext, make_tool
+from engram.errors import (
+    InvalidRequestError,
+    NotFoundError,
+    RunConflictError,
+    StoreFullError,
+    UnsupportedError,
+)
+from unit.agents.scripted import END, Script, ScriptedChat, calling, host_of, server_in
+
+T = TypeVar("T")
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+def counting(folder: Path) -> list[Any]:
+    """A tool that counts, and one that counts each call once, however often it is made."""
+
+    def written(context: ToolContext) -> None:
+        with (folder / "counts").open("a") as file:
+            file.write(context.call_id + "\n")
+
+    async def count(context: ToolContext, by: int) -> int:
+        """Count."""
+        written(context)
+        return by
+
+    async def careful(context: ToolContext, by: int) -> int:
+        """Count once."""
+        if context.call_id not in counted(folder):
+            written(context)
+        return by
+
+    return [make_tool(count, isolated=False), make_tool(careful, isolated=False, idempotent=True)]
+
+
+def counted(folder: Path) -> list[str]:
+    path = folder / "counts"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def hanging(folder: Path) -> Any:
+    async def hang() -> None:
+        """Never end."""
+        (folder / "hanging").touch()
+        await asyncio.sleep(600)
+
+    return make_tool(hang, isolated=False)
+
+
+def using(
+    folder: Path,
+    script: Script,
+    work: Callable[[RunManager, ScriptedChat], Awaitable[T]],
+    *,
+    at_write: Callable[[int], None] = lambda number: None,
+    save: Exception | None = None,
+) -> T:
+    """What `work` returns with the runs of a server that begins and ends for it."""
+
+    async def run() -> T:
+        server = server_in(folder, agent_max_iterations=5, agent_max_tool_calls_per_iteration=2)
+        host, chat = host_of(server, script, folder / "agents.sqlite")
+        _hook(host._database, at_write)
+        await host.start()
+        host.executor = ToolExecutor([*counting(folder), hanging(folder)], timeout=60.0)
+        host.runs._executor = host.executor
+        if save is not None:
+
+            async def failing(conversation_id: str, rid: str) -> str:
+                raise save
+
+            host.runs._save_turn = failing
+        try:
+            return await work(host.runs, chat)
+        finally:
+            await host.close()
+            server.stop()
+
+    return asyncio.run(run())
+
+
+def _hook(database: AgentDatabase, at_write: Callable[[int], None]) -> None:
+    """Have `at_write` called before (2n) and after (2n + 1) the n-th transaction."""
+    do, number = database._do, 0
+
+    def watched(work: Any) -> Any:
+        nonlocal number
+        at_write(number)
+        found = do(work)
+        at_write(number + 1)
+        number += 2
+        return found
+
+    database._do = watched  # type: ignore[method-assign]
+
+
+async def over(runs: RunManager, run: Run) -> Run:
+    async for _ in runs.stream("", run.run_id):
+        pass
+    return await runs.get("", run.run_id)
+
+
+def request(**fields: Any) -> RunRequest:
+    return RunRequest.model_validate({"messages": HELLO, **fields})
+
+
+def two_steps(number: int, body: Mapping[str, Any]) -> dict[str, Any] | str:
+    return [
+        calling(("count", {"by": 1}), ("count", {"by": 2})),
+        calling(("count", {"by": 3})),
+        "done",
+    ][number]
+
+
+def outcomes(run: Run) -> list[list[Any]]:
+    return [[call.outcome for call in step.calls] for step in run.steps]
+
+
+def test_a_run_to_its_end(tmp_path: Path) -> None:
+    async def work(runs: RunManager, chat: ScriptedChat) -> Run:
+        run = await over(runs, await runs.create("", request(conversation_id="c")))
+        events = [event async for _, event in runs.stream("", run.run_id)]
+        assert [event["event"] for event in events if event["event"][:4] == "run_"] == [
+            "run_started",
+            *("run_step", "run_checkpoint") * 3,
+            "run_finished",
+        ]
+        assert {event["run_id"] for event in events} == {run.run_id}
+        rest = [event async for _, event in runs.stream("", run.run_id, after=len(events) - 1)]
+        assert [event["event"] for event in rest] == ["run_finished"]
+        assert [one.run_id for one in await runs.newest("", 10)] == [run.run_id]
+        return run
+
+    run = using(tmp_path, two_steps, work)
+    assert (run.status, run.conversation_id) == ("completed", "c")
+    assert outcomes(run) == [[{"result": 1}, {"result": 2}], [{"result": 3}], []]
+    assert run.result == {
+        "content": "done",
+        "finish_reason": "stop",
+        "iterations": 3,
+        "tool_calls": 3,
+    }
+    assert all(step.reply["snapshot_id"] for step in run.steps)
+
+
+def test_a_reply_continues_the_tokens_of_the_last(tmp_path: Path) -> None:
+    async def work(runs: RunManager, chat: ScriptedChat) -> None:
+        run = await over(runs, await runs.create("", request(conversation_id="c")))
+        first, second, third = chat.asked
+        assert "input_ids" not in first
+        written = json.dumps(run.steps[0].reply["message"]).encode()
+        assert second["input_ids"] == [
+            *b"<user>hello<assistant>",
+            *written,
+            END,
+            *b"<tool>1<tool>2<assistant>",
+        ]
+        again = json.dumps(run.steps[1].reply["message"]).encode()
+        assert third["input_ids"] == [*second["input_ids"], *again, END, *b"<tool>3<assistant>"]
+        assert [m["role"] for m in second["messages"]] == ["user", "assistant", "tool", "tool"]
+
+    using(tmp_path, two_steps, work)
+
+
+def test_a_template_that_depends_on_what_follows_is_rendered_anew(tmp_path: Path) -> None:
+    async def work(runs: RunManager, chat: ScriptedChat) -> None:
+        chat.forgetful = True
+        run = await over(runs, await runs.create("", request()))
+        assert run.status == "completed"
+        assert not any("input_ids" in asked for asked in chat.asked)
+        assert all(step.reply["rendered"] for step in run.steps)
+
+    using(tmp_path, two_steps, work)
+
+
+def test_choices_tools_and_sampling_reach_the_model(tmp_path: Path) -> None:
+    named = {"type": "function", "function": {"name": "count"}}
+
+    async def work(runs: RunManager, chat: ScriptedChat) -> None:
+        asked = request(
+            tools=["count"],
+            tool_choice=[named, "required", "none"],
+            temperature=0,
+            max_tokens=7,
+            seed=3,
+            response_format={"type": "json_object"},
+            parallel_tool_calls=False,
+        )
+        await over(runs, await runs.create("", asked))
+        assert [body["tool_choice"] for body in chat.asked] == [named, "required", "none"]
+        assert [("response_format" in body) for body in chat.asked] == [False, False, True]
+        for body in chat.asked:
+            assert [tool["function"]["name"] for tool in body["tools"]] == ["count"]
+            assert (body["temperature"], body["max_tokens"], body["seed"]) == (0, 7, 3)
+            assert body["parallel_tool_calls"] is False
+
+    using(tmp_path, two_steps, work)
+
+
+def test_what_a_model_gets_wrong_is_told_to_it(tmp_path: Path) -> None:
+    def script(number: int, body: Mapping[str, Any]) -> dict[str, Any] | str:
+        return [
+            calling(("sing", {}), ("count", "{")),
+            calling(("count", "[1]"), ("count", {"by": "x"}), ("count", {"by": 1})),
+            "done",
+        ][number]
+
+    async def work(runs: RunManager, chat: ScriptedChat) -> Run:
+        return await over(runs, await runs.create("", request()))
+
+    run = using(tmp_path, script, work)
+    assert run.status == "completed"
+    messages = [call.outcome["error"]["message"] for step in run.steps for call in step.calls]  # type: ignore[index]
+    for message, told in zip(
+        messages, ("no tool 'sing'", "not JSON", "no JSON object", "by:", "only 2"), strict=True
+    ):
+        assert told in message
+    assert not (tmp_path / "counts").exists()
+
+
+def test_a_run_ends_at_its_limit(tmp_path: Path) -> None:
+    def for_ever(number: int, body: Mapping[str, Any]) -> dict[str, Any]:
+        return calling(("count", {"by": number}))
+
+    async def work(runs: RunManager, chat: ScriptedChat) -> None:
+        run = await over(runs, await runs.create("", request(max_iterations=2)))
+        assert (run.status, len(run.steps)) == ("limit_reached", 2)
+        run = await over(runs, await runs.create("", request()))
+        assert (run.status, len(run.steps)) == ("limit_reached", 5)
+        with pytest.raises(RunConflictError):
+            await runs.resume("", run.run_id, repeat=False)
+        with pytest.raises(InvalidRequestError, match="--agent-max-iterations"):
+            await runs.create("", request(max_iterations=6))
+        with pytest.raises(NotFoundError):
+            await runs.create("", request(tools=["sing"]))
+        chat.parses_tool_calls = False
+        with pytest.raises(UnsupportedError, match="tool calls"):
+            await runs.create("", request())
+
+    using(tmp_path, for_ever, work)
+
+
+def test_a_checkpoint_that_fails_is_told_and_the_run_goes_on(tmp_path: Path) -> None:
+    async def work(runs: RunManager, chat: ScriptedChat) -> None:
+        run = await over(runs, await runs.create("", request()))
+        assert run.status == "completed"
+        assert run.steps[0].reply["checkpoint_error"]["error"] == "store_full"
+        events = [event async for _, event in runs.stream("", run.run_id)]
+        failed = [event for event in events if event["event"] == "run_checkpoint"]
+        assert [event["error"]["error"] for event in failed] == ["store_full"] * 3
+        quiet = await over(runs, await runs.create("", request(checkpoint=False)))
+        assert "checkpoint_error" not in quiet.steps[0].reply
+
+    using(tmp_path, two_steps, work, save=StoreFullError("full"))
+
+
+def test_cancelled_and_resumed(tmp_path: Path) -> None:
+    def script(number: int, body: Mapping[str, Any]) -> dict[str, Any] | str:
+        return [calling(("hang", {}), ("count", {"by": 1})), "done"][number]
+
+    async def work(runs: RunManager, chat: ScriptedChat) -> None:
+        run = await runs.create("", request(conversation_id="c"))
+        while not (tmp_path / "hanging").exists():
+            await asyncio.sleep(0)
+        with pytest.raises(RunConflictError, match="another run"):
+            await runs.create("", request(conversation_id="c"))
+        with pytest.raises(RunConflictError):
+            await runs.resume("", run.run_id, repeat=False)
+        for action in (runs.get, runs.cancel):
+            with pytest.raises(NotFoundError):
+                await action("somebody", run.run_id)
+        assert (await runs.cancel("", run.run_id)).status == "cancelled"
+        with pytest.raises(RunConflictError):
+            await runs.cancel("", run.run_id)
+        await runs.resume("", run.run_id, repeat=False)
+        run = await over(runs, run)
+        assert run.status == "completed"
+        hung, counted = run.steps[0].calls
+        assert hung.outcome is not None
+        assert hung.outcome["error"]["error"] == "outcome_unknown"
+        assert counted.outcome == {"result": 1}
+        assert runs.active == 0
+
+    using(tmp_path, script, work)
+
+
+def careful_steps(number: int, body: Mapping[str, Any]) -> dict[str, Any] | str:
+    first = calling(("careful", {"by": 1}), ("count", {"by": 2}))
+    return [first, calling(("careful", {"by": 3})), "done"][number]
+
+
+def killed_at(folder: Path, point: int) -> bool:
+    """Run in a process that kills itself at a point of its journal; whether it got so far."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+
+            def die(number: int) -> None:
+                if number == point:
+                    os.kill(os.getpid(), 9)
+
+            async def work(runs: RunManager, chat: ScriptedChat) -> None:
+                run = await runs.create("", request(conversation_id="c"))
+                assert (await over(runs, run)).status == "completed"
+
+            using(folder, careful_steps, work, at_write=die)
+            status = 0
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
+
+
+def ended(folder: Path) -> Run:
+    """The run as the next server finds and ends it."""
+
+    async def work(runs: RunManager, chat: ScriptedChat) -> Run:
+        (run,) = await runs.newest("", 10)
+        if run.status != "completed":
+            assert run.status == "interrupted"
+            run = await runs.resume("", run.run_id, repeat=False)
+        return await over(runs, run)
+
+    return using(folder, careful_steps, work)
+
+
+FIRST_WRITES = 5
+"""Points before a run exists."""
+
+
+def test_killed_at_any_point_a_run_ends_right(tmp_path: Path) -> None:
+    """Every result is the unkilled run's or reported as unknown; nothing is counted twice."""
+    point, unknown = FIRST_WRITES, 0
+    while True:
+        folder = tmp_path / str(point)
+        folder.mkdir()
+        if not killed_at(folder, point):
+            break
+        run, counts = ended(folder), counted(folder)
+        assert run.status == "completed"
+        calls = [call for step in run.steps for call in step.calls]
+        assert [call.tool for call in calls] == ["careful", "count", "careful"]
+        assert len(run.steps) == 3
+        assert len(counts) == len(set(counts))
+        for number, call in enumerate(calls, 1):
+            assert call.outcome is not None
+            if call.outcome == {"result": number}:
+                assert call.call_id in counts
+                continue
+            assert call.tool == "count"
+            assert call.outcome["error"]["error"] == "outcome_unknown"
+            unknown += 1
+        assert set(counts) <= {call.call_id for call in calls}
+        point += 1
+    assert point > FIRST_WRITES + 20
+    assert unknown > 0
+
+
+def test_a_call_of_unknown_outcome_is_repeated_if_asked(tmp_path: Path) -> None:
+    def script(number: int, body: Mapping[str, Any]) -> dict[str, Any] | str:
+        return [calling(("hang", {})), "done"][number]
+
+    async def work(runs: RunManager, chat: ScriptedChat) -> None:
+        run = await runs.create("", request())
+        for _ in range(2):
+            while not (tmp_path / "hanging").exists():
+                await asyncio.sleep(0)
+            (tmp_path / "hanging").unlink()
+            assert (await runs.cancel("", run.run_id)).status == "cancelled"
+            await runs.resume("", run.run_id, repeat=True)
+        await runs.cancel("", run.run_id)
+
+    using(tmp_path, script, work)

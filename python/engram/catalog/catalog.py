@@ -8,6 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
+from engram.catalog.browsing import BrowsingTable
 from engram.catalog.database import CatalogDamagedError, Database
 from engram.catalog.inventory import InventoryTable
 from engram.catalog.owners import OwnerTable
@@ -28,7 +29,15 @@ CHECKED_AT_ONCE_BYTES: Final = 16 << 20
 _COMPANIONS: Final = ("", "-wal", "-shm")
 
 
-class Catalog(SnapshotTable, SegmentTable, InventoryTable, UsageTable, RemovalTable, OwnerTable):
+class Catalog(
+    SnapshotTable,
+    SegmentTable,
+    InventoryTable,
+    UsageTable,
+    RemovalTable,
+    OwnerTable,
+    BrowsingTable,
+):
     """An index over the manifests of one store. Manifests are the truth, this is for finding them.
 
     Made by `open`; ``report`` tells what that had to heal. All methods are thread-safe and

@@ -5,6 +5,8 @@
 | `schemas.py` | bodies and replies of the routes |
 | `wire.py` | reading a bounded body, writing a reply or an error |
 | `compatible.py` | the five routes of the published Engram fork |
+| `browsing.py` | `GET` and `DELETE` on conversations and snapshots |
+| `metadata.py` | a snapshot as replies describe it |
 | `resources.py` | `PATCH` on snapshots and conversations |
 | `memory.py` | what the tiers hold and what was done, for operators; promote, demote, pin |
 | `refusing.py` | ASGI middleware: routes of SGLang that would falsify stored states |

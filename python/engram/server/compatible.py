@@ -12,8 +12,7 @@ from fastapi import APIRouter, Request
 
 from engram.catalog.rows import SnapshotRow
 from engram.core.ids import DEFAULT_TENANT
-from engram.core.tokens import TokenArray
-from engram.errors import NotFoundError, SnapshotCorruptError, StoreError
+from engram.server.metadata import listed, metadata_of
 from engram.server.schemas import ListBody, Place, RestoreBody, SaveBody
 from engram.server.wire import answering, body_of, read_body
 from engram.service import SnapshotService
@@ -82,13 +81,16 @@ class _Routes:
         """List the snapshots of a conversation, oldest first."""
         body = await read_body(request, ListBody)
         rows = await self._service.list(DEFAULT_TENANT, body.conversation_id)
-        return {"success": True, "snapshots": [await self._listed(row) for row in rows]}
+        return {"success": True, "snapshots": [await listed(self._service, row) for row in rows]}
 
     async def info(self, request: Request) -> dict[str, Any]:
         """Describe one snapshot, its recorded tokens included."""
         row = await self._at(await read_body(request, Place))
         tokens = await self._service.tokens(row)
-        return {"success": True, "metadata": _metadata(row, tokens, await self._service.tier(row))}
+        return {
+            "success": True,
+            "metadata": metadata_of(row, tokens, await self._service.tier(row)),
+        }
 
     async def delete(self, request: Request) -> dict[str, Any]:
         """Delete one snapshot, and the bytes that no other snapshot shares."""
@@ -107,44 +109,6 @@ class _Routes:
             turn_number=place.turn_number,
             branch_name=place.branch_name,
         )
-
-    async def _listed(self, row: SnapshotRow) -> dict[str, Any]:
-        """The metadata of one snapshot among others, which its damage must not hide."""
-        try:
-            tokens = await self._service.tokens(row)
-            return _metadata(row, tokens, await self._service.tier(row))
-        except (SnapshotCorruptError, NotFoundError, StoreError) as error:
-            return _metadata(row, None, "disk", damaged=error.message)
-
-
-def _metadata(
-    row: SnapshotRow, tokens: TokenArray | None, tier: str, damaged: str | None = None
-) -> dict[str, Any]:
-    return {
-        "conversation_id": row.conversation_id,
-        "turn_number": row.turn_number,
-        "timestamp": row.created_at,
-        "token_count": row.token_count,
-        "model_name": row.model_name,
-        "layer_config": {"num_layers": row.num_layers, "model_type": row.model_type},
-        "branch_name": row.branch_name,
-        "parent_snapshot": row.parent_snapshot,
-        "fill_ids": None if tokens is None else tokens.tolist(),
-        "snapshot_id": row.snapshot_id,
-        "recompute_tokens": row.pending_count,
-        "tier": tier,
-        "bytes": row.bytes,
-        "unique_bytes": row.unique_bytes,
-        "durability": "sync",
-        "created_at": row.created_at,
-        "pinned": row.pinned,
-        "expires_at": row.expires_at,
-        "namespace": row.namespace,
-        "user_metadata": row.user_metadata,
-        "rid": row.rid,
-        "health": row.health,
-        "damaged": damaged,
-    }
 
 
 def _save_reply(result: SaveResult) -> dict[str, Any]:

@@ -157,3 +157,35 @@ class BranchPlace(BaseModel):
 
     conversation_id: Id
     branch_name: Id | None = None
+
+
+MAX_LIMIT: Final = 1000
+"""Entries of a page."""
+
+
+class ConversationsQuery(BaseModel):
+    """`GET /v1/conversations`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    limit: Annotated[int, Field(ge=1, le=MAX_LIMIT)] = 100
+    after: Id | None = None
+
+
+class SnapshotsQuery(BaseModel):
+    """`GET /v1/snapshots`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    conversation_id: Id | None = None
+    branch: Id | None = None
+    limit: Annotated[int, Field(ge=1, le=MAX_LIMIT)] = 100
+    after: Annotated[str, Field(max_length=300)] | None = None
+
+
+class CompareQuery(BaseModel):
+    """`GET /v1/snapshots/{snapshot_id}/compare`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    to: Id

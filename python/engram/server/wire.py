@@ -38,6 +38,21 @@ async def read_body(request: Request, schema: type[Body]) -> Body:
         raise invalid(error) from None
 
 
+def read_query(request: Request, schema: type[Body]) -> Body:
+    """The request's query string as `schema`.  Raises `InvalidRequestError` naming the field."""
+    given: dict[str, str] = {}
+    for name, value in request.query_params.multi_items():
+        if name in given:
+            raise InvalidRequestError(
+                f"{_short(name, 80)} is there twice", details={"field": _short(name)}
+            )
+        given[name] = value
+    try:
+        return schema.model_validate(given)
+    except ValidationError as error:
+        raise invalid(error) from None
+
+
 async def bounded(parts: AsyncIterator[bytes], announced: str | None, limit: int) -> bytes:
     """A body of at most `limit` bytes; `BodyTooLargeError` as soon as it is known to be larger.
 
@@ -114,6 +129,17 @@ def body_of(schema: type[BaseModel]) -> dict[str, Any]:
     """What OpenAPI says of a route with this body."""
     content = {"application/json": {"schema": schema.model_json_schema()}}
     return {"requestBody": {"required": True, "content": content}}
+
+
+def query_of(schema: type[BaseModel]) -> dict[str, Any]:
+    """What OpenAPI says of a route with this query string."""
+    found = schema.model_json_schema()
+    needed = found.get("required", ())
+    parameters = [
+        {"name": name, "in": "query", "required": name in needed, "schema": about}
+        for name, about in found["properties"].items()
+    ]
+    return {"parameters": parameters}
 
 
 Handler = Callable[[Request], Awaitable[dict[str, Any]]]

@@ -15,6 +15,7 @@ from engram.core.settings import Settings
 from engram.core.tokens import TokenArray
 from engram.errors import NotFoundError
 from engram.service.automatic import AutomaticSaver
+from engram.service.browsing import Browser
 from engram.service.changes import SnapshotChanger
 from engram.service.context import ServiceContext
 from engram.service.demotion import Demoter
@@ -68,6 +69,7 @@ class SnapshotService:
         self._automatic = AutomaticSaver(self.context, self._saver)
         self._finder = TurnFinder(self.context)
         self._restorer = Restorer(self.context)
+        self.browser = Browser(self.context, self._restorer)
         self._remover = Remover(self.context)
         self._changer = SnapshotChanger(self.context)
         self._demoter = Demoter(self.context)

@@ -20,6 +20,7 @@ from engram.conversation.turns import RunningRequest
 from engram.core.settings import Settings
 from engram.core.tokens import to_tokens
 from engram.errors import EngramError, InvalidRequestError
+from engram.server.browsing import browsing_router
 from engram.server.compatible import compatible_router
 from engram.server.memory import memory_router
 from engram.server.refusing import RefusingMiddleware
@@ -95,8 +96,8 @@ def before_setup_and_run_http_server(
     )
     _watch_requests(tokenizer_manager, service)
     _watch_weights(tokenizer_manager, service)
-    for router in (compatible_router(service), resources_router(service), memory_router(service)):
-        app.include_router(_marked(router))
+    for make in (compatible_router, browsing_router, resources_router, memory_router):
+        app.include_router(_marked(make(service)))
     if _opened.settings.snapshot_trigger_policy == "on_tool_call":
         app.add_middleware(ToolCallMiddleware, tool_called=service.gate.tool_called)
     app.add_middleware(TaggingMiddleware)

@@ -7,6 +7,7 @@ import pytest
 from pydantic import BaseModel
 
 from engram.errors import walk_error_classes
+from engram.server.browsing import browsing_router
 from engram.server.compatible import compatible_router
 from engram.server.memory import memory_router
 from engram.server.resources import resources_router
@@ -81,10 +82,15 @@ def test_every_refused_combination_is_documented() -> None:
 
 def test_every_route_is_documented() -> None:
     service = cast(SnapshotService, None)
-    routers = (compatible_router(service), resources_router(service), memory_router(service))
-    routes = {cast(Any, route).path for router in routers for route in router.routes}
+    makers = (compatible_router, browsing_router, resources_router, memory_router)
+    routes = {
+        (method, route.path)
+        for make in makers
+        for route in cast(Any, make(service).routes)
+        for method in route.methods
+    }
     headings = re.findall(
-        r"^## (?:POST|GET|PATCH) (\S+)$", (DOCS / "http-api.md").read_text(), re.MULTILINE
+        r"^## (POST|GET|PATCH|DELETE) (\S+)$", (DOCS / "http-api.md").read_text(), re.MULTILINE
     )
     assert set(headings) == routes
     assert len(headings) == len(routes)

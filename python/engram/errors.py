@@ -23,6 +23,8 @@
     |-- SaveQueueFullError           503  save_queue_full     more is saved than the store can write
     |-- GenerationAbortedError       503  generation_aborted  by SGLang, with its reason
     |-- DeadlineError                504  deadline
+    |-- ServerUnreachableError       502  server_unreachable  of clients: no answer, or half of one
+    |-- UpstreamError                502  upstream_error      of clients: SGLang's own refusals
     `-- StoreError                   500  store_error         the disk or its driver failed
         |-- StoreFullError           507  store_full          needed and free bytes
         |-- StoreFormatError         500  store_format        written by a newer version
@@ -59,6 +61,7 @@ __all__ = [
     "RamTierFullError",
     "SaveQueueFullError",
     "SegmentCorruptError",
+    "ServerUnreachableError",
     "SnapshotCorruptError",
     "StaleTreeError",
     "StateUnhealthyError",
@@ -67,6 +70,7 @@ __all__ = [
     "StoreFormatError",
     "StoreFullError",
     "UnsupportedError",
+    "UpstreamError",
     "error_from_dict",
     "walk_error_classes",
 ]
@@ -240,6 +244,20 @@ class DeadlineError(EngramError):
 
     code = "deadline"
     http_status = 504
+
+
+class ServerUnreachableError(EngramError):
+    """Raised by clients: there is no answer from the server, or it broke off."""
+
+    code = "server_unreachable"
+    http_status = 502
+
+
+class UpstreamError(EngramError):
+    """Raised by clients: what answered is not Engram; ``details`` has its ``status``."""
+
+    code = "upstream_error"
+    http_status = 502
 
 
 class StoreError(EngramError):

@@ -5,8 +5,8 @@
 | `schemas.py` | bodies and replies of the routes |
 | `wire.py` | reading a bounded body, writing a reply or an error |
 | `compatible.py` | the five routes of the published Engram fork |
-| `browsing.py` | `GET` and `DELETE` on conversations and snapshots |
-| `metadata.py` | a snapshot as replies describe it |
+| `browsing.py` | conversations and snapshots as resources, all but `PATCH` |
+| `metadata.py`, `outcomes.py` | a snapshot, a save and a restore as replies describe them |
 | `resources.py` | `PATCH` on snapshots and conversations |
 | `memory.py` | what the tiers hold and what was done, for operators; promote, demote, pin |
 | `refusing.py` | ASGI middleware: routes of SGLang that would falsify stored states |

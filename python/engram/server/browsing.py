@@ -1,7 +1,8 @@
-"""Looking through what is stored: `GET` on conversations, trees and snapshots; `DELETE`."""
+"""Conversations and snapshots as resources: listed, described, compared, branched, deleted."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -10,13 +11,21 @@ from pydantic import BaseModel
 from engram.catalog.rows import ConversationRow, SnapshotRow
 from engram.core.ids import DEFAULT_TENANT, check_id
 from engram.server.metadata import listed, summary
-from engram.server.schemas import CompareQuery, ConversationsQuery, SnapshotsQuery
-from engram.server.wire import answering, query_of, read_query
+from engram.server.outcomes import continuation_in, restore_reply, save_reply
+from engram.server.schemas import (
+    BranchBody,
+    CompareQuery,
+    ContinueBody,
+    ConversationsQuery,
+    SaveBody,
+    SnapshotsQuery,
+)
+from engram.server.wire import answering, body_of, query_of, read_body, read_query
 from engram.service import SnapshotService
 
 
 def browsing_router(service: SnapshotService) -> APIRouter:
-    """The resource routes that list, describe, compare and delete."""
+    """The resource routes but for `PATCH`."""
     routes = _Routes(service)
     router = APIRouter(tags=["snapshots"])
     one, conversation = "/v1/snapshots/{snapshot_id}", "/v1/conversations/{conversation_id}"
@@ -29,14 +38,19 @@ def browsing_router(service: SnapshotService) -> APIRouter:
         ("GET", one, routes.snapshot, None),
         ("DELETE", one, routes.delete_snapshot, None),
         ("GET", f"{one}/compare", routes.compare, CompareQuery),
+        ("GET", "/v1/requests/{rid}", routes.explain, None),
+        ("POST", "/v1/snapshots", routes.save, SaveBody),
+        ("POST", f"{one}/restore", routes.restore, ContinueBody),
+        ("POST", f"{one}/branch", routes.branch, BranchBody),
     )
     for method, path, handler, schema in table:
+        about = query_of if method == "GET" else body_of
         router.add_api_route(
             path,
             answering(handler),
             methods=[method],
             summary=(handler.__doc__ or "").strip().splitlines()[0],
-            openapi_extra=None if schema is None else query_of(schema),
+            openapi_extra=None if schema is None else about(schema),
         )
     return router
 
@@ -120,6 +134,23 @@ class _Routes:
             "message": f"deleted {row.snapshot_id}",
         }
 
+    async def save(self, request: Request) -> dict[str, Any]:
+        """Save a turn of a conversation, or a finished request, as a snapshot."""
+        body = await read_body(request, SaveBody)
+        return save_reply(await self._service.save(tenant=DEFAULT_TENANT, **body.model_dump()))
+
+    async def restore(self, request: Request) -> dict[str, Any]:
+        """Bring a snapshot into memory, verified; with create_new_request, generate from it."""
+        row = await self._row(_path_id(request, "snapshot_id"))
+        continuation = continuation_in(await read_body(request, ContinueBody))
+        return restore_reply(await self._service.restore(row, continuation))
+
+    async def branch(self, request: Request) -> dict[str, Any]:
+        """Make a snapshot the start of a branch, or of a new conversation; no state is copied."""
+        row = await self._row(_path_id(request, "snapshot_id"))
+        body = await read_body(request, BranchBody)
+        return save_reply(await self._service.brancher.branch(row, **body.model_dump()))
+
     async def compare(self, request: Request) -> dict[str, Any]:
         """Say where two snapshots part, and how many bytes they share."""
         one = await self._row(_path_id(request, "snapshot_id"))
@@ -130,6 +161,26 @@ class _Routes:
             "common_tokens": found.common_tokens,
             "shared_bytes": found.shared_bytes,
             "snapshots": [summary(found.one), summary(found.other)],
+        }
+
+    async def explain(self, request: Request) -> dict[str, Any]:
+        """Say why so many tokens of a finished request were cached."""
+        found = await self._service.explainer.explain(DEFAULT_TENANT, request.path_params["rid"])
+        served, tag = found.served, found.served.tag
+        return {
+            "success": True,
+            "rid": served.rid,
+            "conversation_id": None if tag is None else tag.conversation_id,
+            "branch_name": None if tag is None else tag.branch_name,
+            "turn_number": found.turn_number,
+            "prompt_tokens": served.prompt_tokens,
+            "cached_tokens": served.cached_tokens,
+            "vram_tokens": served.vram_tokens,
+            "ram_tokens": served.ram_tokens,
+            "fetched_tokens": served.fetched_tokens,
+            "fetched_from": served.fetched_from,
+            "problem": served.problem,
+            "earlier": None if found.earlier is None else asdict(found.earlier),
         }
 
     async def _row(self, snapshot_id: str) -> SnapshotRow:

@@ -52,15 +52,11 @@ class SaveBody(BaseModel):
     durability: Literal["sync", "async"] = "sync"
 
 
-class RestoreBody(BaseModel):
-    """`POST /restore_snapshot`."""
+class ContinueBody(BaseModel):
+    """`POST /v1/snapshots/{snapshot_id}/restore`: also what is generated from the snapshot."""
 
     model_config = ConfigDict(extra="forbid")
 
-    conversation_id: Id | None = None
-    rid: Rid | None = None
-    turn_number: TurnNumber | None = None
-    branch_name: Id | None = None
     create_new_request: Annotated[bool, Strict()] = False
     continuation_ids: (
         Annotated[list[TokenId], Field(min_length=1, max_length=MAX_CONTINUATION)] | None
@@ -70,7 +66,7 @@ class RestoreBody(BaseModel):
     request_id: Id | None = None
 
     @model_validator(mode="after")
-    def _continuation_is_whole(self) -> RestoreBody:
+    def _continuation_is_whole(self) -> ContinueBody:
         needed: dict[str, object] = {
             "continuation_ids": self.continuation_ids,
             "max_new_tokens": self.max_new_tokens,
@@ -88,6 +84,31 @@ class RestoreBody(BaseModel):
         if given:
             raise ValueError(f"{', '.join(given)}: only with create_new_request")
         return self
+
+
+class RestorePlace(BaseModel):
+    """Where the snapshot to restore stands."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    conversation_id: Id | None = None
+    rid: Rid | None = None
+    turn_number: TurnNumber | None = None
+    branch_name: Id | None = None
+
+
+class RestoreBody(ContinueBody, RestorePlace):
+    """`POST /restore_snapshot`."""
+
+
+class BranchBody(BaseModel):
+    """`POST /v1/snapshots/{snapshot_id}/branch`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    branch_name: Id | None = None
+    conversation_id: Id | None = None
+    snapshot_id: Id | None = None
 
 
 class ListBody(BaseModel):

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
+from http import HTTPStatus
 from typing import Any, Final, TypeVar
 
 from fastapi import Request
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES: Final = 16 << 20
 """Of Engram's own routes; the largest legitimate body is a list of continuation tokens."""
+
+RETRY_AFTER_S: Final = 1
+"""What clients are told that were refused because of too much work: a save takes about as long."""
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -122,7 +126,9 @@ def _short(text: str, length: int = 200) -> str:
 
 def error_response(error: EngramError) -> JSONResponse:
     """The reply to a request that failed."""
-    return JSONResponse(error.to_dict(), status_code=error.http_status)
+    busy = error.http_status == HTTPStatus.SERVICE_UNAVAILABLE
+    headers = {"retry-after": str(RETRY_AFTER_S)} if busy else None
+    return JSONResponse(error.to_dict(), status_code=error.http_status, headers=headers)
 
 
 def body_of(schema: type[BaseModel]) -> dict[str, Any]:

@@ -377,6 +377,7 @@ class TurnSaver:
         return change_manifest(
             origin,
             snapshot_id=snapshot_id,
+            conversation_id=found.tag.conversation_id,
             branch_name=found.tag.branch_name,
             parent_snapshot=row.snapshot_id,
             created_at=time.time(),

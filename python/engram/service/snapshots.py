@@ -15,10 +15,12 @@ from engram.core.settings import Settings
 from engram.core.tokens import TokenArray
 from engram.errors import NotFoundError
 from engram.service.automatic import AutomaticSaver
+from engram.service.branching import Brancher
 from engram.service.browsing import Browser
 from engram.service.changes import SnapshotChanger
 from engram.service.context import ServiceContext
 from engram.service.demotion import Demoter
+from engram.service.explaining import Explainer
 from engram.service.finder import TurnFinder, need_place
 from engram.service.housekeeping import Housekeeper
 from engram.service.pins import PinResult, VramPinner
@@ -69,6 +71,7 @@ class SnapshotService:
         self._automatic = AutomaticSaver(self.context, self._saver)
         self._finder = TurnFinder(self.context)
         self._restorer = Restorer(self.context)
+        self.brancher = Brancher(self.context, self._saver)
         self.browser = Browser(self.context, self._restorer)
         self._remover = Remover(self.context)
         self._changer = SnapshotChanger(self.context)
@@ -76,6 +79,7 @@ class SnapshotService:
         self._pinner = VramPinner(self.context, self._restorer)
         self.housekeeper = Housekeeper(self.context, self._remover, self._demoter)
         self.gate = RequestGate(self.context, self._automatic)
+        self.explainer = Explainer(self.context, self._restorer, self.gate.served)
         self.context.on_turn = self._turn_finished
 
     def _turn_finished(self, turn: Turn) -> None:

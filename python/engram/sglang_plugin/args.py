@@ -70,11 +70,7 @@ FLAGS: Final = (
     Flag("conversation_active_timeout", "Seconds a restored snapshot is held in the RAM tier."),
     Flag("conversation_warm_timeout", "Seconds until a conversation leaves RAM."),
     Flag("conversation_cold_retention", "Seconds until it leaves the disk."),
-    Flag(
-        "enable_cross_session_refs",
-        "Let a conversation continue from another's snapshot.",
-        active=False,
-    ),
+    Flag("enable_cross_session_refs", "Let a conversation start from another's snapshot."),
     Flag("enable_tier_background_cleanup", "Demote and expire in the background."),
     Flag("tier_cleanup_interval", "Seconds between clean-ups."),
     Flag("enable_agent_tools", "Serve the agent framework.", active=False),

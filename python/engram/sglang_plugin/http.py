@@ -285,7 +285,20 @@ def _finish(manager: Any, service: SnapshotService, received: Any) -> None:
         if reason.get("type") == "abort":
             service.gate.abandoned(rid)
         else:
+            _tell_cached(service, received, index)
             service.gate.finished(rid, [*state.output_ids, *output_ids[index]])
+
+
+def _tell_cached(service: SnapshotService, received: Any, index: int) -> None:
+    """How much of a prompt the engine did not compute, and from which tier it had that."""
+    cached = getattr(received, "cached_tokens", None)
+    if cached is None:
+        return
+    every = getattr(received, "cached_tokens_details", None)
+    details = (every[index] if every else None) or {}
+    service.gate.served.cached(
+        received.rids[index], cached[index], details.get("device"), details.get("host")
+    )
 
 
 async def _settle(service: SnapshotService, response: Any) -> None:

@@ -12,7 +12,9 @@ from engram.server.compatible import compatible_router
 from engram.server.memory import memory_router
 from engram.server.resources import resources_router
 from engram.server.schemas import (
+    BranchBody,
     BranchPlace,
+    ContinueBody,
     ConversationPatch,
     ListBody,
     MemoryPlace,
@@ -33,6 +35,8 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "/list_snapshots": ListBody,
     "/get_snapshot_info": Place,
     "/v1/memory/promote": MemoryPlace,
+    "/v1/snapshots/{snapshot_id}/restore": ContinueBody,
+    "/v1/snapshots/{snapshot_id}/branch": BranchBody,
     "/v1/memory/pin": BranchPlace,
     "PATCH /v1/snapshots/{snapshot_id}": SnapshotPatch,
     "PATCH /v1/conversations/{conversation_id}": ConversationPatch,

@@ -157,6 +157,87 @@ async def test_two_branches_are_compared(server: Server, app: FastAPI) -> None:
     assert (same["common_tokens"], same["shared_bytes"]) == (len(start), manifests[0].bytes)
 
 
+async def post(app: FastAPI, path: str, status: int = 200, **body: Any) -> dict[str, Any]:
+    async with client_of(app) as client:
+        response = await client.post(path, json=body)
+    found: dict[str, Any] = response.json()
+    assert response.status_code == status, found
+    return found
+
+
+@on_a_loop
+async def test_a_branch_of_a_branch_and_a_conversation_of_its_own(
+    server: Server, app: FastAPI
+) -> None:
+    tokens = await server.chat("a", turns=2)
+    first = (await post(app, "/v1/snapshots", conversation_id="a", turn_number=1))["snapshot_id"]
+    files = server.files()
+    one = await post(app, f"/v1/snapshots/{first}/branch", branch_name="b")
+    two = await post(app, f"/v1/snapshots/{one['snapshot_id']}/branch", branch_name="c")
+    new = await post(
+        app, f"/v1/snapshots/{two['snapshot_id']}/branch", conversation_id="n", snapshot_id="start"
+    )
+    assert server.files() == files
+    assert (new["conversation_id"], new["branch_name"], new["turn_number"]) == ("n", "main", 1)
+    assert (new["snapshot_id"], new["unique_bytes"]) == ("start", 0)
+    listed = await get(app, "/v1/snapshots/start")
+    assert listed["metadata"]["fill_ids"] == tokens[: new["token_count"] + 1]
+    restored = await post(app, "/v1/snapshots/start/restore")
+    assert (restored["snapshot_id"], restored["verified"]) == ("start", True)
+    again = await post(app, f"/v1/snapshots/{first}/branch", branch_name="b")
+    assert again["snapshot_id"] == one["snapshot_id"]
+    # The new conversation counts on from there, also on another server.
+    server = server.restart()
+    try:
+        await server.chat("n", before=tokens)
+        assert (await server.service.save(tenant="", conversation_id="n")).turn_number == 2
+    finally:
+        server.stop()
+
+
+@on_a_loop
+async def test_a_branch_that_has_turns_is_not_started_again(server: Server, app: FastAPI) -> None:
+    await server.chat("a", turns=2)
+    await server.chat("n")
+    first, second = [await saved(server, "a", turn_number=turn) for turn in (1, 2)]
+    await saved(server, "a", turn_number=1, branch_name="b")
+    path = f"/v1/snapshots/{second}/branch"
+    for place in ({"branch_name": "b"}, {"branch_name": "main"}, {"conversation_id": "n"}):
+        assert (await post(app, path, 409, **place))["error"] == "already_exists"
+    assert (await post(app, path, 409, branch_name="c", snapshot_id=first))["error"] == (
+        "already_exists"
+    )
+    assert (await post(app, path, 422))["details"]["field"] == "branch_name"
+    assert (await get(app, "/v1/conversations/a"))["branches"] == 2
+
+
+@on_a_loop
+async def test_conversations_may_be_kept_apart(tmp_path: Path) -> None:
+    server = Server.start(tmp_path / "apart", seeded_random(), enable_cross_session_refs=False)
+    app = FastAPI()
+    app.include_router(browsing_router(server.service))
+    await server.chat("a")
+    name = await saved(server, "a")
+    refused = await post(app, f"/v1/snapshots/{name}/branch", 422, conversation_id="n")
+    assert refused["error"] == "unsupported"
+    await post(app, f"/v1/snapshots/{name}/branch", branch_name="b", conversation_id="a")
+    server.stop()
+
+
+@on_a_loop
+async def test_a_restore_by_id_that_generates(server: Server, app: FastAPI) -> None:
+    tokens = await server.chat("a")
+    name = await saved(server, "a")
+    reply = await post(
+        app, f"/v1/snapshots/{name}/restore", create_new_request=True, continuation_ids=[7],
+        max_new_tokens=3,
+    )  # fmt: skip
+    assert len(reply["output_ids"]) == 3
+    assert server.engine.generated[-1]["input_ids"] == [*tokens, 7]
+    wrong = await post(app, f"/v1/snapshots/{name}/restore", 422, conversation_id="a")
+    assert wrong["details"]["field"] == "conversation_id"
+
+
 @on_a_loop
 async def test_deleting_by_name(server: Server, app: FastAPI) -> None:
     await server.chat("a", turns=2)

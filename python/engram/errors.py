@@ -12,6 +12,7 @@
     |-- UnsupportedError             422  unsupported
     |-- NamespaceMismatchError       409  namespace_mismatch  names field, wanted, found
     |-- NamespaceChangedError        409  namespace_changed   new weights came in between: ask again
+    |-- ConversationBusyError        409  conversation_busy   its last reply is still being written
     |-- StaleTreeError               409  stale_tree          the tree has states of other weights
     |-- SnapshotCorruptError         409  snapshot_corrupt    names the file and what to do
     |   |-- SegmentCorruptError      409  snapshot_corrupt
@@ -45,6 +46,7 @@ __all__ = [
     "AlreadyExistsError",
     "BodyTooLargeError",
     "CaptureLostError",
+    "ConversationBusyError",
     "DeadlineError",
     "EncryptionKeyError",
     "EngramError",
@@ -172,6 +174,13 @@ class NamespaceChangedError(EngramError):
     """The server's weights changed while something was asked of the ones before."""
 
     code = "namespace_changed"
+    http_status = 409
+
+
+class ConversationBusyError(EngramError):
+    """A branch is gone on from while its newest reply is still being written."""
+
+    code = "conversation_busy"
     http_status = 409
 
 

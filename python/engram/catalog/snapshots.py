@@ -131,6 +131,28 @@ class SnapshotTable:
         )
         return None if row is None else self._snapshot(row)
 
+    def ending_at(
+        self, tenant: str, namespace: str, boundary_key: str, limit: int
+    ) -> list[SnapshotRow]:
+        """The newest snapshots whose state stands at ``boundary_key``."""
+        rows = self._db.rows(
+            "SELECT * FROM snapshots WHERE namespace = ? AND boundary_key = ? AND tenant = ?"
+            " ORDER BY created_at DESC LIMIT ?",
+            (namespace, boundary_key, tenant, limit),
+        )
+        return [self._snapshot(row) for row in rows]
+
+    def branches_of_many(self, tenant: str, id_prefix: str, limit: int) -> list[tuple[str, str]]:
+        """(conversation id, branch) of conversations whose id begins so, the newest first."""
+        rows = self._db.rows(
+            "SELECT conversation_id, branch_name FROM snapshots WHERE tenant = ?"
+            " AND conversation_id >= ? AND conversation_id < ?"
+            " GROUP BY conversation_id, branch_name ORDER BY MAX(created_at) DESC LIMIT ?",
+            # Ids are ASCII, and "~" is above all that may be in one.
+            (tenant, id_prefix, id_prefix + "~", limit),
+        )
+        return [(row["conversation_id"], row["branch_name"]) for row in rows]
+
     def earlier(
         self, tenant: str, conversation_id: str, branch_name: str, before_turn: int
     ) -> Iterator[tuple[str, str]]:

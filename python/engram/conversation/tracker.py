@@ -87,6 +87,7 @@ class ConversationTracker:
             self._clock(),
             request.extra_key,
             request.cache_salt,
+            len(request.prompt),
         )
         # A client may use an id again: from here on it names this request.
         self._forget_untagged(rid)
@@ -158,6 +159,18 @@ class ConversationTracker:
             return branch.turns.get(branch.newest)
         return branch.turns.get(number)
 
+    def newest_turns(self, tenant: str, limit: int) -> list[Turn]:
+        """The newest turns of a tenant's branches, of those used last, as far as remembered."""
+        found = []
+        for key in reversed(self._branches):
+            branch = self._branches[key]
+            turn = branch.turns.get(branch.newest)
+            if key[0] == tenant and turn is not None:
+                found.append(turn)
+                if len(found) == limit:
+                    break
+        return found
+
     def newest(self, tag: Tag) -> int:
         """The number of a learnt branch's newest turn, saved or not; 0 if it has none."""
         branch = self._branches.get(tag.branch)
@@ -190,7 +203,7 @@ class ConversationTracker:
 
     def _append(self, tag: Tag, finished: FinishedRequest) -> Turn:
         branch = self._branch(tag)
-        branch.newest += 1
+        branch.newest = max(branch.newest, tag.after_turn) + 1
         turn = Turn(tag, branch.newest, finished)
         branch.turns[turn.number] = turn
         self._turns[tag.branch, turn.number] = turn

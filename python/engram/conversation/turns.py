@@ -14,6 +14,8 @@ class Tag:
 
     `parent_snapshot` is set where the request continues a snapshot by name (a restore).
     `priority` is what the request says that its conversation is worth; None if it says nothing.
+    `after_turn` is the turn it goes on from where its branch begins with it; turns count on from
+    that one.
     """
 
     conversation_id: str
@@ -21,6 +23,7 @@ class Tag:
     tenant: str = DEFAULT_TENANT
     parent_snapshot: str | None = None
     priority: int | None = None
+    after_turn: int = 0
 
     @property
     def branch(self) -> tuple[str, str, str]:
@@ -41,13 +44,17 @@ class RunningRequest:
 
 @dataclass(frozen=True, slots=True)
 class FinishedRequest:
-    """A completed request: `tokens` are prompt and output, u32, all of them."""
+    """A completed request: `tokens` are prompt and output, u32, all of them.
+
+    The first `prompt_count` of them are the prompt; None where nobody counted.
+    """
 
     rid: str
     tokens: TokenArray
     finished_at: float
     extra_key: str | None = None
     cache_salt: str | None = None
+    prompt_count: int | None = None
 
 
 @dataclass(slots=True)

@@ -8,7 +8,8 @@ clients as well, so the header is read here.  The body is passed on as it came.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
+from contextlib import ExitStack
 from contextvars import ContextVar
 from typing import Any, Final
 
@@ -17,6 +18,7 @@ import msgspec
 from engram.conversation.turns import Tag
 from engram.core.ids import DEFAULT_TENANT, check_id
 from engram.errors import EngramError, InvalidRequestError, UnsupportedError
+from engram.server.stateful import CURRENT_STATEFUL, Stateful, stateful_of
 from engram.server.wire import bounded, error_response
 from engram.snapshot.conversation import MAX_PRIORITY
 
@@ -31,11 +33,16 @@ GENERATION_ROUTES: Final = frozenset(
 )
 HEADER: Final = b"x-override-conversation-id"
 FIELD: Final = b'"conversation_id"'
+STATEFUL: Final = b'"stateful"'
+CHAT: Final = "/v1/chat/completions"
 TEXT_PARTS: Final = ("text", "input_text", "output_text", "refusal")
 """Types of the parts of a message that are text, in chat completions and in responses."""
 
 MAX_GENERATION_BODY_BYTES: Final = 64 << 20
 """Of the routes that generate: room for a context of millions of tokens, or for inline images."""
+
+HELD: Final = "engram.held"
+"""Where in a request's scope its `ExitStack` is."""
 
 CURRENT_TAG: ContextVar[Tag | None] = ContextVar("CURRENT_TAG", default=None)
 """The tag of the request that is being served in this task."""
@@ -57,6 +64,9 @@ class _Fields(msgspec.Struct):
     video_data: Any = None
     audio_data: Any = None
     session_params: Any = None
+    stateful: Any = None
+    branch_name: Any = None
+    continue_from: Any = None
 
 
 def route_of(scope: Scope) -> str:
@@ -83,14 +93,47 @@ class TaggingMiddleware:
         try:
             body, replay = await _read(receive, headers.get(b"content-length"))
             tag = tag_of(body, headers.get(HEADER))
+            stateful = stateful_in(body, tag, route_of(scope))
         except EngramError as error:
             await error_response(error)(scope, receive, send)
             return
-        token = CURRENT_TAG.set(tag)
+        token, asked = CURRENT_TAG.set(tag), CURRENT_STATEFUL.set(stateful)
         try:
             await self._app(scope, replay, send)
         finally:
             CURRENT_TAG.reset(token)
+            CURRENT_STATEFUL.reset(asked)
+
+
+class HoldingMiddleware:
+    """Gives every request a stack of what is to be let go of when it is over, however it ends."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with ExitStack() as held:
+            scope[HELD] = held
+            await self._app(scope, receive, send)
+
+
+def stateful_in(body: bytes, tag: Tag | None, route: str) -> Stateful | None:
+    """What a request says with `"stateful": true`; None if it does not say it."""
+    fields = _decode(body) if STATEFUL in body else None
+    if fields is None or fields.stateful in (None, False):
+        return None
+    if fields.stateful is not True:
+        raise InvalidRequestError("stateful must be true or false", details={"field": "stateful"})
+    if route != CHAT:
+        raise UnsupportedError(
+            f"stateful is for {CHAT} and for /v1/conversations/{{conversation_id}}/chat",
+            details={"field": "stateful"},
+        )
+    if tag is None:
+        raise InvalidRequestError(
+            "stateful needs a conversation_id", details={"field": "conversation_id"}
+        )
+    return stateful_of("chat", tag.conversation_id, fields.branch_name, fields.continue_from)
 
 
 def tag_of(body: bytes, header: bytes | None) -> Tag | None:
@@ -103,8 +146,15 @@ def tag_of(body: bytes, header: bytes | None) -> Tag | None:
     given = fields.conversation_id
     if given is None:
         given = header.decode("latin-1") if header is not None else None
-    if given is None:
-        return None
+    return None if given is None else _tag(given, fields)
+
+
+def tag_of_chat(conversation_id: str, body: Mapping[str, Any]) -> Tag:
+    """The tag of a chat whose conversation its route names; the same rules hold."""
+    return _tag(conversation_id, msgspec.convert(dict(body), type=_Fields))
+
+
+def _tag(given: Any, fields: _Fields) -> Tag:
     tag = Tag(
         check_id("conversation_id", given),
         tenant=DEFAULT_TENANT,

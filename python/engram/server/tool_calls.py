@@ -17,6 +17,9 @@ from engram.server.tagging import CURRENT_TAG, App, Message, Receive, Scope, Sen
 ROUTES: Final = frozenset({"/v1/chat/completions", "/v1/responses"})
 """The routes whose replies can have tool calls."""
 
+CONVERSATIONS: Final = "/v1/conversations/"
+"""How those begin whose route is the tag."""
+
 DONE: Final = b"[DONE]"
 MAX_REPLY_BYTES: Final = 64 << 20
 """A reply, or one event of a stream, that is longer is not read along."""
@@ -28,13 +31,16 @@ ToolCalled = Callable[[str], Awaitable[None]]
 class ToolCallMiddleware:
     """Tells of tagged requests whose replies contain tool calls."""
 
-    def __init__(self, app: App, tool_called: ToolCalled) -> None:
+    def __init__(self, app: App, tool_called: ToolCalled, *, untagged: bool = False) -> None:
+        """With `untagged` (`--snapshot-link-by-prefix`), chats without a tag become turns too."""
         self._app = app
         self._tool_called = tool_called
+        self._untagged = untagged
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        known = scope["type"] == "http" and route_of(scope) in ROUTES
-        if not known or CURRENT_TAG.get() is None:
+        route = route_of(scope) if scope["type"] == "http" else ""
+        tagged = self._untagged or CURRENT_TAG.get() is not None
+        if not (route in ROUTES and tagged) and not route.startswith(CONVERSATIONS):
             await self._app(scope, receive, send)
             return
         reader = ReplyReader()

@@ -21,6 +21,8 @@
 | `demotion.py` | `Demoter`: who leaves the ranks' RAM |
 | `pins.py` | `VramPinner`: who stays in VRAM |
 | `restores.py` | `Restorer`: a snapshot into RAM, and the generation that continues it |
+| `recorded.py` | `Recorded`: the tokens that stateful requests go on from |
+| `linking.py` | `PrefixLinks`: which conversation a chat goes on that names none |
 | `snapshots.py` | `SnapshotService`: the whole |
 """
 

@@ -124,6 +124,10 @@ class Restorer:
         """All recorded tokens of a snapshot, u32 [token_count + pending]."""
         return await self._reading(self._tokens_of, row)
 
+    async def recorded(self, row: SnapshotRow) -> tuple[TokenArray, int | None]:
+        """All recorded tokens of a snapshot, and how many of them are its turn's prompt."""
+        return await self._reading(self._recorded_of, row)
+
     async def _reading(self, work: Callable[..., T], *args: Any) -> T:
         """Read files on a thread; damage that is found there is counted."""
         try:
@@ -131,6 +135,10 @@ class Restorer:
         except SnapshotCorruptError:
             self._context.stats.corrupt += 1
             raise
+
+    def _recorded_of(self, row: SnapshotRow) -> tuple[TokenArray, int | None]:
+        manifest = self._manifest(row)
+        return self._tokens(manifest), manifest.prompt_count
 
     def _tokens_of(self, row: SnapshotRow) -> TokenArray:
         return self._tokens(self._manifest(row))

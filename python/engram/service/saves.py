@@ -12,7 +12,7 @@ from typing import Final
 
 from engram.catalog.rows import SnapshotRow
 from engram.conversation.turns import FinishedRequest, Tag, Turn
-from engram.core.ids import new_snapshot_id
+from engram.core.ids import DEFAULT_BRANCH, new_snapshot_id
 from engram.core.tokens import tokens_digest
 from engram.errors import (
     AlreadyExistsError,
@@ -368,6 +368,7 @@ class TurnSaver:
             pinned=False,
             expires_at=None,
             rid=turn.request.rid,
+            prompt_count=turn.request.prompt_count,
         )
 
     def _branch(self, found: Found, snapshot_id: str, durability: Durability) -> Manifest:
@@ -420,7 +421,8 @@ class TurnSaver:
     def _parent(self, turn: Turn, tag: Tag, keys: set[str]) -> str | None:
         """The newest earlier snapshot that this one stands on, on its branch or where it began."""
         catalog = self._context.catalog
-        for branch in dict.fromkeys((tag.branch_name, turn.tag.branch_name)):
+        branches = (tag.branch_name, turn.tag.branch_name, DEFAULT_BRANCH)
+        for branch in dict.fromkeys(branches):
             earlier = catalog.earlier(tag.tenant, tag.conversation_id, branch, turn.number)
             for snapshot_id, key in earlier:
                 if key in keys:

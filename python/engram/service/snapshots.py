@@ -23,8 +23,10 @@ from engram.service.demotion import Demoter
 from engram.service.explaining import Explainer
 from engram.service.finder import TurnFinder, need_place
 from engram.service.housekeeping import Housekeeper
+from engram.service.linking import PrefixLinks
 from engram.service.pins import PinResult, VramPinner
 from engram.service.ports import EngineInfo, Generator, Ranks
+from engram.service.recorded import Recorded
 from engram.service.removals import Remover
 from engram.service.requests import RequestGate
 from engram.service.restores import Continuation, Restorer
@@ -73,6 +75,8 @@ class SnapshotService:
         self._restorer = Restorer(self.context)
         self.brancher = Brancher(self.context, self._saver)
         self.browser = Browser(self.context, self._restorer)
+        self.recorded = Recorded(self.context, self._restorer)
+        self.links = PrefixLinks(self.context, self.recorded)
         self._remover = Remover(self.context)
         self._changer = SnapshotChanger(self.context)
         self._demoter = Demoter(self.context)

@@ -21,6 +21,7 @@ LINKER: Final = SRT + "mem_cache.unified_cache.unified_cache_linker."
 HTTP: Final = SRT + "entrypoints.http_server."
 TOKENIZER: Final = SRT + "managers.tokenizer_manager.TokenizerManager."
 SCHEDULER: Final = SRT + "managers.scheduler.Scheduler."
+CHAT: Final = SRT + "entrypoints.openai.serving_chat.OpenAIServingChat."
 WEIGHTS: Final = SRT + "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
 
 EXPECTED: Final[dict[str, str]] = {
@@ -91,6 +92,12 @@ EXPECTED: Final[dict[str, str]] = {
     WEIGHTS + "begin_weight_update": "self, recv_req",
     WEIGHTS + "end_weight_update": "self, recv_req",
     WEIGHTS + "release_memory_occupation": "self, recv_req",
+    CHAT + "handle_request": "self, request, raw_request",
+    CHAT + "_handle_streaming_request": "self, adapted_request, request, raw_request",
+    CHAT + "_handle_non_streaming_request": "self, adapted_request, request, raw_request",
+    CHAT + "_convert_to_internal_request": "self, request, raw_request=",
+    CHAT + "_render_and_encode_chat_template": "self, messages, *, tools, template_kwargs, "
+    "encode_kwargs, use_cache, add_generation_prompt=",
     SRT + "managers.io_struct.hook_custom_types": "*new_types",
     SRT + "managers.io_struct.sock_send": "socket, obj, flags=",
     SRT + "utils.auth.auth_level": "level",

@@ -21,14 +21,16 @@ from engram.core.settings import Settings
 from engram.core.tokens import to_tokens
 from engram.errors import EngramError, InvalidRequestError
 from engram.server.browsing import browsing_router
+from engram.server.chat import chat_router
 from engram.server.compatible import compatible_router
 from engram.server.memory import memory_router
 from engram.server.refusing import RefusingMiddleware
 from engram.server.resources import resources_router
-from engram.server.tagging import CURRENT_TAG, TaggingMiddleware
+from engram.server.tagging import CURRENT_TAG, HoldingMiddleware, TaggingMiddleware
 from engram.server.tool_calls import ToolCallMiddleware
 from engram.service import SnapshotService
 from engram.sglang_plugin.args import open_store, settings_of
+from engram.sglang_plugin.chat import SglangChat, watch_chats
 from engram.sglang_plugin.control import RankClient
 from engram.sglang_plugin.engine import SglangGenerator, SglangRanks
 from engram.sglang_plugin.messages import EngramReply
@@ -98,10 +100,17 @@ def before_setup_and_run_http_server(
     _watch_weights(tokenizer_manager, service)
     for make in (compatible_router, browsing_router, resources_router, memory_router):
         app.include_router(_marked(make(service)))
+    # Generation: for whoever may use /v1/chat/completions.
+    app.include_router(chat_router(SglangChat()))
     if _opened.settings.snapshot_trigger_policy == "on_tool_call":
-        app.add_middleware(ToolCallMiddleware, tool_called=service.gate.tool_called)
+        app.add_middleware(
+            ToolCallMiddleware,
+            tool_called=service.gate.tool_called,
+            untagged=_opened.settings.snapshot_link_by_prefix,
+        )
     app.add_middleware(TaggingMiddleware)
     app.add_middleware(RefusingMiddleware)
+    app.add_middleware(HoldingMiddleware)
     _save_before_the_end(app, tokenizer_manager, service)
 
 
@@ -160,6 +169,7 @@ def _save_before_the_end(app: Any, manager: Any, service: SnapshotService) -> No
     @asynccontextmanager
     async def lifespan(running: Any) -> AsyncIterator[Any]:
         async with serve(running) as state:
+            watch_chats(app.state.openai_serving_chat, service)
             service.start()
             try:
                 yield state

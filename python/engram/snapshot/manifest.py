@@ -73,8 +73,9 @@ class Manifest(BaseModel):
 
     ``token_count`` is the boundary; ``pending_tokens`` are the recorded tokens past it.
     ``tokens_digest`` is `engram.core.tokens.tokens_digest` of all recorded tokens, pending ones
-    included. ``segments`` has one chain a rank: rows, one after another, and then the state, if the
-    model has one. ``bytes`` counts all its segment files, ``unique_bytes`` those this snapshot was
+    included; the first ``prompt_count`` of them are the prompt of its last turn, if that is known.
+    ``segments`` has one chain a rank: rows, one after another, and then the state, if the model has
+    one. ``bytes`` counts all its segment files, ``unique_bytes`` those this snapshot was
     the first to store. Times are seconds since the epoch.
     """
 
@@ -103,6 +104,7 @@ class Manifest(BaseModel):
     pinned: Flag
     expires_at: Seconds | None
     rid: Label | None
+    prompt_count: Count | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
@@ -120,6 +122,8 @@ class Manifest(BaseModel):
             raise ValueError("the ranks' segments end at different boundaries")
         if self.bytes != sum(ref.bytes for chain in self.segments for ref in chain):
             raise ValueError("bytes is not the sum of the segments' bytes")
+        if self.prompt_count is not None and self.prompt_count > self.recorded_count:
+            raise ValueError("prompt_count is above the number of recorded tokens")
         if self.unique_bytes > self.bytes:
             raise ValueError("unique_bytes is above bytes")
         return self
@@ -173,7 +177,11 @@ def change_manifest(manifest: Manifest, **fields: Any) -> Manifest:
 
 def encode_manifest(manifest: Manifest) -> bytes:
     """The bytes of a manifest file. Raises `InvalidRequestError` above `MAX_MANIFEST_BYTES`."""
-    data = seal_record(manifest.model_dump(mode="json"))
+    body = manifest.model_dump(mode="json")
+    if manifest.prompt_count is None:
+        # Manifests were written without it, and one manifest has one form.
+        del body["prompt_count"]
+    data = seal_record(body)
     if len(data) > MAX_MANIFEST_BYTES:
         raise InvalidRequestError(
             f"the manifest would have {len(data)} bytes, {MAX_MANIFEST_BYTES} are allowed",

@@ -8,6 +8,7 @@ from pydantic import BaseModel
 
 from engram.errors import walk_error_classes
 from engram.server.browsing import browsing_router
+from engram.server.chat import OWN_FIELDS, ChatEngine, chat_router
 from engram.server.compatible import compatible_router
 from engram.server.memory import memory_router
 from engram.server.resources import resources_router
@@ -86,18 +87,23 @@ def test_every_refused_combination_is_documented() -> None:
 
 def test_every_route_is_documented() -> None:
     service = cast(SnapshotService, None)
-    makers = (compatible_router, browsing_router, resources_router, memory_router)
-    routes = {
-        (method, route.path)
-        for make in makers
-        for route in cast(Any, make(service).routes)
-        for method in route.methods
-    }
-    headings = re.findall(
-        r"^## (POST|GET|PATCH|DELETE) (\S+)$", (DOCS / "http-api.md").read_text(), re.MULTILINE
+    routers = (
+        compatible_router(service),
+        browsing_router(service),
+        chat_router(cast(ChatEngine, None)),
+        resources_router(service),
+        memory_router(service),
     )
-    assert set(headings) == routes
-    assert len(headings) == len(routes)
+    routes = [
+        f"{method} {cast(Any, route).path}"
+        for router in routers
+        for route in router.routes
+        for method in cast(Any, route).methods
+    ]
+    headings = re.findall(
+        r"^## ((?:POST|GET|PATCH|DELETE) \S+)$", (DOCS / "http-api.md").read_text(), re.MULTILINE
+    )
+    assert sorted(headings) == sorted(routes)
 
 
 @pytest.mark.parametrize("route", SCHEMAS)
@@ -105,6 +111,13 @@ def test_every_field_of_a_body_is_documented(route: str) -> None:
     heading = route if route.startswith("PATCH") else f"POST {route}"
     table = rows((DOCS / "http-api.md").read_text(), heading)
     assert [plain(row[0]) for row in table] == list(SCHEMAS[route].model_fields)
+
+
+def test_every_field_of_a_chat_is_documented() -> None:
+    table = rows(
+        (DOCS / "http-api.md").read_text(), "POST /v1/conversations/{conversation_id}/chat"
+    )
+    assert {plain(row[0]) for row in table} == {*OWN_FIELDS, "messages", "all others"}
 
 
 def test_every_error_is_documented_with_its_status() -> None:

@@ -1,0 +1,382 @@
+"""SGLang's chat completions on recorded tokens.
+
+Upstream's serving of chats stays what it is: parameters, tools, reasoning, streaming, usage.  Its
+one object is wrapped where it makes a prompt of messages: there, what is recorded of a conversation
+takes the place of what would be tokenised again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any, Final
+from uuid import uuid4
+
+from fastapi import Request, Response
+from pydantic import ValidationError
+
+from engram.conversation.text import extend, join, new_part, reuse, tools_missing
+from engram.conversation.turns import Tag
+from engram.core.ids import DEFAULT_TENANT
+from engram.core.tokens import TokenArray
+from engram.errors import EngramError, UnsupportedError
+from engram.server.stateful import CURRENT_STATEFUL, Stateful
+from engram.server.tagging import CURRENT_TAG, HELD
+from engram.server.wire import error_response, invalid
+from engram.service import SnapshotService
+
+logger = logging.getLogger(__name__)
+
+PLAN: Final = "engram.plan"
+"""Where in a request's scope its `_Plan` is."""
+_PLAN: ContextVar[_Plan | None] = ContextVar("_PLAN", default=None)
+"""The plan of the request whose prompt is made on this thread."""
+
+NO_MESSAGE: Final = [{"role": "user", "content": ""}]
+"""Stands where upstream asks for messages, and the tokens of the prompt are known already."""
+
+LINK_TIMEOUT_S: Final = 10.0
+"""For finding the conversation of a chat that names none; then it begins one."""
+
+SEND_ALL: Final = "send the whole history to /v1/chat/completions instead"
+
+
+@dataclass
+class _Plan:
+    """How the prompt of one request is made.
+
+    `recorded` are the tokens that it begins with (stateful), or that its history may be (`stateful`
+    is False).  With `loop`, where the service runs, it is to be found out which conversation the
+    request belongs to.  `error` is why the prompt could not be made.
+    """
+
+    tag: Tag | None
+    recorded: TokenArray | None
+    stateful: bool
+    loop: asyncio.AbstractEventLoop | None = None
+    error: EngramError | None = None
+
+
+class Codec:
+    """SGLang's tokenizer as `engram.conversation.text.TextCodec`."""
+
+    def __init__(self, manager: Any, encode_kwargs: dict[str, Any]) -> None:
+        self._tokenizer = manager.tokenizer
+        self._encode_kwargs = encode_kwargs
+        added = getattr(self._tokenizer, "added_tokens_decoder", {})
+        self.added = frozenset(added)
+        self.added_texts = tuple(str(token) for token in added.values())
+        self.ends = end_tokens(manager)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, as upstream has them of a rendered prompt."""
+        ids = self._tokenizer.encode(text, **self._encode_kwargs)
+        return [int(one) for one in ids]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special ones included."""
+        text: str = self._tokenizer.decode(
+            list(ids),
+            skip_special_tokens=False,
+            spaces_between_special_tokens=False,
+            clean_up_tokenization_spaces=False,
+        )
+        return text
+
+
+def end_tokens(manager: Any) -> frozenset[int]:
+    """The tokens at which a reply ends by itself."""
+    tokenizer = manager.tokenizer
+    found = {tokenizer.eos_token_id, *(manager.model_config.hf_eos_token_id or ())}
+    found |= set(getattr(tokenizer, "additional_stop_token_ids", None) or ())
+    return frozenset(int(one) for one in found if one is not None)
+
+
+class SglangChat:
+    """Upstream's chat completions as the routes' engine (`engram.server.chat.ChatEngine`)."""
+
+    def __init__(self) -> None:
+        from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
+
+        self._request_class: Any = ChatCompletionRequest
+        self.fields = frozenset(ChatCompletionRequest.model_fields)
+
+    async def complete(self, body: dict[str, Any], request: Request) -> Response:
+        """The reply to a chat."""
+        from sglang.srt.utils.json_response import model_json_response
+
+        try:
+            asked = self._request_class.model_validate({"messages": NO_MESSAGE, **body})
+        except ValidationError as error:
+            raise invalid(error) from None
+        chat = request.app.state.openai_serving_chat
+        response: Response = model_json_response(await chat.handle_request(asked, request))
+        return response
+
+
+def watch_chats(chat: Any, service: SnapshotService) -> None:
+    """Wrap SGLang's object that serves chats."""
+    maker = PromptMaker(chat, service)
+    chat.handle_request = maker.around_handle_request(chat.handle_request)
+    chat._handle_streaming_request = maker.around_handle(chat._handle_streaming_request)
+    chat._handle_non_streaming_request = maker.around_handle(chat._handle_non_streaming_request)
+    chat._convert_to_internal_request = maker.around_convert(chat._convert_to_internal_request)
+    chat._render_and_encode_chat_template = maker.around_encode(
+        chat._render_and_encode_chat_template
+    )
+
+
+class PromptMaker:
+    """Plans requests on the event loop, and makes their prompts on upstream's threads."""
+
+    def __init__(self, chat: Any, service: SnapshotService) -> None:
+        self._chat = chat
+        self._service = service
+        self._recorded = service.recorded
+
+    def around_handle_request(self, original: Any) -> Any:
+        """Plan a request before upstream looks at it; answer in its place if that fails."""
+
+        async def handle_request(request: Any, raw_request: Any) -> Any:
+            tag, asked = CURRENT_TAG.get(), CURRENT_STATEFUL.get()
+            if raw_request is None or (tag is None and not self._may_link(request)):
+                return await original(request, raw_request)
+            try:
+                if tag is None:
+                    plan = _Plan(None, None, False, asyncio.get_running_loop())
+                elif asked is None:
+                    plan = await self._whole_history(tag)
+                else:
+                    plan = await self._go_on(tag, asked, request, raw_request)
+            except EngramError as error:
+                return error_response(error)
+            raw_request.scope[PLAN] = plan
+            token = CURRENT_TAG.set(plan.tag)
+            try:
+                response = await original(request, raw_request)
+            finally:
+                CURRENT_TAG.reset(token)
+            return response if plan.error is None else error_response(plan.error)
+
+        return handle_request
+
+    def around_handle(self, original: Any) -> Any:
+        """Tag a request that has turned out to belong to a conversation."""
+
+        async def handle(adapted_request: Any, request: Any, raw_request: Any) -> Any:
+            plan = None if raw_request is None else raw_request.scope.get(PLAN)
+            if plan is not None:
+                # Undone where the request is planned.
+                CURRENT_TAG.set(plan.tag)
+            return await original(adapted_request, request, raw_request)
+
+        return handle
+
+    def around_convert(self, original: Any) -> Any:
+        """Have the plan at hand on the thread that makes the prompt."""
+
+        def convert(request: Any, raw_request: Any = None) -> Any:
+            plan = None if raw_request is None else raw_request.scope.get(PLAN)
+            token = _PLAN.set(plan)
+            try:
+                return original(request, raw_request)
+            finally:
+                _PLAN.reset(token)
+
+        return convert
+
+    def around_encode(self, original: Any) -> Any:
+        """The tokens of messages: recorded ones, and those of what is new."""
+
+        def encode(messages: Any, **kw: Any) -> Any:
+            plan = _PLAN.get()
+            if plan is not None and plan.loop is not None:
+                return self._link(plan, plan.loop, original, messages, kw)
+            if plan is None or plan.recorded is None:
+                return original(messages, **kw)
+            if plan.stateful:
+                try:
+                    return self._append(plan.recorded, messages, kw), None
+                except EngramError as error:
+                    plan.error = error
+                    # What upstream answers with 400; ours takes its place.
+                    raise ValueError(str(error)) from error
+            if self._plain() and not kw["use_cache"]:
+                codec = Codec(self._chat.tokenizer_manager, kw["encode_kwargs"])
+                ids = reuse(plan.recorded, self._render(messages, kw), codec)
+                if ids is not None:
+                    return ids, None
+            return original(messages, **kw)
+
+        return encode
+
+    def _may_link(self, request: Any) -> bool:
+        """Whether a chat that names no conversation may be a turn of one."""
+        wanted = self._service.context.settings.snapshot_link_by_prefix
+        return wanted and request.n == 1 and request.input_ids is None and self._plain()
+
+    def _link(
+        self,
+        plan: _Plan,
+        loop: asyncio.AbstractEventLoop,
+        original: Any,
+        messages: Any,
+        kw: dict[str, Any],
+    ) -> Any:
+        """The tokens of a chat that names no conversation, and which one it goes on."""
+        made = original(messages, **kw)
+        try:
+            plan.tag, ids = self._linked(loop, made[0], messages, kw)
+        except Exception as error:
+            # It costs the link, never the request.
+            self._service.context.stats.note(f"conversation of an untagged chat: {error}")
+            logger.exception("Engram: an untagged chat is left untagged")
+            return made
+        return made if ids is None else (ids, None)
+
+    def _linked(
+        self, loop: asyncio.AbstractEventLoop, ids: list[int], messages: Any, kw: dict[str, Any]
+    ) -> tuple[Tag, list[int] | None]:
+        codec = Codec(self._chat.tokenizer_manager, kw["encode_kwargs"])
+        links = self._service.links
+        roles = [message["role"] for message in messages]
+        first = roles.index("assistant") if "assistant" in roles else len(roles)
+        opening = self._render(messages[:first], {**kw, "add_generation_prompt": True})
+        if first == len(roles):
+            return links.begin(DEFAULT_TENANT, opening), None
+        asked = links.candidates(DEFAULT_TENANT, ids, opening)
+        rendered = self._render(messages, kw)
+        for turn in asyncio.run_coroutine_threadsafe(asked, loop).result(LINK_TIMEOUT_S):
+            found = extend(turn.tokens, rendered, codec)
+            if found is not None:
+                return turn.tag, found
+        return links.begin(DEFAULT_TENANT, opening), None
+
+    async def _whole_history(self, tag: Tag) -> _Plan:
+        """A client that sends everything: what of it is recorded is taken from there."""
+        try:
+            turn = await self._recorded.find(tag)
+        except EngramError as error:
+            # It is a plain request: what is recorded only saves it from being tokenised again.
+            self._service.context.stats.note(f"recorded tokens of {tag.conversation_id}: {error}")
+            logger.warning(
+                "Engram: the recorded tokens of %s cannot be used, its history is tokenised "
+                "again: %s",
+                tag.conversation_id,
+                error,
+            )
+            turn = None
+        return _Plan(tag, None if turn is None else turn.tokens, stateful=False)
+
+    async def _go_on(self, tag: Tag, asked: Stateful, request: Any, raw_request: Any) -> _Plan:
+        """A client that sends what is new."""
+        self._require_possible(request)
+        branch = replace(tag, branch_name=asked.branch_name or tag.branch_name)
+        self._recorded.hold(branch)
+        raw_request.scope[HELD].callback(self._recorded.release, branch)
+        if asked.kind == "regenerate":
+            start, tokens = await self._recorded.again(branch)
+            request.input_ids = tokens.tolist()
+        elif asked.kind == "continue":
+            start = await self._recorded.further(branch)
+            request.input_ids = self._open_end(start.source)
+        else:
+            start = await self._recorded.start(
+                tag.tenant, tag.conversation_id, asked.branch_name, asked.source
+            )
+        recorded = None if start.source is None else start.source.tokens
+        return _Plan(replace(start.tag, priority=tag.priority), recorded, stateful=True)
+
+    def _open_end(self, turn: Any) -> list[int]:
+        """The tokens of a turn without the one that ended its reply."""
+        ids: list[int] = turn.tokens.tolist()
+        ended = ids[-1] in end_tokens(self._chat.tokenizer_manager)
+        return ids[:-1] if ended and len(ids) > 1 else ids
+
+    def _require_possible(self, request: Any) -> None:
+        if request.input_ids is not None:
+            raise UnsupportedError(
+                "input_ids cannot be sent with a stateful request: its tokens are recorded",
+                details={"field": "input_ids"},
+            )
+        if not self._plain():
+            raise UnsupportedError(
+                "this model's prompts are not made by a chat template alone, so that a new "
+                "message cannot be rendered without the ones before",
+                hint=SEND_ALL,
+                details={"field": "stateful"},
+            )
+
+    def _plain(self) -> bool:
+        """Whether prompts are texts that a chat template makes, and nothing else."""
+        chat, templates = self._chat, self._chat.template_manager
+        return (
+            chat.chat_encoding_spec is None
+            and templates.chat_template_name is None
+            and templates.python_chat_template is None
+            and not chat._prompt_text_round_trip_is_lossy
+            and not chat.tokenizer_manager.model_config.is_multimodal
+        )
+
+    def _render(self, messages: Any, kw: dict[str, Any]) -> str:
+        """As upstream renders them."""
+        text: str = self._chat.tokenizer_manager.tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=kw.get("add_generation_prompt", True),
+            tools=kw["tools"],
+            return_dict=False,
+            **kw["template_kwargs"],
+        )
+        return text
+
+    def _append(self, recorded: TokenArray, messages: Any, kw: dict[str, Any]) -> list[int]:
+        """All tokens of a prompt whose new messages follow what is recorded."""
+        codec = Codec(self._chat.tokenizer_manager, kw["encode_kwargs"])
+        mark = uuid4().hex
+        part = new_part(lambda all_messages: self._render(all_messages, kw), messages, mark)
+        if part is None:
+            raise UnsupportedError(
+                "this model's chat template renders a message differently with what is before it",
+                hint=SEND_ALL,
+                details={"field": "messages"},
+            )
+        if kw["tools"] and self._lacks_tools(recorded, part, messages, kw, codec):
+            raise UnsupportedError(
+                "the conversation began with other tools, or with none, and this model's chat "
+                "template states them at the beginning only",
+                hint="send the tools that its first message had, or begin a conversation",
+                details={"field": "tools"},
+            )
+        ids = join(recorded, part, codec)
+        if ids is None:
+            raise UnsupportedError(
+                "the end of the recorded reply and the new message have no tokens in between at "
+                "which their texts could be told apart",
+                hint=SEND_ALL,
+                details={"field": "messages"},
+            )
+        return ids
+
+    def _lacks_tools(
+        self, recorded: TokenArray, part: str, messages: Any, kw: dict[str, Any], codec: Codec
+    ) -> bool:
+        """Whether the tools of a request are neither in what is recorded nor in the new part."""
+        mark = uuid4().hex
+        without = {**kw, "tools": None}
+        if new_part(lambda found: self._render(found, without), messages, mark) != part:
+            return False  # stated with the newest message
+        text = codec.decode(recorded.tolist())
+        pair = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
+        system = [{"role": "system", "content": "b"}]
+        for history in (pair, [*system, *pair]):
+            try:
+                plain, full = (self._render(history, one).split(mark)[0] for one in (without, kw))
+            except Exception:  # a template that knows no system messages
+                continue
+            if not tools_missing((plain, full), text):
+                return False
+        return True

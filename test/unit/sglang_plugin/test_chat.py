@@ -1,0 +1,303 @@
+"""Prompts of chats: SGLang's object that serves them, wrapped, with a real tokenizer in it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from engram.conversation.turns import RunningRequest, Tag
+from engram.core.tokens import to_tokens
+from engram.server.stateful import CURRENT_STATEFUL, Stateful
+from engram.server.tagging import CURRENT_TAG, HELD
+from engram.service.recorded import Place
+from engram.sglang_plugin.chat import PLAN, watch_chats
+from engram.testing.samples import seeded_random
+from engram.testing.tiny_tokenizer import build_tokenizer
+from unit.service.engine import Server, on_a_loop
+
+TOKENIZER = build_tokenizer(4096)
+END = TOKENIZER.eos_token_id
+TOOLS_IN_FRONT = (
+    "{% if tools %}{{ '<|system|>' ~ tools | tojson }}{% endif %}" + TOKENIZER.chat_template
+)
+
+
+def ids(text: str) -> list[int]:
+    found: list[int] = TOKENIZER.encode(text, add_special_tokens=False)
+    return found
+
+
+class Chat:
+    """The parts of upstream's `OpenAIServingChat` that a prompt passes; it replies with `reply`."""
+
+    chat_encoding_spec = None
+    _prompt_text_round_trip_is_lossy = False
+
+    def __init__(self, server: Server, template: str | None = None) -> None:
+        self.server = server
+        self.tokenizer = build_tokenizer(4096)
+        self.tokenizer.chat_template = template or TOKENIZER.chat_template
+        self.template_manager = SimpleNamespace(chat_template_name=None, python_chat_template=None)
+        self.tokenizer_manager = SimpleNamespace(
+            tokenizer=self.tokenizer,
+            model_config=SimpleNamespace(is_multimodal=False, hf_eos_token_id={END}),
+        )
+        self.prompts: list[list[int]] = []
+        self.tags: list[Tag | None] = []
+        self.reply: list[int] = [*ids("fine"), END]
+        watch_chats(self, server.service)
+
+    async def handle_request(self, request: Any, raw_request: Any) -> Any:
+        loop = asyncio.get_running_loop()
+        try:
+            adapted = await loop.run_in_executor(
+                None, lambda: self._convert_to_internal_request(request, raw_request)
+            )
+        except ValueError as error:
+            return SimpleNamespace(status_code=400, body=str(error))
+        return await self._handle_non_streaming_request(adapted, request, raw_request)
+
+    def _convert_to_internal_request(self, request: Any, raw_request: Any = None) -> Any:
+        if request.input_ids is not None:
+            return request.input_ids
+        return self._render_and_encode_chat_template(
+            request.messages,
+            tools=request.tools,
+            template_kwargs={},
+            encode_kwargs={"add_special_tokens": False},
+            use_cache=False,
+        )[0]
+
+    def _render_and_encode_chat_template(self, messages: Any, **kw: Any) -> tuple[list[int], None]:
+        text = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, tools=kw["tools"]
+        )
+        return self.tokenizer.encode(text, **kw["encode_kwargs"]), None
+
+    async def _handle_streaming_request(self, *_: Any) -> Any:
+        raise AssertionError("not here")
+
+    async def _handle_non_streaming_request(
+        self, adapted_request: list[int], request: Any, raw_request: Any
+    ) -> Any:
+        self.prompts.append(adapted_request)
+        self.tags.append(CURRENT_TAG.get())
+        rid = f"chat-{len(self.prompts)}"
+        tag = CURRENT_TAG.get()
+        gate = self.server.service.gate
+        await gate.admit(RunningRequest(rid, to_tokens(adapted_request), tag))
+        self.server.engine.computed([*adapted_request, *self.reply])
+        gate.finished(rid, self.reply)
+        return SimpleNamespace(status_code=200, body=self.tokenizer.decode(self.reply))
+
+    async def ask(
+        self,
+        messages: list[dict[str, Any]],
+        tag: Tag | None = None,
+        stateful: Stateful | None = None,
+        **fields: Any,
+    ) -> Any:
+        """One request, as the routes and middlewares hand it over."""
+        request = SimpleNamespace(
+            messages=messages, **{"input_ids": None, "tools": None, "n": 1, **fields}
+        )
+        with ExitStack() as held:
+            raw = SimpleNamespace(scope={HELD: held})
+
+            async def route() -> Any:
+                CURRENT_TAG.set(tag)
+                CURRENT_STATEFUL.set(stateful)
+                response = await self.handle_request(request, raw)
+                assert CURRENT_TAG.get() == tag
+                return response
+
+            response = await asyncio.get_running_loop().create_task(route())
+            self.plan = raw.scope.get(PLAN)
+            return response
+
+
+def said(*texts: str) -> list[dict[str, Any]]:
+    return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    server = Server.start(tmp_path / "store", seeded_random())
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def linking(tmp_path: Path) -> Iterator[Server]:
+    server = Server.start(tmp_path / "store", seeded_random(), snapshot_link_by_prefix=True)
+    yield server
+    server.stop()
+
+
+@on_a_loop
+async def test_only_the_new_message_is_rendered(server: Server) -> None:
+    chat, tag = Chat(server), Tag("c")
+    await chat.ask(said("one"), tag, Stateful())
+    first = [*ids("<|user|>one<|assistant|>"), *chat.reply]
+    assert chat.prompts == [first[: -len(chat.reply)]]
+    chat.reply = ids("cut off")  # by its length
+    await chat.ask(said("two"), tag, Stateful())
+    second = [*first, *ids("<|user|>two<|assistant|>"), *chat.reply]
+    assert chat.prompts[1] == second[: -len(chat.reply)]
+    await chat.ask(said("three"), tag, Stateful())
+    assert chat.prompts[2] == [*second, END, *ids("<|user|>three<|assistant|>")]
+    assert server.service.context.tracker.newest(tag) == 3
+
+
+@on_a_loop
+async def test_regenerate_and_continue(server: Server) -> None:
+    chat, tag = Chat(server), Tag("c")
+    await chat.ask(said("one"), tag, Stateful())
+    prompt, reply = chat.prompts[0], chat.reply
+    await chat.ask([], tag, Stateful("regenerate"))
+    assert chat.prompts[1] == prompt
+    chat.reply = ids(" and more")
+    await chat.ask([], tag, Stateful("continue"))
+    assert chat.prompts[2] == [*prompt, *reply[:-1]]
+    await chat.ask([], tag, Stateful("continue"))
+    assert chat.prompts[3] == [*prompt, *reply[:-1], *chat.reply]
+    assert server.service.context.tracker.newest(tag) == 4
+
+
+@on_a_loop
+async def test_branches_begin_at_the_turn_named(server: Server) -> None:
+    chat, tag = Chat(server), Tag("c")
+    for text in ("one", "two"):
+        await chat.ask(said(text), tag, Stateful())
+    place = Place("c", turn_number=1)
+    await chat.ask(said("else"), tag, Stateful("chat", "side", place))
+    await chat.ask(said("else"), Tag("d"), Stateful("chat", None, place))
+    wanted = [*chat.prompts[0], *chat.reply, *ids("<|user|>else<|assistant|>")]
+    assert chat.prompts[2:] == [wanted, wanted]
+    tags = [found for found in chat.tags[2:] if found is not None]
+    assert [(found.conversation_id, found.branch_name) for found in tags] == [
+        ("c", "side"),
+        ("d", "main"),
+    ]
+    tracker = server.service.context.tracker
+    assert [tracker.newest(found) for found in (Tag("c"), *tags)] == [2, 2, 2]
+
+
+@on_a_loop
+async def test_a_branch_is_held_until_its_reply_is_over(server: Server) -> None:
+    chat, tag = Chat(server), Tag("c")
+    server.service.recorded.hold(tag)
+    refused = await chat.ask(said("one"), tag, Stateful())
+    assert refused.status_code == 409
+    assert b"conversation_busy" in refused.body
+    other = await chat.ask(said("one"), tag, Stateful("chat", "other"))
+    assert other.status_code == 200
+    server.service.recorded.release(tag)
+    for text in ("one", "two"):
+        assert (await chat.ask(said(text), tag, Stateful())).status_code == 200
+
+
+@on_a_loop
+async def test_tools_that_the_prompt_would_lack_are_refused(server: Server) -> None:
+    chat, tag = Chat(server, TOOLS_IN_FRONT), Tag("c")
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    others = [{"type": "function", "function": {"name": "touch"}}]
+    await chat.ask(said("one"), tag, Stateful(), tools=tools)
+    assert '"look"' in TOKENIZER.decode(chat.prompts[0])
+    assert (await chat.ask(said("two"), tag, Stateful(), tools=tools)).status_code == 200
+    assert (await chat.ask(said("two"), tag, Stateful())).status_code == 200
+    refused = await chat.ask(said("two"), tag, Stateful(), tools=others)
+    assert refused.status_code == 422
+    assert b'"field":"tools"' in refused.body
+    assert server.service.context.tracker.newest(tag) == 3
+
+
+@pytest.mark.parametrize("what", ["encoder", "template", "input_ids", "looks back"])
+@on_a_loop
+async def test_what_cannot_be_rendered_in_part_is_refused(server: Server, what: str) -> None:
+    back = "{% for m in messages %}{{ loop.index ~ m.content }}{% endfor %}"
+    chat, tag = Chat(server, back if what == "looks back" else None), Tag("c")
+    if what == "encoder":
+        chat.chat_encoding_spec = "dsv4"  # type: ignore[assignment]
+    if what == "template":
+        chat.template_manager.chat_template_name = "vicuna"
+    if what == "looks back":
+        await chat.ask(said("one"), tag)
+    fields = {"input_ids": [1]} if what == "input_ids" else {}
+    refused = await chat.ask(said("two"), tag, Stateful(), **fields)
+    assert refused.status_code == 422
+    assert b"unsupported" in refused.body
+    server.service.recorded.hold(tag)  # it is held no longer
+
+
+@on_a_loop
+async def test_a_whole_history_keeps_what_is_recorded(server: Server) -> None:
+    chat, tag = Chat(server), Tag("c")
+    await chat.ask(said("one"), tag)
+    [special] = ids("<|tool|>")
+    chat.reply = [*ids("a"), special, *ids("b")]
+    await chat.ask(said("one", "fine", "two"), tag)
+    # The client never saw the special token: from there on it is another text.
+    await chat.ask(said("one", "fine", "two", "ab", "three"), tag)
+    stock = ids("<|user|>one<|assistant|>fine<|endoftext|><|user|>two<|assistant|>ab<|endoftext|>")
+    assert chat.prompts[2] == [*stock, *ids("<|user|>three<|assistant|>")]
+
+
+@on_a_loop
+async def test_an_untagged_chat_is_the_next_turn_of_what_it_extends(linking: Server) -> None:
+    chat = Chat(linking)
+    await chat.ask(said("one"))
+    await chat.ask(said("one", "fine", "two"))
+    first, second = chat.tags
+    assert first is not None
+    assert first == second
+    assert first.conversation_id.startswith("linked-")
+    tracker = linking.service.context.tracker
+    await chat.ask(said("one", "fine", "two", "fine", "three"))
+    assert chat.tags[-1] == first
+    assert tracker.newest(first) == 3
+    for other in (
+        said("one", "fine", "two"),  # an older turn once more
+        said("one", "FINE", "two", "fine", "x"),
+        said("another"),
+        said("one"),
+    ):
+        await chat.ask(other)
+        made = chat.tags[-1]
+        assert made is not None
+        assert made.conversation_id != first.conversation_id, other
+    assert tracker.newest(first) == 3
+
+
+@on_a_loop
+async def test_after_a_restart_a_chat_finds_its_conversation_again(linking: Server) -> None:
+    chat = Chat(linking)
+    await chat.ask(said("one"))
+    await chat.ask(said("mine"), Tag("named"))
+    linked = chat.tags[0]
+    assert linked is not None
+    for name in (linked.conversation_id, "named"):
+        await linking.service.save(tenant="", conversation_id=name)
+    again = linking.restart()
+    try:
+        chat = Chat(again)
+        await chat.ask(said("one", "fine", "two"))
+        await chat.ask(said("mine", "fine", "two"))
+        assert chat.tags == [linked, Tag("named")]
+        assert again.service.context.tracker.newest(linked) == 2
+    finally:
+        again.stop()
+
+
+@on_a_loop
+async def test_without_the_flag_an_untagged_chat_stays_untagged(server: Server) -> None:
+    chat = Chat(server)
+    await chat.ask(said("one"))
+    await chat.ask(said("one", "fine", "two"))
+    assert chat.tags == [None, None]

@@ -24,8 +24,6 @@ NOT_RUN = {
     "engram key new new.key": "unit/cli/test_keys.py rotates; here is no store",
     "python -m pytest test/faults/test_hostile_files.py -s": "the unit tests run a part of it",
     "PYTHONPATH=python:test python -m faults.hostile --seed 20261122 --case 4711": "the same",
-    'with EngramClient("http://localhost:30000") as client:': "e2e/test_client.py runs it",
-    "engram chat tour": "unit/cli/test_chat.py talks so; here is no terminal",
     "import torch": "unit/conditional_memory/test_document.py runs it",
     "state = memory.new_state(batch_size=1)": "the same test goes on with it",
 }

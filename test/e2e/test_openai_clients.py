@@ -1,0 +1,247 @@
+"""The official OpenAI packages, of Python and of Node, and Engram's own client, across a restart.
+
+The Node package is used where there is one: ENGRAM_NODE_PATH names the `node_modules` it is in.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openai import OpenAI
+
+from e2e.helpers import Client
+from e2e.talks import ChatTalk
+from e2e.worlds import CONTRACT, FLOAT32, QUICK, Stage, World, fresh, start
+from engram import EngramClient
+from engram.testing.samples import seeded_random
+
+ARGS = (
+    *(*CONTRACT, *QUICK, "--dtype", "float32", "--snapshot-durability", "sync"),
+    *("--snapshot-min-interval-seconds", "0", "--tool-call-parser", "qwen25"),
+    "--constrained-json-disable-any-whitespace",
+)
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather of a place.",
+        "parameters": {
+            "type": "object",
+            "properties": {"place": {"type": "string", "enum": ["Rome", "Oslo"]}},
+            "required": ["place"],
+            "additionalProperties": False,
+        },
+    },
+}
+NODE_PATH = os.environ.get("ENGRAM_NODE_PATH", "")
+SCRIPT = Path(__file__).with_name("openai_client.cjs")
+Complete = Callable[[str, dict[str, Any]], dict[str, Any]]
+
+
+def with_python(url: str, body: dict[str, Any]) -> dict[str, Any]:
+    """One chat completion with the Python package."""
+    client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    own = {name: body[name] for name in ("conversation_id", "stateful") if name in body}
+    standard = {name: value for name, value in body.items() if name not in (*own, "stream")}
+    pieces = 1
+    if body.get("stream"):
+        with client.chat.completions.stream(**standard, extra_body=own) as stream:
+            pieces = sum(event.type == "content.delta" for event in stream)
+            made: Any = stream.get_final_completion()
+    else:
+        made = client.chat.completions.create(**standard, extra_body=own)
+    choice = made.choices[0]
+    return {
+        "content": choice.message.content,
+        "tool_calls": [call.model_dump() for call in choice.message.tool_calls or ()],
+        "finish_reason": choice.finish_reason,
+        "prompt_tokens": made.usage.prompt_tokens,
+        "cached_tokens": made.usage.prompt_tokens_details.cached_tokens,
+        "pieces": pieces,
+    }
+
+
+def with_node(url: str, body: dict[str, Any]) -> dict[str, Any]:
+    """The same with the Node package."""
+    done = subprocess.run(
+        ["node", str(SCRIPT)],
+        input=json.dumps({"url": url, "body": body}),
+        env={**os.environ, "NODE_PATH": NODE_PATH},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    reply: dict[str, Any] = json.loads(done.stdout)
+    return reply
+
+
+PACKAGES: dict[str, Complete] = {"python": with_python}
+if NODE_PATH and shutil.which("node"):
+    PACKAGES["node"] = with_node
+
+
+@dataclass
+class Recorded:
+    """What one package was told before the kill."""
+
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    replies: list[dict[str, Any]] = field(default_factory=list)
+    boundaries: list[int] = field(default_factory=list)
+    next: dict[str, Any] = field(default_factory=dict)
+    tool: dict[str, Any] = field(default_factory=dict)
+    stateful: list[dict[str, Any]] = field(default_factory=list)
+
+
+def body_of(messages: list[dict[str, Any]], **fields: Any) -> dict[str, Any]:
+    common = {"model": "default", "messages": messages, "temperature": 0, "max_tokens": 12}
+    if fields.get("stream"):
+        common["stream_options"] = {"include_usage": True}
+    return {**common, **fields}
+
+
+def asking(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def tool_body(recorded: Recorded) -> dict[str, Any]:
+    """The next message, answered by a call of a tool and nothing else."""
+    return body_of(
+        [*recorded.messages, asking("is it cold")],
+        tools=[WEATHER],
+        tool_choice="required",
+        parallel_tool_calls=False,
+        max_tokens=200,
+    )
+
+
+def record(client: Client, name: str, complete: Complete) -> Recorded:
+    """Two turns, whole and streamed; what comes next is asked but not taken."""
+    numbers, recorded = seeded_random(), Recorded()
+    for stream in (False, True):
+        talk = ChatTalk()
+        talk.messages = list(recorded.messages)
+        text = talk.draw(client, numbers, 20)
+        body = body_of([*recorded.messages, asking(text)], conversation_id=name, stream=stream)
+        reply = complete(client.url, body)
+        recorded.replies.append(reply)
+        recorded.boundaries.append(client.info(conversation_id=name)["token_count"])
+        recorded.messages += [asking(text), {"role": "assistant", "content": reply["content"]}]
+    recorded.next = complete(client.url, body_of([*recorded.messages, asking("go on")]))
+    recorded.tool = complete(client.url, tool_body(recorded))
+    body = body_of([asking("hello")], conversation_id=f"{name}-stateful", stateful=True)
+    recorded.stateful.append(complete(client.url, body))
+    return recorded
+
+
+@pytest.fixture(scope="module")
+def world(stage: Stage) -> Iterator[World]:
+    """Recorded by every package, killed, started again."""
+    stage.clear()
+    folder = fresh(stage.folder / "openai")
+    store = folder / "store"
+    world = start(stage.server(folder, ARGS, store=store, env=FLOAT32), store)
+    for name, complete in PACKAGES.items():
+        world.facts[name] = record(world.client, name, complete)
+    with EngramClient(world.server.url) as client:
+        chat = client.conversation("own")
+        world.facts["own"] = [chat.send("hello", **OWN), chat.stream("and then", **OWN).reply]
+    world.server.kill()
+    world.server.start()
+    yield world
+    world.server.kill()
+    world.client.http.close()
+
+
+OWN: dict[str, Any] = {"max_tokens": 8, "temperature": 0}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_chat_and_a_stream_say_what_was_cached(world: World, package: str) -> None:
+    recorded: Recorded = world.facts[package]
+    whole, streamed = recorded.replies
+    assert (whole["cached_tokens"], streamed["cached_tokens"]) == (0, recorded.boundaries[0])
+    assert streamed["pieces"] > 1
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_next_turn_is_the_same_after_a_restart(world: World, package: str) -> None:
+    recorded: Recorded = world.facts[package]
+    body = body_of([*recorded.messages, asking("go on")])
+    reply = PACKAGES[package](world.server.url, body)
+    assert reply == recorded.next
+    assert reply["cached_tokens"] == recorded.boundaries[-1]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_tools_are_called_before_and_after_a_restart(world: World, package: str) -> None:
+    recorded: Recorded = world.facts[package]
+    reply = PACKAGES[package](world.server.url, tool_body(recorded))
+    for one in (recorded.tool, reply):
+        assert one["finish_reason"] == "tool_calls"
+        (call,) = one["tool_calls"]
+        assert call["function"]["name"] == "weather"
+        assert json.loads(call["function"]["arguments"])["place"] in ("Rome", "Oslo")
+        assert one["cached_tokens"] == recorded.boundaries[-1]
+    assert [call["function"] for call in reply["tool_calls"]] == [
+        call["function"] for call in recorded.tool["tool_calls"]
+    ]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_only_what_is_new_is_sent_after_a_restart(world: World, package: str) -> None:
+    recorded: Recorded = world.facts[package]
+    name = f"{package}-stateful"
+    boundary = world.client.info(conversation_id=name)["token_count"]
+    body = body_of([asking("go on")], conversation_id=name, stateful=True)
+    reply = PACKAGES[package](world.server.url, body)
+    assert reply["cached_tokens"] == boundary
+    assert reply["prompt_tokens"] > recorded.stateful[0]["prompt_tokens"]
+
+
+def test_engrams_own_client_goes_on_after_a_restart(world: World) -> None:
+    first, second = world.facts["own"]
+    with EngramClient(world.server.url) as client:
+        chat = client.conversation("own")
+        turns = [chat.info(turn=turn) for turn in (1, 2)]
+        assert second.usage.cached_tokens == turns[0].token_count
+        reply = chat.send("go on", **OWN)
+        assert reply.usage is not None
+        assert reply.usage.cached_tokens == turns[1].token_count
+        again = chat.branch("again", turn=1)
+        assert again.stream("and then", **OWN).reply.content == second.content
+        other = chat.send("and then", from_turn=1, **OWN)
+        assert (other.content, other.usage) == (second.content, second.usage)
+        fork = chat.fork("own-fork", turn=2)
+        assert fork.send("go on", **OWN).content == reply.content
+        assert fork.info().conversation_id == "own-fork"
+        explained = client.explain(reply.id)
+        assert explained.cached_tokens == reply.usage.cached_tokens
+        assert explained.prompt_tokens == reply.usage.prompt_tokens
+        assert (explained.fetched_tokens, explained.fetched_from) == (
+            turns[1].token_count,
+            "disk",
+        )
+        assert explained.earlier is not None
+        assert explained.earlier.difference is None
+        assert client.texts([turns[0].fill_ids or []])[0].count(first.content) == 1
+
+
+def test_a_stream_that_is_left_is_no_turn(world: World) -> None:
+    with EngramClient(world.server.url) as client:
+        chat = client.conversation("left")
+        chat.send("hello", **OWN)
+        with chat.stream("more", max_tokens=600, ignore_eos=True, temperature=0) as stream:
+            next(iter(stream))
+        reply = chat.send("more", **OWN)
+        assert reply.usage is not None
+        assert chat.info().turn_number == 2
+        assert chat.info(turn=1).token_count == reply.usage.cached_tokens

@@ -11,9 +11,11 @@ if TYPE_CHECKING:
     from engram.client import SnapshotManager as SnapshotManager
     from engram.conditional_memory import EngramConfig as EngramConfig
     from engram.conditional_memory import EngramModule as EngramModule
+    from engram.sglang_plugin.inprocess import Engine as Engine
 
 __all__ = [
     "AsyncEngramClient",
+    "Engine",
     "EngramClient",
     "EngramConfig",
     "EngramModule",
@@ -24,6 +26,7 @@ __all__ = [
 # Loaded when first used: torch costs seconds that a command or a client must not.
 _LAZY = {
     "AsyncEngramClient": "engram.client",
+    "Engine": "engram.sglang_plugin.inprocess",
     "EngramClient": "engram.client",
     "SnapshotManager": "engram.client",
     "EngramConfig": "engram.conditional_memory",

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -245,3 +246,53 @@ def test_a_stream_that_is_left_is_no_turn(world: World) -> None:
         assert reply.usage is not None
         assert chat.info().turn_number == 2
         assert chat.info(turn=1).token_count == reply.usage.cached_tokens
+
+
+def test_the_engine_without_a_server_goes_on_with_what_a_server_stored(
+    world: World, stage: Stage
+) -> None:
+    """The last: the server has to let go of its store."""
+    with EngramClient(world.server.url) as client:
+        boundary = client.conversation("own").info(turn=1).token_count
+    world.server.kill()
+    arguments = {
+        "model_path": str(stage.model(1)),
+        "snapshot_dir": str(world.store),
+        "dtype": "float32",
+        "mamba_radix_cache_strategy": "no_buffer",
+        "max_total_tokens": 2048,
+        "max_mamba_cache_size": 24,
+        "skip_server_warmup": True,
+        "snapshot_min_interval_seconds": 0,
+    }
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("engine_talk.py")), json.dumps(arguments)],
+        env={**os.environ, **FLOAT32},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    second = world.facts["own"][1]
+    assert report["restored"]["source_tier"] == "disk"
+    assert report["next"]["content"] == second.content
+    assert report["next"]["usage"]["cached_tokens"] == boundary
+    assert "".join(report["pieces"]) == second.content
+    assert len(report["pieces"]) > 1
+    newest, inside = report["saved"]
+    assert newest > 2
+    assert (
+        0
+        < inside
+        < sum(report["inside"]["usage"][n] for n in ("prompt_tokens", "completion_tokens"))
+    )
+    cached, turns = report["plain"]
+    assert cached > 0
+    assert turns == 2
+    assert report["untagged"] > 0
+    assert report["after leaving"] > boundary
+    # The reply that was left is no turn, the one after it is.
+    assert max(report["turns"]) == newest + 1
+    assert (report["batch"], report["nobody"]) == ("unsupported", "not_found")
+    assert "tensor parallelism" in report["refused"]

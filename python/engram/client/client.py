@@ -13,7 +13,7 @@ from engram.client import calls, talking
 from engram.client.binding import Place, blocking, blocking_at
 from engram.client.chat import Assembly, Message, Reply
 from engram.client.exchange import Call, Retries
-from engram.client.transport import DEFAULT_TIMEOUT, DEFAULT_URL, Transport
+from engram.client.transport import DEFAULT_TIMEOUT, DEFAULT_URL, BlockingTransport, Transport
 from engram.core.ids import DEFAULT_BRANCH
 
 T = TypeVar("T")
@@ -51,7 +51,7 @@ class EngramClient:
             transport: for tests: what carries the requests.
             sleep: for tests: what waits between retries.
         """
-        self._transport = Transport(
+        self._transport: BlockingTransport = Transport(
             url,
             api_key=api_key,
             timeout=timeout,
@@ -59,6 +59,13 @@ class EngramClient:
             transport=transport,
             sleep=sleep,
         )
+
+    @classmethod
+    def over(cls, transport: BlockingTransport) -> EngramClient:
+        """A client whose calls go another way than over a network."""
+        client = cls.__new__(cls)
+        client._transport = transport
+        return client
 
     def conversation(self, conversation_id: str, branch_name: str = DEFAULT_BRANCH) -> Conversation:
         """A branch of a conversation, there or not; nothing is sent."""
@@ -180,11 +187,12 @@ class Conversation:
 class ChatStream:
     """A reply that is coming: iterate over its text; to close it early stops the generation."""
 
-    def __init__(self, transport: Transport, response: httpx.Response) -> None:
+    def __init__(self, transport: BlockingTransport, response: httpx.Response) -> None:
+        self._transport = transport
         self._response = response
         self._assembly = Assembly()
         self._reply: Reply | None = None
-        self._texts = self._read(transport)
+        self._texts = self._read()
 
     def __iter__(self) -> Iterator[str]:
         return self._texts
@@ -198,17 +206,17 @@ class ChatStream:
             self._reply = self._assembly.finish()
         return self._reply
 
-    def _read(self, transport: Transport) -> Iterator[str]:
+    def _read(self) -> Iterator[str]:
         try:
-            for part in transport.parts(self._response):
+            for part in self._transport.parts(self._response):
                 yield from self._assembly.feed(part)
             self._reply = self._assembly.finish()
         finally:
-            self._response.close()
+            self.close()
 
     def close(self) -> None:
         """Read no further."""
-        self._response.close()
+        self._transport.end(self._response)
 
     def __enter__(self) -> ChatStream:
         return self

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 import httpx
 
@@ -46,6 +46,28 @@ def reaching(url: str) -> Iterator[None]:
             hint="does the server run, and is this its address?",
             details={"url": url},
         ) from error
+
+
+class BlockingTransport(Protocol):
+    """What a client needs to send its calls."""
+
+    url: str
+
+    def run(self, call: Call[T]) -> T:
+        """The result of a call; raises an `EngramError`."""
+        ...
+
+    def parts(self, response: httpx.Response) -> Iterator[bytes]:
+        """The body of a streamed response as it comes."""
+        ...
+
+    def end(self, response: httpx.Response) -> None:
+        """Read no more of a streamed response."""
+        ...
+
+    def close(self) -> None:
+        """Close the connections."""
+        ...
 
 
 class Transport:
@@ -103,6 +125,10 @@ class Transport:
         """The body of a streamed response as it comes."""
         with reaching(self.url):
             yield from response.iter_bytes()
+
+    def end(self, response: httpx.Response) -> None:
+        """Read no more of a streamed response."""
+        response.close()
 
     def close(self) -> None:
         """Close the connections."""

@@ -48,10 +48,28 @@ class _Opened:
     store: DiskStore
     catalog: Catalog
 
+    def close(self) -> None:
+        """Close both; the store is free for another server."""
+        self.catalog.close()
+        self.store.close()
+
 
 _opened: _Opened | None = None
 _ADMITTED: ContextVar[list[RunningRequest]] = ContextVar("_ADMITTED")
 """What the call of `generate_request` that runs in this context has sent to the scheduler."""
+
+
+def open_for(server_args: Any, settings: Settings) -> _Opened:
+    """Open store and catalog of a server whose persistence is on.  Raises an `EngramError`."""
+    store = open_store(server_args, lock=True)
+    try:
+        with store.reserve_at_hand():
+            catalog = Catalog.open(store.catalog_path, store)
+    except BaseException:
+        store.close()
+        raise
+    _report(store, catalog)
+    return _Opened(settings, store, catalog)
 
 
 def around_launch_server(
@@ -63,18 +81,13 @@ def around_launch_server(
     if settings is None:
         return original(server_args, *args, **kw)
     try:
-        store = open_store(server_args, lock=True)
-        with store.reserve_at_hand():
-            catalog = Catalog.open(store.catalog_path, store)
+        _opened = open_for(server_args, settings)
     except EngramError as error:
         raise SystemExit(f"engram: error: {error}") from None
-    _report(store, catalog)
-    _opened = _Opened(settings, store, catalog)
     try:
         return original(server_args, *args, **kw)
     finally:
-        catalog.close()
-        store.close()
+        _opened.close()
         _opened = None
 
 
@@ -85,33 +98,46 @@ def before_setup_and_run_http_server(
     if _opened is None:
         return
     from sglang.srt.entrypoints.http_server import app
+
+    service = service_around(tokenizer_manager, _opened, ranks=server_args.tp_size)
+    mount(app, service)
+    _save_before_the_end(app, tokenizer_manager, service)
+
+
+def service_around(tokenizer_manager: Any, opened: _Opened, *, ranks: int) -> SnapshotService:
+    """A service that sees every request of a tokenizer manager pass."""
     from sglang.utils import TypeBasedDispatcher
 
-    client = RankClient(tokenizer_manager, ranks=server_args.tp_size)
+    client = RankClient(tokenizer_manager, ranks=ranks)
     tokenizer_manager._result_dispatcher += TypeBasedDispatcher([(EngramReply, client.on_reply)])
     service = SnapshotService(
-        _opened.settings,
-        _opened.store,
-        _opened.catalog,
+        opened.settings,
+        opened.store,
+        opened.catalog,
         SglangRanks(client),
         SglangGenerator(tokenizer_manager),
     )
     _watch_requests(tokenizer_manager, service)
     _watch_weights(tokenizer_manager, service)
+    return service
+
+
+def mount(app: Any, service: SnapshotService) -> None:
+    """Put the routes, and what tags requests, on an application."""
+    settings = service.context.settings
     for make in (compatible_router, browsing_router, resources_router, memory_router):
         app.include_router(_marked(make(service)))
     # Generation: for whoever may use /v1/chat/completions.
     app.include_router(chat_router(SglangChat()))
-    if _opened.settings.snapshot_trigger_policy == "on_tool_call":
+    if settings.snapshot_trigger_policy == "on_tool_call":
         app.add_middleware(
             ToolCallMiddleware,
             tool_called=service.gate.tool_called,
-            untagged=_opened.settings.snapshot_link_by_prefix,
+            untagged=settings.snapshot_link_by_prefix,
         )
     app.add_middleware(TaggingMiddleware)
     app.add_middleware(RefusingMiddleware)
     app.add_middleware(HoldingMiddleware)
-    _save_before_the_end(app, tokenizer_manager, service)
 
 
 def _report(store: DiskStore, catalog: Catalog) -> None:

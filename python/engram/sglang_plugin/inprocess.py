@@ -28,10 +28,12 @@ from engram.core.ids import DEFAULT_BRANCH, check_id
 from engram.core.settings import Settings
 from engram.errors import UnsupportedError
 from engram.server.tagging import CURRENT_TAG
+from engram.sglang_plugin import compat
 from engram.sglang_plugin.args import apply_flags
 from engram.sglang_plugin.chat import watch_chats
 from engram.sglang_plugin.http import CLOSE_TIMEOUT_S, mount, open_for, service_around
 from engram.sglang_plugin.inside import InsideTransport
+from engram.sglang_plugin.plugin import HOOKS
 
 T = TypeVar("T")
 URL: Final = "http://engram"
@@ -79,6 +81,7 @@ class Engine(SglangEngine):
         if "log_level" not in kwargs:
             given.log_level = "error"
         try:
+            compat.require_whole(HOOKS)
             settings = apply_flags(given)
         except SystemExit as refused:
             message = str(refused.code).removeprefix("engram: error: ")

@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi import FastAPI, Request
+from fastapi import Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from engram.server.chat import chat_router
+from engram.server.stateful import CURRENT_STATEFUL
+from engram.server.tagging import CURRENT_TAG
 from engram.testing.samples import seeded_random
 from unit.client.live import Live, app_of, serving
 from unit.service.engine import Server
@@ -27,20 +30,27 @@ WORDS = ["You ", "said: "]
 
 
 class Replies:
-    """Stands for the route that generates: streams what was said, and keeps the bodies."""
+    """The engine behind the server's own chat route: streams what was said, keeps the bodies."""
 
-    def __init__(self, app: FastAPI) -> None:
+    fields = frozenset(
+        ("messages", "max_tokens", "temperature", "stream", "stream_options", "tools")
+    )
+
+    def __init__(self) -> None:
         self.bodies: list[dict[str, Any]] = []
         self.endless = False
         self.stopped = False
 
-        @app.post("/v1/conversations/{name}/chat")
-        async def chat(name: str, request: Request) -> Any:
-            body = await request.json()
-            self.bodies.append({"conversation": name, **body})
-            if body["messages"][-1]["content"] == "fail":
-                return JSONResponse({"message": "too long"}, 400)
-            return StreamingResponse(self._events(request), media_type="text/event-stream")
+    async def complete(self, body: dict[str, Any], request: Request) -> Any:
+        tag, stateful = CURRENT_TAG.get(), CURRENT_STATEFUL.get()
+        assert tag is not None
+        assert stateful is not None
+        self.bodies.append(
+            {"conversation": tag.conversation_id, "branch": stateful.branch_name, **body}
+        )
+        if body["messages"][-1]["content"] == "fail":
+            return JSONResponse({"message": "too long"}, 400)
+        return StreamingResponse(self._events(request), media_type="text/event-stream")
 
     async def _events(self, request: Request) -> AsyncIterator[str]:
         said = self.bodies[-1]["messages"][-1]["content"]
@@ -67,8 +77,8 @@ class Replies:
 @pytest.fixture
 def talking(tmp_path: Path) -> Iterator[tuple[Live, Replies]]:
     server = Server.start(tmp_path / "store", seeded_random())
-    app = app_of(server)
-    replies = Replies(app)
+    app, replies = app_of(server), Replies()
+    app.include_router(chat_router(replies))
     with serving(server, app) as live:
         yield live, replies
     server.stop()
@@ -97,7 +107,7 @@ def test_lines_are_messages(talking: tuple[Live, Replies]) -> None:
     ]
     # Only what is new: the server has the rest.
     assert second["messages"] == [{"role": "user", "content": "two"}]
-    assert (first["conversation"], first["branch_name"], first["max_tokens"]) == ("c", "other", 7)
+    assert (first["conversation"], first["branch"], first["max_tokens"]) == ("c", "other", 7)
     assert "temperature" not in first
 
 

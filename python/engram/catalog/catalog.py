@@ -8,13 +8,13 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
-from engram.catalog.browsing import BrowsingTable
 from engram.catalog.database import CatalogDamagedError, Database
 from engram.catalog.inventory import InventoryTable
 from engram.catalog.owners import OwnerTable
 from engram.catalog.removal import RemovalTable
 from engram.catalog.rows import OpenReport
 from engram.catalog.segments import SegmentTable
+from engram.catalog.sharing import SharingTable
 from engram.catalog.snapshots import SnapshotTable
 from engram.catalog.source import ManifestSource
 from engram.catalog.usage import UsageTable
@@ -36,7 +36,7 @@ class Catalog(
     UsageTable,
     RemovalTable,
     OwnerTable,
-    BrowsingTable,
+    SharingTable,
 ):
     """An index over the manifests of one store. Manifests are the truth, this is for finding them.
 

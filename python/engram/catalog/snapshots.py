@@ -243,7 +243,28 @@ class SnapshotTable:
 
         Raises `InvalidRequestError` for a limit outside 1 to `MAX_PAGE`.
         """
+        return self.conversations_from(tenant, "", limit=limit, after=after)
+
+    def conversation(self, tenant: str, conversation_id: str) -> ConversationRow | None:
+        """One conversation; None if nothing of it is saved."""
+        found = self._conversations("conversation_id = ?2", (tenant, conversation_id))
+        return found[0] if found else None
+
+    def conversations_from(
+        self, tenant: str, id_prefix: str, *, limit: int = 100, after: str | None = None
+    ) -> list[ConversationRow]:
+        """`conversations`, of those whose id begins with ``id_prefix``."""
         _check_limit(limit)
+        # Ids are ASCII, and "~" is above all that may be in one.
+        return self._conversations(
+            "conversation_id > ?2 AND conversation_id < ?3",
+            (tenant, max(after or "", id_prefix), id_prefix + "~"),
+            limit,
+        )
+
+    def _conversations(
+        self, condition: str, values: tuple[str, ...], limit: int = 1
+    ) -> list[ConversationRow]:
         rows = self._db.rows(
             "SELECT conversation_id, count(*) AS snapshots,"
             " count(DISTINCT branch_name) AS branches, max(turn_number) AS newest_turn,"
@@ -252,9 +273,9 @@ class SnapshotTable:
             "  FROM segments WHERE id IN"
             "  (SELECT segment FROM snapshot_segments JOIN snapshots AS s ON snapshot = s.id"
             "   WHERE s.tenant = ?1 AND s.conversation_id = snapshots.conversation_id))) AS bytes"
-            " FROM snapshots WHERE tenant = ?1 AND conversation_id > ?2"
-            " GROUP BY conversation_id ORDER BY conversation_id LIMIT ?3",
-            (tenant, after or "", limit),
+            f" FROM snapshots WHERE tenant = ?1 AND {condition}"
+            f" GROUP BY conversation_id ORDER BY conversation_id LIMIT {int(limit)}",
+            values,
         )
         return [ConversationRow(**dict(row)) for row in rows]
 

@@ -13,6 +13,7 @@ from engram.client import calls, talking
 from engram.client.binding import Place, awaiting, awaiting_at
 from engram.client.chat import Assembly, Message, Reply
 from engram.client.exchange import Call, Retries
+from engram.client.results import Tree
 from engram.client.transport import DEFAULT_TIMEOUT, DEFAULT_URL, AsyncTransport
 from engram.core.ids import DEFAULT_BRANCH
 
@@ -57,7 +58,7 @@ class AsyncEngramClient:
     get_conversation = awaiting(calls.get_conversation)
     delete_conversation = awaiting(calls.delete_conversation)
     set_priority = awaiting(calls.set_priority)
-    tree = awaiting(calls.tree)
+    tree_page = awaiting(calls.tree_page)
     list_snapshots = awaiting(calls.list_snapshots)
     get_snapshot = awaiting(calls.get_snapshot)
     find_snapshot = awaiting(calls.find_snapshot)
@@ -75,6 +76,15 @@ class AsyncEngramClient:
     tiers = awaiting(calls.tiers)
     health = awaiting(calls.health)
     texts = awaiting(calls.texts)
+
+    async def tree(self, conversation_id: str) -> Tree:
+        """The turns and branches of a conversation, all of them."""
+        page = await self.tree_page(conversation_id)
+        turns = list(page.turns)
+        while page.after is not None:
+            page = await self.tree_page(conversation_id, after=page.after)
+            turns += page.turns
+        return Tree(conversation_id=conversation_id, branches=page.branches, snapshots=turns)
 
     @property
     def url(self) -> str:
@@ -125,7 +135,6 @@ class AsyncConversation:
     info = awaiting_at(talking.info)
     snapshots = awaiting_at(talking.snapshots)
     details = awaiting_at(talking.details)
-    tree = awaiting_at(talking.tree)
     delete = awaiting_at(talking.delete)
     set_priority = awaiting_at(talking.set_priority)
     pin = awaiting_at(talking.pin)
@@ -143,6 +152,10 @@ class AsyncConversation:
         """
         response = await self._run(talking.streamed(self.place, message, from_turn, options))
         return AsyncChatStream(self._client._transport, response)
+
+    async def tree(self) -> Tree:
+        """The turns and branches of the whole conversation."""
+        return await self._client.tree(self.id)
 
     async def branch(self, name: str, *, turn: int | None = None) -> AsyncConversation:
         """A new branch that starts at a turn, the newest if not said otherwise.

@@ -31,7 +31,7 @@ from engram.client.results import (
     Snapshot,
     SnapshotPage,
     Tiers,
-    Tree,
+    TreePage,
     Unpinned,
 )
 from engram.core.ids import check_id
@@ -60,9 +60,11 @@ def set_priority(conversation_id: str, priority: int) -> Call[Prioritised]:
     return Call("PATCH", conversation_path(conversation_id), reply_as(Prioritised), body)
 
 
-def tree(conversation_id: str) -> Call[Tree]:
-    """The turns and branches of a conversation."""
-    return Call("GET", f"{conversation_path(conversation_id)}/tree", reply_as(Tree))
+def tree_page(conversation_id: str, limit: int = 500, after: str | None = None) -> Call[TreePage]:
+    """A page of the turns of a conversation, and all its branches."""
+    query = given(limit=limit, after=after)
+    path = f"{conversation_path(conversation_id)}/tree"
+    return Call("GET", path, reply_as(TreePage), query=query)
 
 
 def list_snapshots(
@@ -78,7 +80,7 @@ def list_snapshots(
 
 def get_snapshot(snapshot_id: str) -> Call[Snapshot]:
     """Describe a snapshot, its recorded tokens included."""
-    return Call("GET", snapshot_path(snapshot_id), reply_as(Snapshot, "metadata"))
+    return Call("GET", snapshot_path(snapshot_id), reply_as(Snapshot, "snapshot"))
 
 
 def find_snapshot(

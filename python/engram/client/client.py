@@ -13,6 +13,7 @@ from engram.client import calls, talking
 from engram.client.binding import Place, blocking, blocking_at
 from engram.client.chat import Assembly, Message, Reply
 from engram.client.exchange import Call, Retries
+from engram.client.results import Tree
 from engram.client.transport import DEFAULT_TIMEOUT, DEFAULT_URL, BlockingTransport, Transport
 from engram.core.ids import DEFAULT_BRANCH
 
@@ -75,7 +76,7 @@ class EngramClient:
     get_conversation = blocking(calls.get_conversation)
     delete_conversation = blocking(calls.delete_conversation)
     set_priority = blocking(calls.set_priority)
-    tree = blocking(calls.tree)
+    tree_page = blocking(calls.tree_page)
     list_snapshots = blocking(calls.list_snapshots)
     get_snapshot = blocking(calls.get_snapshot)
     find_snapshot = blocking(calls.find_snapshot)
@@ -93,6 +94,15 @@ class EngramClient:
     tiers = blocking(calls.tiers)
     health = blocking(calls.health)
     texts = blocking(calls.texts)
+
+    def tree(self, conversation_id: str) -> Tree:
+        """The turns and branches of a conversation, all of them."""
+        page = self.tree_page(conversation_id)
+        turns = list(page.turns)
+        while page.after is not None:
+            page = self.tree_page(conversation_id, after=page.after)
+            turns += page.turns
+        return Tree(conversation_id=conversation_id, branches=page.branches, snapshots=turns)
 
     @property
     def url(self) -> str:
@@ -143,7 +153,6 @@ class Conversation:
     info = blocking_at(talking.info)
     snapshots = blocking_at(talking.snapshots)
     details = blocking_at(talking.details)
-    tree = blocking_at(talking.tree)
     delete = blocking_at(talking.delete)
     set_priority = blocking_at(talking.set_priority)
     pin = blocking_at(talking.pin)
@@ -161,6 +170,10 @@ class Conversation:
         """
         response = self._run(talking.streamed(self.place, message, from_turn, options))
         return ChatStream(self._client._transport, response)
+
+    def tree(self) -> Tree:
+        """The turns and branches of the whole conversation."""
+        return self._client.tree(self.id)
 
     def branch(self, name: str, *, turn: int | None = None) -> Conversation:
         """A new branch that starts at a turn, the newest if not said otherwise.

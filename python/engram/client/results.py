@@ -82,12 +82,6 @@ class ConversationSummary(Result):
     bytes: int
 
 
-class ConversationDetails(ConversationSummary):
-    """The same, and what the conversation is worth (0 to 100)."""
-
-    priority: int
-
-
 class ConversationPage(Result):
     """Some conversations by id; `after` is the cursor of the next page, None at the end."""
 
@@ -105,8 +99,33 @@ class Branch(Result):
     updated_at: float
 
 
+class ConversationDetails(Result):
+    """One conversation, its branches by name, and what it is worth (0 to 100).
+
+    Of one of which no turn is saved yet there are no snapshots and no times.
+    """
+
+    conversation_id: str
+    snapshots: int
+    branches: list[Branch]
+    newest_turn: int
+    created_at: float | None
+    updated_at: float | None
+    bytes: int
+    priority: int
+
+
+class TreePage(Result):
+    """Some turns of a conversation, oldest first; `after` is the cursor of the next page."""
+
+    conversation_id: str
+    branches: list[Branch]
+    turns: list[SnapshotSummary]
+    after: str | None
+
+
 class Tree(Result):
-    """A conversation: its branches by name, its snapshots with parents before children."""
+    """A conversation: its branches by name, its snapshots, oldest first."""
 
     conversation_id: str
     branches: list[Branch]

@@ -21,7 +21,6 @@ from engram.client.results import (
     Saved,
     Snapshot,
     SnapshotPage,
-    Tree,
     Unpinned,
 )
 
@@ -117,11 +116,6 @@ def snapshots(place: Place, *, limit: int = 100, after: str | None = None) -> Ca
 def details(place: Place) -> Call[ConversationDetails]:
     """Describe the conversation as a whole."""
     return calls.get_conversation(place.conversation_id)
-
-
-def tree(place: Place) -> Call[Tree]:
-    """The turns and branches of the whole conversation."""
-    return calls.tree(place.conversation_id)
 
 
 def delete(place: Place) -> Call[ConversationDeleted]:

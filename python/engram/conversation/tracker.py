@@ -117,6 +117,10 @@ class ConversationTracker:
         """Whether a request of the conversation was met on any branch."""
         return any(key[:2] == (tenant, conversation_id) for key in self._branches)
 
+    def branches_of(self, tenant: str, conversation_id: str) -> list[str]:
+        """The branches of a conversation on which a request was met."""
+        return [key[2] for key in self._branches if key[:2] == (tenant, conversation_id)]
+
     def learn(self, tag: Tag, newest_saved: int) -> list[Turn]:
         """How far a branch is saved (0: not at all); the turns that waited for their numbers."""
         if not self.knows_branch(tag):

@@ -5,8 +5,7 @@
 | `schemas.py` | bodies and replies of the routes |
 | `wire.py` | reading a bounded body, writing a reply or an error |
 | `compatible.py` | the five routes of the published Engram fork |
-| `browsing.py` | conversations and snapshots as resources, all but `PATCH` |
-| `metadata.py`, `outcomes.py` | a snapshot, a save and a restore as replies describe them |
+| `explaining.py` | where two snapshots part, and why so much of a prompt was cached |
 | `resources.py` | `PATCH` on snapshots and conversations |
 | `memory.py` | what the tiers hold and what was done, for operators; promote, demote, pin |
 | `refusing.py` | ASGI middleware: routes of SGLang that would falsify stored states |

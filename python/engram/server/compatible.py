@@ -12,11 +12,12 @@ from fastapi import APIRouter, Request
 
 from engram.catalog.rows import SnapshotRow
 from engram.core.ids import DEFAULT_TENANT
-from engram.server.metadata import listed, metadata_of
-from engram.server.outcomes import continuation_in, restore_reply, save_reply, shown
+from engram.errors import NotFoundError, SnapshotCorruptError, StoreError
+from engram.server.replies import metadata, restore_reply, save_reply, shown
 from engram.server.schemas import ListBody, Place, RestoreBody, SaveBody
 from engram.server.wire import answering, body_of, read_body
 from engram.service import SnapshotService
+from engram.service.restores import Continuation
 
 
 def compatible_router(service: SnapshotService) -> APIRouter:
@@ -69,22 +70,24 @@ class _Routes:
             turn_number=body.turn_number,
             branch_name=body.branch_name,
         )
-        return restore_reply(await self._service.restore(row, continuation_in(body)))
+        continuation = None
+        if body.create_new_request:
+            assert body.continuation_ids is not None
+            params = {**(body.sampling_params or {}), "max_new_tokens": body.max_new_tokens}
+            continuation = Continuation(body.continuation_ids, params, body.request_id)
+        return restore_reply(await self._service.restore(row, continuation))
 
     async def list(self, request: Request) -> dict[str, Any]:
         """List the snapshots of a conversation, oldest first."""
         body = await read_body(request, ListBody)
         rows = await self._service.list(DEFAULT_TENANT, body.conversation_id)
-        return {"success": True, "snapshots": [await listed(self._service, row) for row in rows]}
+        return {"success": True, "snapshots": [await self._listed(row) for row in rows]}
 
     async def info(self, request: Request) -> dict[str, Any]:
         """Describe one snapshot, its recorded tokens included."""
         row = await self._at(await read_body(request, Place))
         tokens = await self._service.tokens(row)
-        return {
-            "success": True,
-            "metadata": metadata_of(row, tokens, await self._service.tier(row)),
-        }
+        return {"success": True, "metadata": metadata(row, tokens, await self._service.tier(row))}
 
     async def delete(self, request: Request) -> dict[str, Any]:
         """Delete one snapshot, and the bytes that no other snapshot shares."""
@@ -103,3 +106,11 @@ class _Routes:
             turn_number=place.turn_number,
             branch_name=place.branch_name,
         )
+
+    async def _listed(self, row: SnapshotRow) -> dict[str, Any]:
+        """The metadata of one snapshot among others, which its damage must not hide."""
+        try:
+            tokens = await self._service.tokens(row)
+            return metadata(row, tokens, await self._service.tier(row))
+        except (SnapshotCorruptError, NotFoundError, StoreError) as error:
+            return metadata(row, None, "disk", damaged=error.message)

@@ -52,8 +52,31 @@ class SaveBody(BaseModel):
     durability: Literal["sync", "async"] = "sync"
 
 
-class ContinueBody(BaseModel):
-    """`POST /v1/snapshots/{snapshot_id}/restore`: also what is generated from the snapshot."""
+class RestoreBody(BaseModel):
+    """`POST /restore_snapshot`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    conversation_id: Id | None = None
+    rid: Rid | None = None
+    turn_number: TurnNumber | None = None
+    branch_name: Id | None = None
+    create_new_request: Annotated[bool, Strict()] = False
+    continuation_ids: (
+        Annotated[list[TokenId], Field(min_length=1, max_length=MAX_CONTINUATION)] | None
+    ) = None
+    max_new_tokens: Annotated[int, Strict(), Field(ge=1, lt=2**31)] | None = None
+    sampling_params: dict[str, Any] | None = None
+    request_id: Id | None = None
+
+    @model_validator(mode="after")
+    def _continuation_is_whole(self) -> RestoreBody:
+        check_continuation(self)
+        return self
+
+
+class SnapshotRestore(BaseModel):
+    """`POST /v1/snapshots/{snapshot_id}/restore`: as `RestoreBody`, but for the place."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -66,42 +89,32 @@ class ContinueBody(BaseModel):
     request_id: Id | None = None
 
     @model_validator(mode="after")
-    def _continuation_is_whole(self) -> ContinueBody:
-        needed: dict[str, object] = {
-            "continuation_ids": self.continuation_ids,
-            "max_new_tokens": self.max_new_tokens,
-        }
-        for name in ("n", "beam_width"):
-            if (self.sampling_params or {}).get(name) not in (None, 1):
-                raise ValueError(f"sampling_params.{name} must be 1: a turn has one reply")
-        if self.create_new_request:
-            missing = [name for name, value in needed.items() if value is None]
-            if missing:
-                raise ValueError(f"create_new_request needs {' and '.join(missing)}")
-            return self
-        needed |= {"sampling_params": self.sampling_params, "request_id": self.request_id}
-        given = [name for name, value in needed.items() if value is not None]
-        if given:
-            raise ValueError(f"{', '.join(given)}: only with create_new_request")
+    def _continuation_is_whole(self) -> SnapshotRestore:
+        check_continuation(self)
         return self
 
 
-class RestorePlace(BaseModel):
-    """Where the snapshot to restore stands."""
+def check_continuation(body: RestoreBody | SnapshotRestore) -> None:
+    """What a new request needs is there, and nothing of it without one.  Raises ValueError."""
+    needed: dict[str, object] = {
+        "continuation_ids": body.continuation_ids,
+        "max_new_tokens": body.max_new_tokens,
+    }
+    for name in ("n", "beam_width"):
+        if (body.sampling_params or {}).get(name) not in (None, 1):
+            raise ValueError(f"sampling_params.{name} must be 1: a turn has one reply")
+    if body.create_new_request:
+        missing = [name for name, value in needed.items() if value is None]
+        if missing:
+            raise ValueError(f"create_new_request needs {' and '.join(missing)}")
+        return
+    needed |= {"sampling_params": body.sampling_params, "request_id": body.request_id}
+    given = [name for name, value in needed.items() if value is not None]
+    if given:
+        raise ValueError(f"{', '.join(given)}: only with create_new_request")
 
-    model_config = ConfigDict(extra="forbid")
 
-    conversation_id: Id | None = None
-    rid: Rid | None = None
-    turn_number: TurnNumber | None = None
-    branch_name: Id | None = None
-
-
-class RestoreBody(ContinueBody, RestorePlace):
-    """`POST /restore_snapshot`."""
-
-
-class BranchBody(BaseModel):
+class SnapshotBranch(BaseModel):
     """`POST /v1/snapshots/{snapshot_id}/branch`."""
 
     model_config = ConfigDict(extra="forbid")
@@ -109,6 +122,12 @@ class BranchBody(BaseModel):
     branch_name: Id | None = None
     conversation_id: Id | None = None
     snapshot_id: Id | None = None
+
+    @model_validator(mode="after")
+    def _names_something_new(self) -> SnapshotBranch:
+        if self.branch_name is None and self.conversation_id is None:
+            raise ValueError("give branch_name, conversation_id or both")
+        return self
 
 
 class ListBody(BaseModel):
@@ -178,35 +197,3 @@ class BranchPlace(BaseModel):
 
     conversation_id: Id
     branch_name: Id | None = None
-
-
-MAX_LIMIT: Final = 1000
-"""Entries of a page."""
-
-
-class ConversationsQuery(BaseModel):
-    """`GET /v1/conversations`."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    limit: Annotated[int, Field(ge=1, le=MAX_LIMIT)] = 100
-    after: Id | None = None
-
-
-class SnapshotsQuery(BaseModel):
-    """`GET /v1/snapshots`."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    conversation_id: Id | None = None
-    branch: Id | None = None
-    limit: Annotated[int, Field(ge=1, le=MAX_LIMIT)] = 100
-    after: Annotated[str, Field(max_length=300)] | None = None
-
-
-class CompareQuery(BaseModel):
-    """`GET /v1/snapshots/{snapshot_id}/compare`."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    to: Id

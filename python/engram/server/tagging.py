@@ -11,6 +11,7 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from contextlib import ExitStack
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, Final
 
 import msgspec
@@ -20,6 +21,7 @@ from engram.core.ids import DEFAULT_TENANT, check_id
 from engram.errors import EngramError, InvalidRequestError, UnsupportedError
 from engram.server.stateful import CURRENT_STATEFUL, Stateful, stateful_of
 from engram.server.wire import bounded, error_response
+from engram.service.prefixes import RESERVED
 from engram.snapshot.conversation import MAX_PRIORITY
 
 Scope = MutableMapping[str, Any]
@@ -33,6 +35,8 @@ GENERATION_ROUTES: Final = frozenset(
 )
 HEADER: Final = b"x-override-conversation-id"
 FIELD: Final = b'"conversation_id"'
+MARK: Final = b'"cache_control"'
+MARK_SECONDS: Final[dict[Any, float]] = {"5m": 300.0, "1h": 3600.0}
 STATEFUL: Final = b'"stateful"'
 CHAT: Final = "/v1/chat/completions"
 TEXT_PARTS: Final = ("text", "input_text", "output_text", "refusal")
@@ -67,6 +71,7 @@ class _Fields(msgspec.Struct):
     stateful: Any = None
     branch_name: Any = None
     continue_from: Any = None
+    tools: Any = None
 
 
 def route_of(scope: Scope) -> str:
@@ -77,6 +82,39 @@ def route_of(scope: Scope) -> str:
     """
     path, root = str(scope["path"]), str(scope.get("root_path", ""))
     return path.removeprefix(root) if path.startswith(root.rstrip("/") + "/") else path
+
+
+@dataclass(frozen=True, slots=True)
+class Marked:
+    """What a chat marks with `cache_control`: its messages up to there, for so many seconds."""
+
+    messages: list[dict[str, Any]]
+    tools: Any
+    seconds: float
+
+
+CURRENT_MARK: ContextVar[Marked | None] = ContextVar("CURRENT_MARK", default=None)
+"""What the request that is served in this task has marked."""
+
+
+def marked_in(body: bytes, route: str) -> Marked | None:
+    """The last mark of a chat's messages; None without one."""
+    fields = _decode(body) if route == CHAT and MARK in body else None
+    if fields is None or not isinstance(fields.messages, list):
+        return None
+    for index in range(len(fields.messages) - 1, -1, -1):
+        message = fields.messages[index]
+        if not isinstance(message, dict):
+            continue
+        content = message.get("content")
+        parts = content if isinstance(content, list) else []
+        marks = [message.get("cache_control")]
+        marks += [part.get("cache_control") for part in parts if isinstance(part, dict)]
+        for mark in reversed(marks):
+            if isinstance(mark, dict):
+                seconds = MARK_SECONDS.get(mark.get("ttl"), MARK_SECONDS["5m"])
+                return Marked(fields.messages[: index + 1], fields.tools, seconds)
+    return None
 
 
 class TaggingMiddleware:
@@ -94,13 +132,16 @@ class TaggingMiddleware:
             body, replay = await _read(receive, headers.get(b"content-length"))
             tag = tag_of(body, headers.get(HEADER))
             stateful = stateful_in(body, tag, route_of(scope))
+            mark = None if stateful else marked_in(body, route_of(scope))
         except EngramError as error:
             await error_response(error)(scope, receive, send)
             return
         token, asked = CURRENT_TAG.set(tag), CURRENT_STATEFUL.set(stateful)
+        marked = CURRENT_MARK.set(mark)
         try:
             await self._app(scope, replay, send)
         finally:
+            CURRENT_MARK.reset(marked)
             CURRENT_TAG.reset(token)
             CURRENT_STATEFUL.reset(asked)
 
@@ -155,6 +196,12 @@ def tag_of_chat(conversation_id: str, body: Mapping[str, Any]) -> Tag:
 
 
 def _tag(given: Any, fields: _Fields) -> Tag:
+    if isinstance(given, str) and given.startswith(RESERVED):
+        raise InvalidRequestError(
+            f"ids that begin with {RESERVED!r} are those of named prefixes",
+            hint="a request need not name a prefix: it starts from the one that it begins with",
+            details={"field": "conversation_id"},
+        )
     tag = Tag(
         check_id("conversation_id", given),
         tenant=DEFAULT_TENANT,

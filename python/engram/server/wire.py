@@ -27,32 +27,22 @@ logger = logging.getLogger(__name__)
 MAX_BODY_BYTES: Final = 16 << 20
 """Of Engram's own routes; the largest legitimate body is a list of continuation tokens."""
 
+DEFAULT_PAGE: Final = 100
+MAX_PAGE: Final = 500
+"""Entries of a list in one reply."""
+
 RETRY_AFTER_S: Final = 1
 """What clients are told that were refused because of too much work: a save takes about as long."""
 
 Body = TypeVar("Body", bound=BaseModel)
 
 
-async def read_body(request: Request, schema: type[Body]) -> Body:
+async def read_body(request: Request, schema: type[Body], limit: int | None = None) -> Body:
     """The request's JSON body as `schema`.  Raises `InvalidRequestError` naming the field."""
-    data = await bounded(request.stream(), request.headers.get("content-length"), MAX_BODY_BYTES)
+    limit = MAX_BODY_BYTES if limit is None else limit
+    data = await bounded(request.stream(), request.headers.get("content-length"), limit)
     try:
         return schema.model_validate(parse_json(data))
-    except ValidationError as error:
-        raise invalid(error) from None
-
-
-def read_query(request: Request, schema: type[Body]) -> Body:
-    """The request's query string as `schema`.  Raises `InvalidRequestError` naming the field."""
-    given: dict[str, str] = {}
-    for name, value in request.query_params.multi_items():
-        if name in given:
-            raise InvalidRequestError(
-                f"{_short(name, 80)} is there twice", details={"field": _short(name)}
-            )
-        given[name] = value
-    try:
-        return schema.model_validate(given)
     except ValidationError as error:
         raise invalid(error) from None
 
@@ -96,6 +86,45 @@ def parse_json(data: bytes) -> Any:
     return value
 
 
+def page_of(request: Request, fields: frozenset[str] = frozenset()) -> tuple[int, str | None]:
+    """`limit` and `after` of a listing; every other field but `fields` is refused."""
+    query = request.query_params
+    unknown = sorted(query.keys() - {"limit", "after"} - fields)
+    if unknown:
+        name = _short(unknown[0], 80)
+        raise InvalidRequestError(f"{name}: no such field here", details={"field": name})
+    given = query.get("limit", str(DEFAULT_PAGE))
+    limit = int(given) if given.isdecimal() and len(given) < 9 else 0
+    if not 1 <= limit <= MAX_PAGE:
+        raise InvalidRequestError(
+            f"limit must be an integer from 1 to {MAX_PAGE}", details={"field": "limit"}
+        )
+    return limit, query.get("after")
+
+
+def paged() -> list[dict[str, Any]]:
+    """What OpenAPI says of `limit` and `after`."""
+    return [
+        {
+            "name": "limit",
+            "in": "query",
+            "description": "at most so many",
+            "schema": {
+                "type": "integer",
+                "minimum": 1,
+                "maximum": MAX_PAGE,
+                "default": DEFAULT_PAGE,
+            },
+        },
+        {
+            "name": "after",
+            "in": "query",
+            "description": "the `after` of the page before",
+            "schema": {"type": "string"},
+        },
+    ]
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
@@ -135,17 +164,6 @@ def body_of(schema: type[BaseModel]) -> dict[str, Any]:
     """What OpenAPI says of a route with this body."""
     content = {"application/json": {"schema": schema.model_json_schema()}}
     return {"requestBody": {"required": True, "content": content}}
-
-
-def query_of(schema: type[BaseModel]) -> dict[str, Any]:
-    """What OpenAPI says of a route with this query string."""
-    found = schema.model_json_schema()
-    needed = found.get("required", ())
-    parameters = [
-        {"name": name, "in": "query", "required": name in needed, "schema": about}
-        for name, about in found["properties"].items()
-    ]
-    return {"parameters": parameters}
 
 
 Handler = Callable[[Request], Awaitable[dict[str, Any]]]

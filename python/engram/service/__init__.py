@@ -23,6 +23,8 @@
 | `restores.py` | `Restorer`: a snapshot into RAM, and the generation that continues it |
 | `recorded.py` | `Recorded`: the tokens that stateful requests go on from |
 | `linking.py` | `PrefixLinks`: which conversation a chat goes on that names none |
+| `prefixes.py` | `PrefixKeeper`: beginnings of prompts, computed once |
+| `transfer.py` | `Transfer`: snapshots to one file and back |
 | `snapshots.py` | `SnapshotService`: the whole |
 """
 

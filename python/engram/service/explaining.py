@@ -1,4 +1,4 @@
-"""Why so many tokens of a request were cached: what was there, and where its prompt turned off."""
+"""Why so many tokens were cached: what was there, and where a prompt, or a snapshot, turned off."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Final
 
+from engram.catalog.rows import SnapshotRow
 from engram.conversation.turns import FinishedRequest, RunningRequest, Tag, Turn
 from engram.core.tokens import TokenArray, common_prefix_length
 from engram.errors import NotFoundError
@@ -72,6 +73,14 @@ class Explanation:
     earlier: Earlier | None
 
 
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two snapshots: recorded tokens that both begin with, and bytes of files that both name."""
+
+    common_tokens: int
+    shared_bytes: int
+
+
 class ServedRequests:
     """The newest requests and what was cached of each."""
 
@@ -115,6 +124,14 @@ class Explainer:
         self._context = context
         self._restorer = restorer
         self._served = served
+
+    async def compare(self, one: SnapshotRow, other: SnapshotRow) -> Comparison:
+        """Where two snapshots of a tenant part."""
+        tokens = [await self._restorer.tokens(row) for row in (one, other)]
+        shared = await self._context.in_catalog(
+            self._context.catalog.shared_bytes, one.tenant, one.snapshot_id, other.snapshot_id
+        )
+        return Comparison(common_prefix_length(*tokens), shared)
 
     async def explain(self, tenant: str, rid: str) -> Explanation:
         """Explain a finished request.  `NotFoundError` if it is none of the newest."""

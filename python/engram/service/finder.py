@@ -38,7 +38,12 @@ class Found:
     @property
     def saved(self) -> bool:
         """True when there is nothing left to do."""
-        return self.row is not None and self.row.branch_name == self.tag.branch_name
+        row = self.row
+        return row is not None and self.tag.branch == (
+            row.tenant,
+            row.conversation_id,
+            row.branch_name,
+        )
 
 
 class TurnFinder:

@@ -127,6 +127,15 @@ class Recorded:
         """The newest turn of a branch, whose reply is to be written further."""
         return Start(tag, await self._newest(tag))
 
+    def require_references(self, field: str) -> None:
+        """Raise `UnsupportedError` where conversations may not begin at turns of others."""
+        if not self._context.settings.enable_cross_session_refs:
+            raise UnsupportedError(
+                "a conversation cannot begin at another one's turn here",
+                hint="start the server with --enable-cross-session-refs",
+                details={"field": field},
+            )
+
     def hold(self, tag: Tag) -> None:
         """Take a branch for one stateful request; `ConversationBusyError` if another has it."""
         if tag.branch in self._busy:
@@ -147,12 +156,7 @@ class Recorded:
 
     async def _source(self, tag: Tag, source: Place) -> RecordedTurn:
         if source.conversation_id != tag.conversation_id:
-            if not self._context.settings.enable_cross_session_refs:
-                raise UnsupportedError(
-                    "a conversation cannot go on from another one's turn here",
-                    hint="start the server with --enable-cross-session-refs",
-                    details={"field": "continue_from.conversation_id"},
-                )
+            self.require_references("continue_from.conversation_id")
             if await self._known(tag):
                 raise InvalidRequestError(
                     f"conversation {tag.conversation_id!r} has turns on branch "

@@ -239,7 +239,7 @@ class TurnSaver:
                 manifest = await self._manifest(found, engine, snapshot_id, durability, stored)
             else:
                 manifest = await context.in_store(self._branch, found, snapshot_id, durability)
-            await context.in_store(self._commit, manifest)
+            await context.in_store(self.commit, manifest)
             context.stored(manifest)
         context.stats.saves += 1
         recomputed = recomputed or again
@@ -280,7 +280,7 @@ class TurnSaver:
 
         return await context.with_engine(ask)
 
-    def _commit(self, manifest: Manifest) -> None:
+    def commit(self, manifest: Manifest) -> None:
         """Manifest durable, then its row.  A crash in between is healed at the next start."""
         catalog, store = self._context.catalog, self._context.store
         catalog.ensure_free(manifest)
@@ -375,10 +375,13 @@ class TurnSaver:
         """The start of a branch: another manifest over the same segments, no state copied."""
         row = _row(found)
         origin = self._check_whole(row)
+        same = found.tag.conversation_id == row.conversation_id
         return change_manifest(
             origin,
             snapshot_id=snapshot_id,
             conversation_id=found.tag.conversation_id,
+            # The request it came from was one of the other conversation.
+            rid=origin.rid if same else None,
             branch_name=found.tag.branch_name,
             parent_snapshot=row.snapshot_id,
             created_at=time.time(),

@@ -8,30 +8,31 @@ from dataclasses import asdict
 from typing import Any, Final
 
 from engram.catalog.catalog import Catalog
-from engram.catalog.rows import SnapshotRow
+from engram.catalog.rows import BranchRow, ConversationRow, SnapshotPage, SnapshotRow
 from engram.conversation.turns import Tag, Turn
 from engram.core.ids import DEFAULT_BRANCH
 from engram.core.settings import Settings
 from engram.core.tokens import TokenArray
-from engram.errors import NotFoundError
+from engram.errors import AlreadyExistsError, NotFoundError
 from engram.service.automatic import AutomaticSaver
-from engram.service.branching import Brancher
-from engram.service.browsing import Browser
 from engram.service.changes import SnapshotChanger
 from engram.service.context import ServiceContext
 from engram.service.demotion import Demoter
 from engram.service.explaining import Explainer
-from engram.service.finder import TurnFinder, need_place
+from engram.service.finder import Found, TurnFinder, need_place
 from engram.service.housekeeping import Housekeeper
 from engram.service.linking import PrefixLinks
 from engram.service.pins import PinResult, VramPinner
 from engram.service.ports import EngineInfo, Generator, Ranks
+from engram.service.prefixes import PrefixKeeper
 from engram.service.recorded import Recorded
 from engram.service.removals import Remover
 from engram.service.requests import RequestGate
 from engram.service.restores import Continuation, Restorer
 from engram.service.results import RestoreResult, SaveResult
 from engram.service.saves import TurnSaver
+from engram.service.transfer import Transfer
+from engram.snapshot.conversation import DEFAULT_PRIORITY
 from engram.snapshot.manifest import Durability
 from engram.store.base import Store
 
@@ -73,12 +74,14 @@ class SnapshotService:
         self._automatic = AutomaticSaver(self.context, self._saver)
         self._finder = TurnFinder(self.context)
         self._restorer = Restorer(self.context)
-        self.brancher = Brancher(self.context, self._saver)
-        self.browser = Browser(self.context, self._restorer)
         self.recorded = Recorded(self.context, self._restorer)
         self.links = PrefixLinks(self.context, self.recorded)
         self._remover = Remover(self.context)
         self._changer = SnapshotChanger(self.context)
+        self.prefixes = PrefixKeeper(
+            self.context, self._saver, self._restorer, self._remover, self._changer
+        )
+        self.transfer = Transfer(self.context)
         self._demoter = Demoter(self.context)
         self._pinner = VramPinner(self.context, self._restorer)
         self.housekeeper = Housekeeper(self.context, self._remover, self._demoter)
@@ -216,6 +219,97 @@ class SnapshotService:
             return await ranks.tier(engine.namespace.id, row.boundary_key, tokens)
 
         return await self.context.with_engine(ask)
+
+    async def page(
+        self,
+        tenant: str,
+        conversation_id: str | None,
+        branch_name: str | None,
+        limit: int,
+        after: str | None,
+    ) -> SnapshotPage:
+        """Some of a tenant's snapshots, of a conversation or branch if given, oldest first."""
+        return await self.context.in_catalog(
+            self.context.catalog.list_snapshots,
+            tenant,
+            conversation_id,
+            branch_name,
+            limit=limit,
+            after=after,
+        )
+
+    async def conversations(
+        self, tenant: str, limit: int, after: str | None
+    ) -> Sequence[ConversationRow]:
+        """Saved conversations by id, those past the id `after`."""
+        catalog = self.context.catalog
+        return await self.context.in_catalog(
+            catalog.conversations, tenant, limit=limit, after=after
+        )
+
+    async def conversation(
+        self, tenant: str, conversation_id: str
+    ) -> tuple[ConversationRow | None, Sequence[BranchRow]]:
+        """A conversation and its saved branches; no row if nothing of it is saved yet.
+
+        `NotFoundError` for one of which neither a snapshot nor a turn is known.
+        """
+        context = self.context
+        row = await context.in_catalog(context.catalog.conversation, tenant, conversation_id)
+        if row is None and not context.tracker.knows_conversation(tenant, conversation_id):
+            raise NotFoundError(
+                f"no conversation {conversation_id!r}", details={"conversation_id": conversation_id}
+            )
+        if row is None:
+            return None, []
+        branches = await context.in_catalog(context.catalog.branches, tenant, conversation_id)
+        return row, branches
+
+    async def delete_conversation(self, tenant: str, conversation_id: str) -> int:
+        """Remove all of a conversation, saved or not; the number of snapshots that went."""
+        await self.conversation(tenant, conversation_id)
+        context = self.context
+        removed = 0
+        while True:
+            page = await self.page(tenant, conversation_id, None, 500, None)
+            for row in page.snapshots:
+                await self._remover.remove(row)
+                removed += 1
+            if page.after is None:
+                break
+        for branch in context.tracker.branches_of(tenant, conversation_id):
+            await self._pinner.unpin(Tag(conversation_id, branch, tenant))
+        context.tracker.forget_conversation(tenant, conversation_id)
+        await context.conversations.set_priority(tenant, conversation_id, DEFAULT_PRIORITY)
+        return removed
+
+    async def branch(
+        self,
+        row: SnapshotRow,
+        conversation_id: str | None,
+        branch_name: str | None,
+        snapshot_id: str | None,
+    ) -> SaveResult:
+        """Begin a branch, or a conversation, at a snapshot: another manifest, no state copied."""
+        tag = Tag(
+            conversation_id or row.conversation_id,
+            branch_name or DEFAULT_BRANCH,
+            row.tenant,
+        )
+        if tag.conversation_id != row.conversation_id:
+            self.recorded.require_references("conversation_id")
+        await self.context.learn(tag)
+        if self.context.tracker.newest(tag) or await self.context.row(tag, None) is not None:
+            raise AlreadyExistsError(
+                f"conversation {tag.conversation_id!r} has a branch {tag.branch_name!r} already",
+                hint="name one that is new",
+                details={
+                    "conversation_id": tag.conversation_id,
+                    "branch_name": tag.branch_name,
+                },
+            )
+        work = self._saver.save(Found(tag, row=row), snapshot_id, "sync")
+        return await asyncio.shield(self.context.start(work))
 
     async def delete(self, row: SnapshotRow) -> None:
         """Remove a snapshot, and the segments that no other snapshot names."""

@@ -22,9 +22,9 @@ from engram.conversation.text import extend, join, new_part, reuse, tools_missin
 from engram.conversation.turns import Tag
 from engram.core.ids import DEFAULT_TENANT
 from engram.core.tokens import TokenArray
-from engram.errors import EngramError, UnsupportedError
+from engram.errors import EngramError, InvalidRequestError, UnsupportedError
 from engram.server.stateful import CURRENT_STATEFUL, Stateful
-from engram.server.tagging import CURRENT_TAG, HELD
+from engram.server.tagging import CURRENT_MARK, CURRENT_TAG, HELD, Marked
 from engram.server.wire import error_response, invalid
 from engram.service import SnapshotService
 
@@ -117,6 +117,76 @@ class SglangChat:
         return response
 
 
+class SglangPrompts:
+    """Upstream's way from messages to prompts (`engram.server.prefixes.Prompts`)."""
+
+    async def prefix_of_messages(
+        self, request: Request, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
+    ) -> list[int]:
+        """The tokens with which every prompt begins whose messages begin with these."""
+        chat = request.app.state.openai_serving_chat
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(None, shared_prefix, chat, messages, tools)
+
+    async def prefix_of_text(self, request: Request, text: str) -> list[int]:
+        """The tokens with which every prompt begins that begins with `text`."""
+        tokenizer = request.app.state.openai_serving_chat.tokenizer_manager.tokenizer
+
+        def tokens() -> list[int]:
+            return common_prefix([tokenizer.encode(text + more) for more in CONTINUATIONS])
+
+        return await asyncio.get_running_loop().run_in_executor(None, tokens)
+
+
+CONTINUATIONS: Final = ("", "a", " b", "\n\n0")
+"""What may follow a text: its last tokens may be others then."""
+
+
+def shared_prefix(
+    chat: Any, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
+) -> list[int]:
+    """The tokens that all prompts have in common whose messages begin with these, whoever speaks
+    next.  `InvalidRequestError` for what no template renders."""
+    follow: list[list[dict[str, Any]]] = [
+        [{"role": "user", "content": "a"}],
+        [{"role": "user", "content": " b"}],
+        [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}],
+    ]
+    found, problem = [], "it is empty"
+    for more in follow:
+        try:
+            found.append(prompt_of(chat, [*messages, *more], tools))
+        except (ValueError, ValidationError) as error:
+            # Most templates refuse one of them: two users, or an assistant who speaks first.
+            problem = str(error)
+    if not found:
+        raise InvalidRequestError(
+            f"the chat template does not render these messages: {problem}",
+            details={"field": "messages"},
+        )
+    return common_prefix(found)
+
+
+def prompt_of(
+    chat: Any, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
+) -> list[int]:
+    """The tokens of the prompt that upstream makes of messages."""
+    from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
+
+    request = ChatCompletionRequest.model_validate({"messages": messages, "tools": tools})
+    ids: list[int] = chat._process_messages(request, False).prompt_ids
+    return ids
+
+
+def common_prefix(found: Sequence[Sequence[int]]) -> list[int]:
+    """The tokens with which all begin."""
+    first = min(found, key=len)
+    for index, one in enumerate(first):
+        if any(other[index] != one for other in found):
+            return list(first[:index])
+    return list(first)
+
+
 def watch_chats(chat: Any, service: SnapshotService) -> None:
     """Wrap SGLang's object that serves chats."""
     maker = PromptMaker(chat, service)
@@ -142,6 +212,9 @@ class PromptMaker:
 
         async def handle_request(request: Any, raw_request: Any) -> Any:
             tag, asked = CURRENT_TAG.get(), CURRENT_STATEFUL.get()
+            mark = CURRENT_MARK.get()
+            if mark is not None and request.input_ids is None:
+                await self._keep_mark(mark)
             if raw_request is None or (tag is None and not self._may_link(request)):
                 return await original(request, raw_request)
             try:
@@ -212,6 +285,23 @@ class PromptMaker:
             return original(messages, **kw)
 
         return encode
+
+    async def _keep_mark(self, mark: Marked) -> None:
+        """Have the state at a mark stored; if that fails, it costs the prefix, not the request."""
+        try:
+            loop = asyncio.get_running_loop()
+            ids = await loop.run_in_executor(
+                None, shared_prefix, self._chat, mark.messages, mark.tools
+            )
+            # Its own request is nobody's turn.
+            token = CURRENT_TAG.set(None)
+            try:
+                await self._service.prefixes.mark(DEFAULT_TENANT, ids, mark.seconds)
+            finally:
+                CURRENT_TAG.reset(token)
+        except Exception as error:
+            self._service.context.stats.note(f"prefix marked with cache_control: {error}")
+            logger.warning("Engram: a prefix marked with cache_control is not kept: %s", error)
 
     def _may_link(self, request: Any) -> bool:
         """Whether a chat that names no conversation may be a turn of one."""

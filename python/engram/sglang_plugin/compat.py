@@ -95,6 +95,7 @@ EXPECTED: Final[dict[str, str]] = {
     WEIGHTS + "end_weight_update": "self, recv_req",
     WEIGHTS + "release_memory_occupation": "self, recv_req",
     CHAT + "handle_request": "self, request, raw_request",
+    CHAT + "_process_messages": "self, request, is_multimodal, *, output_constrained=",
     CHAT + "_handle_streaming_request": "self, adapted_request, request, raw_request",
     CHAT + "_handle_non_streaming_request": "self, adapted_request, request, raw_request",
     CHAT + "_convert_to_internal_request": "self, request, raw_request=",

@@ -20,17 +20,19 @@ from engram.conversation.turns import RunningRequest
 from engram.core.settings import Settings
 from engram.core.tokens import to_tokens
 from engram.errors import EngramError, InvalidRequestError
-from engram.server.browsing import browsing_router
 from engram.server.chat import chat_router
 from engram.server.compatible import compatible_router
+from engram.server.explaining import explaining_router
 from engram.server.memory import memory_router
+from engram.server.prefixes import prefixes_router
 from engram.server.refusing import RefusingMiddleware
 from engram.server.resources import resources_router
+from engram.server.snapshots import snapshots_router
 from engram.server.tagging import CURRENT_TAG, HoldingMiddleware, TaggingMiddleware
 from engram.server.tool_calls import ToolCallMiddleware
 from engram.service import SnapshotService
 from engram.sglang_plugin.args import open_store, settings_of
-from engram.sglang_plugin.chat import SglangChat, watch_chats
+from engram.sglang_plugin.chat import SglangChat, SglangPrompts, watch_chats
 from engram.sglang_plugin.control import RankClient
 from engram.sglang_plugin.engine import SglangGenerator, SglangRanks
 from engram.sglang_plugin.messages import EngramReply
@@ -125,8 +127,15 @@ def service_around(tokenizer_manager: Any, opened: _Opened, *, ranks: int) -> Sn
 def mount(app: Any, service: SnapshotService) -> None:
     """Put the routes, and what tags requests, on an application."""
     settings = service.context.settings
-    for make in (compatible_router, browsing_router, resources_router, memory_router):
-        app.include_router(_marked(make(service)))
+    for router in (
+        compatible_router(service),
+        snapshots_router(service),
+        resources_router(service),
+        prefixes_router(service, SglangPrompts()),
+        explaining_router(service),
+        memory_router(service),
+    ):
+        app.include_router(_marked(router))
     # Generation: for whoever may use /v1/chat/completions.
     app.include_router(chat_router(SglangChat()))
     if settings.snapshot_trigger_policy == "on_tool_call":

@@ -140,7 +140,7 @@ def test_branch(command: Command, tour: list[str]) -> None:
     assert "elsewhere/main starts at turn 3" in command.ok(
         "branch", "tour", "--conversation", "elsewhere"
     )
-    assert "turns of its own" in command.fails(1, "branch", "tour@1", "other")
+    assert "already" in command.fails(1, "branch", "tour@1", "other")
     assert command.fails(2, "branch", "tour@1")
 
 

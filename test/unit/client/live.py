@@ -12,14 +12,21 @@ from typing import Any, TypeVar
 import uvicorn
 from fastapi import FastAPI, Request
 
-from engram.server.browsing import browsing_router
 from engram.server.compatible import compatible_router
+from engram.server.explaining import explaining_router
 from engram.server.memory import memory_router
 from engram.server.resources import resources_router
+from engram.server.snapshots import snapshots_router
 from unit.service.engine import Server
 
 T = TypeVar("T")
-ROUTERS = (compatible_router, browsing_router, resources_router, memory_router)
+ROUTERS = (
+    compatible_router,
+    snapshots_router,
+    resources_router,
+    explaining_router,
+    memory_router,
+)
 
 
 class Live:

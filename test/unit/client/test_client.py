@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import engram
-from engram.client import AsyncConversation, AsyncEngramClient, Conversation, EngramClient
+from engram.client import AsyncConversation, AsyncEngramClient, Conversation, EngramClient, calls
 from engram.client.binding import Awaiting, Blocking
 from engram.client.results import SnapshotSummary
 from engram.errors import (
@@ -85,6 +85,35 @@ def test_a_branch_and_its_tree(live: Live, client: EngramClient) -> None:
     fork = third.fork("elsewhere")
     assert (fork.id, fork.branch_name, fork.info().turn_number) == ("elsewhere", "main", 2)
     assert fork.info().fill_ids == third.info().fill_ids
+
+
+def test_a_long_tree_comes_in_pages(live: Live, client: EngramClient) -> None:
+    live.chat("c", turns=5)
+    names = [client.save("c", turn_number=turn).snapshot_id for turn in range(1, 6)]
+    found, after = [], None
+    while True:
+        page = client.tree_page("c", limit=2, after=after)
+        found.append([one.snapshot_id for one in page.turns])
+        after = page.after
+        if after is None:
+            break
+    assert found == [names[:2], names[2:4], names[4:]]
+    assert [one.snapshot_id for one in client.tree("c").snapshots] == names
+
+
+def test_a_tree_is_whole_however_many_pages_it_has(
+    live: Live, client: EngramClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live.chat("c", turns=5)
+    names = [client.save("c", turn_number=turn).snapshot_id for turn in range(1, 6)]
+    monkeypatch.setattr(calls.tree_page, "__defaults__", (2, None))
+    assert [one.snapshot_id for one in client.tree("c").snapshots] == names
+
+    async def tree() -> list[str]:
+        async with AsyncEngramClient(live.url) as client:
+            return [one.snapshot_id for one in (await client.conversation("c").tree()).snapshots]
+
+    assert asyncio.run(tree()) == names
 
 
 def test_lists_come_in_pages(live: Live, client: EngramClient) -> None:

@@ -26,7 +26,7 @@ from engram.errors import (
     walk_error_classes,
 )
 
-TREE = {"success": True, "conversation_id": "c", "branches": [], "snapshots": []}
+TREE = {"success": True, "conversation_id": "c", "branches": [], "turns": [], "after": None}
 BUSY = SaveQueueFullError("too many").to_dict()
 
 

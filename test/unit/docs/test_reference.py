@@ -7,23 +7,25 @@ import pytest
 from pydantic import BaseModel
 
 from engram.errors import walk_error_classes
-from engram.server.browsing import browsing_router
 from engram.server.chat import OWN_FIELDS, ChatEngine, chat_router
 from engram.server.compatible import compatible_router
+from engram.server.explaining import explaining_router
 from engram.server.memory import memory_router
+from engram.server.prefixes import PrefixBody, Prompts, prefixes_router
 from engram.server.resources import resources_router
 from engram.server.schemas import (
-    BranchBody,
     BranchPlace,
-    ContinueBody,
     ConversationPatch,
     ListBody,
     MemoryPlace,
     Place,
     RestoreBody,
     SaveBody,
+    SnapshotBranch,
     SnapshotPatch,
+    SnapshotRestore,
 )
+from engram.server.snapshots import snapshots_router
 from engram.service import SnapshotService
 from engram.sglang_plugin.args import FLAGS, REFUSED, _default
 from engram.sglang_plugin.plugin import HOOKS
@@ -35,9 +37,10 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "/restore_snapshot": RestoreBody,
     "/list_snapshots": ListBody,
     "/get_snapshot_info": Place,
+    "/v1/snapshots/{snapshot_id}/restore": SnapshotRestore,
+    "/v1/snapshots/{snapshot_id}/branch": SnapshotBranch,
+    "/v1/prefixes": PrefixBody,
     "/v1/memory/promote": MemoryPlace,
-    "/v1/snapshots/{snapshot_id}/restore": ContinueBody,
-    "/v1/snapshots/{snapshot_id}/branch": BranchBody,
     "/v1/memory/pin": BranchPlace,
     "PATCH /v1/snapshots/{snapshot_id}": SnapshotPatch,
     "PATCH /v1/conversations/{conversation_id}": ConversationPatch,
@@ -89,8 +92,10 @@ def test_every_route_is_documented() -> None:
     service = cast(SnapshotService, None)
     routers = (
         compatible_router(service),
-        browsing_router(service),
+        explaining_router(service),
         chat_router(cast(ChatEngine, None)),
+        snapshots_router(service),
+        prefixes_router(service, cast(Prompts, None)),
         resources_router(service),
         memory_router(service),
     )

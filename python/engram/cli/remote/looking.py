@@ -17,7 +17,7 @@ from engram.cli.size import shown
 from engram.client import EngramClient
 from engram.client.results import ConversationSummary, Snapshot, SnapshotSummary, Tree
 
-PAGE = 1000
+PAGE = 500
 WhichArgument = Annotated[
     str | None,
     typer.Argument(

@@ -1,22 +1,51 @@
-"""What saves and restores answer, whichever route asked for them."""
+"""What the routes say of snapshots, saves and restores."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from engram.catalog.rows import SnapshotRow
-from engram.server.schemas import ContinueBody
-from engram.service.restores import Continuation
+from engram.core.tokens import TokenArray
 from engram.service.results import RestoreResult, SaveResult
 
 
-def continuation_in(body: ContinueBody) -> Continuation | None:
-    """What is to be generated from a restored snapshot."""
-    if not body.create_new_request:
-        return None
-    assert body.continuation_ids is not None
-    params = {**(body.sampling_params or {}), "max_new_tokens": body.max_new_tokens}
-    return Continuation(body.continuation_ids, params, body.request_id)
+def metadata(
+    row: SnapshotRow, tokens: TokenArray | None, tier: str, damaged: str | None = None
+) -> dict[str, Any]:
+    """Everything of one snapshot; `damaged` says what is wrong with its files."""
+    return {
+        "conversation_id": row.conversation_id,
+        "turn_number": row.turn_number,
+        "timestamp": row.created_at,
+        "token_count": row.token_count,
+        "model_name": row.model_name,
+        "layer_config": {"num_layers": row.num_layers, "model_type": row.model_type},
+        "branch_name": row.branch_name,
+        "parent_snapshot": row.parent_snapshot,
+        "fill_ids": None if tokens is None else tokens.tolist(),
+        "snapshot_id": row.snapshot_id,
+        "recompute_tokens": row.pending_count,
+        "tier": tier,
+        "bytes": row.bytes,
+        "unique_bytes": row.unique_bytes,
+        "durability": "sync",
+        "created_at": row.created_at,
+        "pinned": row.pinned,
+        "expires_at": row.expires_at,
+        "namespace": row.namespace,
+        "user_metadata": row.user_metadata,
+        "rid": row.rid,
+        "health": row.health,
+        "damaged": damaged,
+    }
+
+
+def summary(row: SnapshotRow) -> dict[str, Any]:
+    """What a listing says of one snapshot: all but what is in its files and in memory."""
+    found = metadata(row, None, "")
+    for name in ("fill_ids", "tier", "damaged"):
+        del found[name]
+    return found
 
 
 def save_reply(result: SaveResult) -> dict[str, Any]:

@@ -1,0 +1,208 @@
+"""Named prefixes: beginnings of prompts that are computed once, stored, and pinned."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from engram.catalog.rows import SnapshotRow
+from engram.conversation.turns import FinishedRequest, Tag
+from engram.core.ids import DEFAULT_BRANCH, new_snapshot_id
+from engram.core.tokens import TokenArray, to_tokens, tokens_digest
+from engram.errors import AlreadyExistsError, InvalidRequestError, NotFoundError
+from engram.service.changes import SnapshotChanger
+from engram.service.context import ServiceContext
+from engram.service.ports import EngineInfo
+from engram.service.removals import Remover
+from engram.service.restores import Restorer
+from engram.service.saves import TurnSaver
+from engram.snapshot.manifest import LayerConfig, make_manifest
+
+RESERVED: Final = "prefix:"
+"""How the ids of the conversations begin that prefixes are kept as; no client may use them."""
+MARKED: Final = "marked."
+"""How the names of prefixes begin that requests mark with `cache_control`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """A prefix that is stored; `usable` if its state was made by what this server runs."""
+
+    name: str
+    row: SnapshotRow
+    usable: bool
+    existing: bool = False
+
+
+class PrefixKeeper:
+    """Keeps prefixes as pinned snapshots of conversations of their own: requests find their state
+    as they find every other, by page key."""
+
+    def __init__(
+        self,
+        context: ServiceContext,
+        saver: TurnSaver,
+        restorer: Restorer,
+        remover: Remover,
+        changer: SnapshotChanger,
+    ) -> None:
+        self._context = context
+        self._saver = saver
+        self._restorer = restorer
+        self._remover = remover
+        self._changer = changer
+        self._lock = asyncio.Lock()
+
+    async def keep(
+        self, tenant: str, name: str, ids: Sequence[int], *, expires_at: float | None = None
+    ) -> Prefix:
+        """Compute and store a prefix, durable on return; the one that exists if it is the same.
+
+        Tokens past the last whole page are left out.  Raises `AlreadyExistsError` if the name is
+        another prefix's, `InvalidRequestError` for one shorter than a page.
+        """
+        work = self._keep(tenant, name, ids, expires_at)
+        # A client that goes away must not tear it in the middle.
+        return await asyncio.shield(self._context.start(work))
+
+    async def mark(self, tenant: str, ids: Sequence[int], seconds: float) -> Prefix:
+        """Keep a prefix that a request has marked, from its last use on for so many seconds."""
+        tokens = to_tokens(ids)
+        name = MARKED + tokens_digest(tokens)[:32]
+        until = time.time() + seconds
+        kept = await self.keep(tenant, name, ids, expires_at=until)
+        if kept.existing and (kept.row.expires_at or until) < until:
+            await self._changer.change(tenant, kept.row.snapshot_id, {"expires_at": until})
+        return kept
+
+    async def get(self, tenant: str, name: str) -> Prefix:
+        """A prefix by its name.  `NotFoundError`."""
+        row = await self._context.row(_tag(tenant, name), None)
+        if row is None:
+            raise NotFoundError(f"no prefix {name!r}", details={"name": name})
+        return Prefix(name, row, await self._usable(row))
+
+    async def list(
+        self, tenant: str, limit: int, after: str | None
+    ) -> tuple[list[Prefix], str | None]:
+        """Prefixes by name, those past the name `after`, and the last name if there are more."""
+        found = await self._context.in_catalog(
+            self._context.catalog.conversations_from,
+            tenant,
+            RESERVED,
+            limit=limit + 1,
+            after=RESERVED + (after or ""),
+        )
+        names = [one.conversation_id.removeprefix(RESERVED) for one in found]
+        prefixes = []
+        for name in names[:limit]:
+            try:
+                prefixes.append(await self.get(tenant, name))
+            except NotFoundError:
+                continue  # deleted meanwhile
+        return prefixes, names[limit - 1] if len(names) > limit else None
+
+    async def delete(self, tenant: str, name: str) -> Prefix:
+        """Remove a prefix, and the bytes that no other snapshot shares."""
+        prefix = await self.get(tenant, name)
+        await self._remover.remove(prefix.row)
+        return prefix
+
+    async def _keep(
+        self, tenant: str, name: str, ids: Sequence[int], expires_at: float | None
+    ) -> Prefix:
+        tokens, tag = to_tokens(ids, "input_ids"), _tag(tenant, name)
+        async with self._lock:
+            row = await self._context.row(tag, None)
+            if row is not None:
+                engine = await self._context.engine()
+                if row.namespace == engine.namespace.id:
+                    return await self._same(name, row, _pages(tokens, engine))
+                # Another model's, or another layout's: of no use here any more.
+                await self._remover.remove(row)
+            snapshot_id = await self._context.with_engine(
+                lambda engine: self._make(engine, tag, _pages(tokens, engine), expires_at)
+            )
+            catalog = self._context.catalog
+            row = await self._context.in_catalog(catalog.get, snapshot_id, tenant)
+        return Prefix(name, row, usable=True)
+
+    async def _same(self, name: str, row: SnapshotRow, tokens: TokenArray) -> Prefix:
+        """The prefix that exists, if it is the one that is wanted."""
+        if not np.array_equal(await self._restorer.tokens(row), tokens):
+            raise AlreadyExistsError(
+                f"prefix {name!r} exists already, and is another one",
+                hint=f"DELETE /v1/prefixes/{name} first, or choose another name",
+                details={"name": name, "token_count": row.token_count},
+            )
+        return Prefix(name, row, usable=True, existing=True)
+
+    async def _make(
+        self, engine: EngineInfo, tag: Tag, tokens: TokenArray, expires_at: float | None
+    ) -> str:
+        context, namespace = self._context, engine.namespace.id
+        await context.write_down(engine)
+        # A request for exactly these tokens leaves a state at their end; what it samples is unused.
+        generation = await context.generator.generate(
+            tokens.tolist(), {"max_new_tokens": 1, "ignore_eos": True}
+        )
+        request = FinishedRequest(generation.rid, tokens, time.time())
+        located = await context.ranks.locate(namespace, request, len(tokens))
+        async with context.quota.reserved(located.needed, tag), context.guard.shared():
+            stored = await context.ranks.persist(namespace, request, len(tokens))
+            manifest = make_manifest(
+                snapshot_id=new_snapshot_id(),
+                tenant=tag.tenant,
+                conversation_id=tag.conversation_id,
+                branch_name=tag.branch_name,
+                turn_number=1,
+                parent_snapshot=None,
+                created_at=time.time(),
+                namespace=namespace,
+                model_name=engine.model_name,
+                layer_config=LayerConfig(
+                    num_layers=engine.num_layers, model_type=engine.model_type
+                ),
+                token_count=stored.boundary,
+                pending_tokens=tuple(tokens[stored.boundary :].tolist()),
+                tokens_digest=tokens_digest(tokens),
+                durability="sync",
+                segments=stored.chains,
+                bytes=stored.bytes,
+                unique_bytes=stored.unique_bytes,
+                health=stored.health,
+                user_metadata={},
+                # Marks are kept until they expire, names until they are deleted.
+                pinned=expires_at is None,
+                expires_at=expires_at,
+                rid=None,
+            )
+            await context.in_store(self._saver.commit, manifest)
+            context.stored(manifest)
+        context.stats.saves += 1
+        return manifest.snapshot_id
+
+    async def _usable(self, row: SnapshotRow) -> bool:
+        return row.namespace == (await self._context.engine()).namespace.id
+
+
+def _tag(tenant: str, name: str) -> Tag:
+    return Tag(RESERVED + name, DEFAULT_BRANCH, tenant)
+
+
+def _pages(tokens: TokenArray, engine: EngineInfo) -> TokenArray:
+    """The whole pages of a prefix: a state stands at a page's end."""
+    whole = tokens[: len(tokens) // engine.page_size * engine.page_size]
+    if not len(whole):
+        raise InvalidRequestError(
+            f"the prefix has {len(tokens)} tokens that no other text could change, a page has "
+            f"{engine.page_size}",
+            hint="take a longer one",
+            details={"token_count": len(tokens)},
+        )
+    return whole

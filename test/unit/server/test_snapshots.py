@@ -1,0 +1,317 @@
+"""Snapshots and conversations as resources, prefixes, and files that travel, over HTTP."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from engram.conversation.turns import Tag
+from engram.server.prefixes import prefixes_router
+from engram.server.snapshots import snapshots_router
+from engram.testing.samples import seeded_random
+from unit.server.test_compatible import client_of
+from unit.service.engine import Server, on_a_loop
+
+
+class Prompts:
+    """A prompt's tokens are its characters."""
+
+    async def prefix_of_messages(self, _: Any, messages: Any, tools: Any) -> list[int]:
+        return await self.prefix_of_text(_, "".join(m["content"] for m in messages) + str(tools))
+
+    async def prefix_of_text(self, _: Any, text: str) -> list[int]:
+        return [ord(one) for one in text]
+
+
+def app_of(server: Server) -> FastAPI:
+    app = FastAPI()
+    app.include_router(snapshots_router(server.service))
+    app.include_router(prefixes_router(server.service, Prompts()))
+    return app
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    server = Server.start(tmp_path / "store", seeded_random())
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def app(server: Server) -> FastAPI:
+    return app_of(server)
+
+
+async def ok(response: httpx.Response) -> dict[str, Any]:
+    body: dict[str, Any] = response.json()
+    assert response.status_code == 200, body
+    assert body["success"] is True
+    return body
+
+
+async def refused(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
+    body: dict[str, Any] = response.json()
+    assert (response.status_code, body["error"]) == (status, code), body
+    assert body["success"] is False
+    return body
+
+
+async def saved(server: Server, name: str, turns: int = 1) -> list[str]:
+    """The ids of that many saved turns."""
+    ids, tokens = [], []
+    for _ in range(turns):
+        tokens = await server.chat(name, before=tokens)
+        ids.append((await server.service.save(tenant="", conversation_id=name)).snapshot_id)
+    return ids
+
+
+@on_a_loop
+async def test_lists_come_in_pages(server: Server, app: FastAPI) -> None:
+    ids = [*await saved(server, "a", 3), *await saved(server, "b", 2)]
+    async with client_of(app) as client:
+        found, after, pages = [], None, 0
+        while after is not None or not pages:
+            query = {"limit": 2, **({"after": after} if after else {})}
+            body = await ok(await client.get("/v1/snapshots", params=query))
+            found += [one["snapshot_id"] for one in body["snapshots"]]
+            after, pages = body["after"], pages + 1
+        assert (found, pages) == (ids, 3)
+        of_a = await ok(await client.get("/v1/snapshots", params={"conversation_id": "a"}))
+        assert [one["snapshot_id"] for one in of_a["snapshots"]] == ids[:3]
+        first = await ok(await client.get("/v1/conversations", params={"limit": 1}))
+        assert [one["conversation_id"] for one in first["conversations"]] == ["a"]
+        second = await ok(await client.get("/v1/conversations", params={"after": first["after"]}))
+        assert [one["conversation_id"] for one in second["conversations"]] == ["b"]
+        assert second["after"] is None
+        for query in ({"limit": "0"}, {"limit": "501"}, {"limit": "x"}, {"page": "1"}):
+            await refused(await client.get("/v1/snapshots", params=query), 422, "invalid_request")
+        await refused(
+            await client.get("/v1/snapshots", params={"after": "nonsense"}), 422, "invalid_request"
+        )
+
+
+@on_a_loop
+async def test_one_snapshot_is_saved_described_restored_and_deleted(
+    server: Server, app: FastAPI
+) -> None:
+    tokens = await server.chat("a")
+    async with client_of(app) as client:
+        made = await ok(await client.post("/v1/snapshots", json={"conversation_id": "a"}))
+        path = f"/v1/snapshots/{made['snapshot_id']}"
+        described = (await ok(await client.get(path)))["snapshot"]
+        assert described["fill_ids"] == tokens
+        restored = await ok(await client.post(path + "/restore", json={}))
+        assert restored["token_count"] == made["token_count"]
+        body = {"create_new_request": True}
+        await refused(await client.post(path + "/restore", json=body), 422, "invalid_request")
+        await ok(await client.delete(path))
+        for method in ("GET", "DELETE"):
+            await refused(await client.request(method, path), 404, "not_found")
+
+
+@on_a_loop
+async def test_a_snapshot_begins_branches_and_conversations(server: Server, app: FastAPI) -> None:
+    ids = await saved(server, "a", 2)
+    before = server.files()
+    async with client_of(app) as client:
+        path = f"/v1/snapshots/{ids[0]}/branch"
+        side = await ok(await client.post(path, json={"branch_name": "side"}))
+        other = await ok(await client.post(path, json={"conversation_id": "b"}))
+        assert (side["conversation_id"], side["branch_name"], side["turn_number"]) == (
+            "a",
+            "side",
+            1,
+        )
+        assert (other["conversation_id"], other["branch_name"]) == ("b", "main")
+        assert other["unique_bytes"] == side["unique_bytes"] == 0
+        assert server.files() == before
+        for taken in ({"branch_name": "side"}, {"conversation_id": "b"}, {"branch_name": "main"}):
+            await refused(await client.post(path, json=taken), 409, "already_exists")
+        await refused(await client.post(path, json={}), 422, "invalid_request")
+        tree = await ok(await client.get("/v1/conversations/a/tree"))
+        parents = {one["snapshot_id"]: one["parent_snapshot"] for one in tree["turns"]}
+        assert parents == {ids[0]: None, ids[1]: ids[0], side["snapshot_id"]: ids[0]}
+        assert [one["branch_name"] for one in tree["branches"]] == ["main", "side"]
+    # Both go on from there, counted on.
+    for tag in (Tag("a", "side"), Tag("b")):
+        start = await server.service.recorded.start("", *tag.branch[1:], None)
+        assert start.source is not None
+        assert start.source.number == 1
+        await server.serve([*start.source.tokens.tolist(), 1], start.tag)
+        assert server.service.context.tracker.newest(tag) == 2
+
+
+@on_a_loop
+async def test_a_conversation_is_described_and_deleted(server: Server, app: FastAPI) -> None:
+    await saved(server, "a", 2)
+    await saved(server, "ab")
+    await server.chat("unsaved")
+    async with client_of(app) as client:
+        found = await ok(await client.get("/v1/conversations/a"))
+        assert (found["snapshots"], found["newest_turn"], found["priority"]) == (2, 2, 50)
+        unsaved = await ok(await client.get("/v1/conversations/unsaved"))
+        assert (unsaved["snapshots"], unsaved["branches"]) == (0, [])
+        assert (await ok(await client.delete("/v1/conversations/a")))["snapshots"] == 2
+        assert (await ok(await client.delete("/v1/conversations/unsaved")))["snapshots"] == 0
+        for name in ("a", "unsaved", "none"):
+            for method in ("GET", "DELETE"):
+                response = await client.request(method, f"/v1/conversations/{name}")
+                await refused(response, 404, "not_found")
+        await ok(await client.get("/v1/conversations/ab"))
+    assert {row.conversation_id for row in server.catalog.all_snapshots()} == {"ab"}
+    assert (await server.service.recorded.start("", "a", None, None)).source is None
+
+
+@on_a_loop
+async def test_a_file_takes_a_conversation_to_another_server(
+    server: Server, app: FastAPI, tmp_path: Path
+) -> None:
+    tokens = await server.chat("a")
+    made = await server.service.save(tenant="", conversation_id="a")
+    other = Server.start(tmp_path / "other", server.rng)
+    try:
+        async with client_of(app) as client:
+            response = await client.get(f"/v1/snapshots/{made.snapshot_id}/export")
+            assert response.status_code == 200
+            archive = response.content
+            await refused(await client.get("/v1/snapshots/none/export"), 404, "not_found")
+        async with client_of(app_of(other)) as client:
+            url = "/v1/snapshots/import"
+            for damaged in (archive[:-1], archive[:-9] + b"x" + archive[-8:]):
+                await refused(await client.post(url, content=damaged), 409, "snapshot_corrupt")
+            response = await client.post(url, content=b"no archive at all")
+            await refused(response, 422, "invalid_request")
+            assert other.catalog.all_snapshots() == []
+            body = await ok(await client.post(url, content=archive))
+            assert [one["snapshot_id"] for one in body["snapshots"]] == [made.snapshot_id]
+            await refused(await client.post(url, content=archive), 409, "already_exists")
+            copy = await ok(await client.post(url + "?conversation_id=copy", content=archive))
+            assert copy["new_bytes"] == 0
+            await refused(
+                await client.post(url + "?conversation_id=.a", content=archive),
+                422,
+                "invalid_request",
+            )
+        for name in ("a", "copy"):
+            start = await other.service.recorded.start("", name, None, None)
+            assert start.source is not None
+            assert start.source.tokens.tolist() == tokens
+            row = await other.service.find(tenant="", conversation_id=name)
+            await other.service.restore(row)
+    finally:
+        other.stop()
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+@on_a_loop
+async def test_a_damaged_snapshot_is_not_exported(
+    server: Server, app: FastAPI, tmp_path: Path
+) -> None:
+    [name] = await saved(server, "a")
+    segment = next((tmp_path / "store" / "segments").rglob("*.seg"))
+    data = bytearray(segment.read_bytes())
+    data[-1] ^= 1
+    segment.write_bytes(data)
+    async with client_of(app) as client:
+        await refused(await client.get(f"/v1/snapshots/{name}/export"), 409, "snapshot_corrupt")
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+@on_a_loop
+async def test_a_prefix_is_computed_once_and_pinned(server: Server, app: FastAPI) -> None:
+    async with client_of(app) as client:
+        body = {"name": "guide", "text": "You are a guide."}
+        made = await ok(await client.post("/v1/prefixes", json=body))
+        assert (made["token_count"], made["usable"], made["expires_at"]) == (16, True, None)
+        assert server.catalog.get(made["snapshot_id"]).pinned
+        again = await ok(await client.post("/v1/prefixes", json=body))
+        assert again["snapshot_id"] == made["snapshot_id"]
+        assert len(server.engine.generated) == 1
+        await refused(
+            await client.post("/v1/prefixes", json={**body, "text": "Another."}),
+            409,
+            "already_exists",
+        )
+        ids = await ok(await client.post("/v1/prefixes", json={"name": "ids", "input_ids": [1, 2]}))
+        assert ids["token_count"] == 2
+        listed = await ok(await client.get("/v1/prefixes", params={"limit": 1}))
+        assert ([one["name"] for one in listed["prefixes"]], listed["after"]) == (
+            ["guide"],
+            "guide",
+        )
+        rest = await ok(await client.get("/v1/prefixes", params={"after": "guide"}))
+        assert [one["name"] for one in rest["prefixes"]] == ["ids"]
+        # A request of nobody's starts from it, also on another process.
+        server = server.restart()
+        await server.serve([*(ord(one) for one in body["text"]), 7, 8])
+        assert len(server.engine.promoted) == 1
+    async with client_of(app_of(server)) as client:
+        await ok(await client.delete("/v1/prefixes/guide"))
+        for method in ("GET", "DELETE"):
+            await refused(await client.request(method, "/v1/prefixes/guide"), 404, "not_found")
+    server.stop()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"name": "a"},
+        {"name": ".a", "text": "x"},
+        {"name": "a" * 241, "text": "x"},
+        {"name": "a", "text": ""},
+        {"name": "a", "text": "x", "input_ids": [1]},
+        {"name": "a", "text": "x", "tools": []},
+        {"name": "a", "input_ids": [-1]},
+        {"name": "a", "messages": []},
+        {"text": "x"},
+    ],
+)
+@on_a_loop
+async def test_a_malformed_prefix_is_refused(
+    server: Server, app: FastAPI, body: dict[str, Any]
+) -> None:
+    async with client_of(app) as client:
+        await refused(await client.post("/v1/prefixes", json=body), 422, "invalid_request")
+    assert server.engine.generated == []
+
+
+@on_a_loop
+async def test_a_mark_is_kept_until_it_expires(server: Server) -> None:
+    prefixes = server.service.prefixes
+    first = await prefixes.mark("", [1, 2, 3], 300)
+    again = await prefixes.mark("", [1, 2, 3], 3600)
+    assert again.row.snapshot_id == first.row.snapshot_id
+    row = server.catalog.get(first.row.snapshot_id)
+    assert not row.pinned
+    assert first.row.expires_at is not None
+    assert row.expires_at is not None
+    assert row.expires_at >= first.row.expires_at + 3000
+    await prefixes.mark("", [1, 2, 3], 5)
+    assert server.catalog.get(row.snapshot_id).expires_at == row.expires_at
+
+
+@on_a_loop
+async def test_a_prefix_of_another_model_is_computed_again(server: Server) -> None:
+    made = await server.service.prefixes.keep("", "a", [1, 2, 3])
+    server.engine.change_weights("others")
+    server.service.context.forget_engine()
+    assert not (await server.service.prefixes.get("", "a")).usable
+    again = await server.service.prefixes.keep("", "a", [1, 2, 3])
+    assert again.row.snapshot_id != made.row.snapshot_id
+    assert (await server.service.prefixes.get("", "a")).usable
+
+
+def test_openapi_shows_every_route_with_an_example(app: FastAPI) -> None:
+    for path, methods in app.openapi()["paths"].items():
+        for method, said in methods.items():
+            assert said["summary"], (method, path)
+            content = said["responses"]["200"]["content"]
+            assert path.endswith("/export") or "example" in content["application/json"], path

@@ -13,6 +13,7 @@ from engram.cli.remote import (
     comparing,
     explaining,
     looking,
+    naming,
     talking,
     watching,
 )
@@ -54,6 +55,7 @@ STORE_COMMANDS: dict[str, Callable[..., None]] = {
 for panel, commands in ((SERVER, SERVER_COMMANDS), (STORE, STORE_COMMANDS)):
     for name, command in commands.items():
         app.command(name, rich_help_panel=panel)(command)
+app.add_typer(naming.app, name="prefix", rich_help_panel=SERVER)
 app.add_typer(keys.app, name="key", rich_help_panel=STORE)
 
 

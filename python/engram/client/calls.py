@@ -24,6 +24,9 @@ from engram.client.results import (
     Durability,
     Explanation,
     Pinned,
+    Prefix,
+    PrefixDeleted,
+    PrefixPage,
     Prioritised,
     Promoted,
     Restored,
@@ -206,6 +209,42 @@ def branch(
         branch_name=branch_name, conversation_id=conversation_id, snapshot_id=new_snapshot_id
     )
     return Call("POST", f"{snapshot_path(snapshot_id)}/branch", reply_as(Saved), body)
+
+
+def create_prefix(
+    name: str,
+    *,
+    messages: Sequence[Mapping[str, Any]] | None = None,
+    text: str | None = None,
+    input_ids: Sequence[int] | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> Call[Prefix]:
+    """Compute the beginning of prompts once, store it and pin it.
+
+    Args:
+        name: of the prefix; the same one again is answered as it is.
+        messages: the first messages of a chat; this, `text` or `input_ids`.
+        text: the beginning of a text.
+        input_ids: the tokens themselves.
+        tools: as in a chat; only with `messages`.
+    """
+    body = given(name=name, messages=messages, text=text, input_ids=input_ids, tools=tools)
+    return Call("POST", "/v1/prefixes", reply_as(Prefix), body)
+
+
+def list_prefixes(limit: int = 100, after: str | None = None) -> Call[PrefixPage]:
+    """A page of the prefixes, by name."""
+    return Call("GET", "/v1/prefixes", reply_as(PrefixPage), query=given(limit=limit, after=after))
+
+
+def get_prefix(name: str) -> Call[Prefix]:
+    """Describe a prefix."""
+    return Call("GET", f"/v1/prefixes/{_part('name', name)}", reply_as(Prefix))
+
+
+def delete_prefix(name: str) -> Call[PrefixDeleted]:
+    """Delete a prefix, and the bytes that nothing else shares."""
+    return Call("DELETE", f"/v1/prefixes/{_part('name', name)}", reply_as(PrefixDeleted))
 
 
 def promote(

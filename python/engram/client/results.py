@@ -347,3 +347,30 @@ class Explanation(Result):
     fetched_from: Tier | None
     problem: str | None
     earlier: Earlier | None
+
+
+class Prefix(Result):
+    """A named beginning of prompts; `usable`: made by what the server runs now."""
+
+    name: str
+    token_count: int
+    bytes: int
+    unique_bytes: int
+    snapshot_id: str
+    created_at: float
+    expires_at: float | None
+    usable: bool
+
+
+class PrefixPage(Result):
+    """Some prefixes by name; `after` is the cursor of the next page, None at the end."""
+
+    prefixes: list[Prefix]
+    after: str | None
+
+
+class PrefixDeleted(Result):
+    """A prefix is gone."""
+
+    name: str
+    message: str

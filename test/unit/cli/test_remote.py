@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -164,6 +165,26 @@ def test_pin(command: Command, live: Live, tour: list[str]) -> None:
     assert "tour/main" in command.ok("top", "--count", "1")
     assert command.json("pin", "tour", "--vram", "--off")["unpinned"] is True
     assert command.fails(2, "pin", "tour@2", "--vram")
+
+
+def test_prefix(command: Command, tmp_path: Path) -> None:
+    text = "Once upon a time"
+    made = command.json("prefix", "add", "tale", "--text", text)
+    assert (made["name"], made["token_count"]) == ("tale", len(text))
+    (tmp_path / "manual").write_text("Page one")
+    assert "manual: 8 tokens" in command.ok(
+        "prefix", "add", "manual", "--text-file", str(tmp_path / "manual")
+    )
+    command.ok("prefix", "add", "guide", "--system", "You are a guide.")
+    found = command.json("prefix", "ls")["prefixes"]
+    assert [one["name"] for one in found] == ["guide", "manual", "tale"]
+    assert "tale" in command.ok("prefix", "ls")
+    assert "tale" in command.fails(1, "prefix", "add", "tale", "--text", "another")
+    command.ok("prefix", "rm", "tale")
+    assert command.fails(4, "prefix", "rm", "tale")
+    assert command.fails(2, "prefix", "add", "x")
+    (tmp_path / "bytes").write_bytes(b"\xff")
+    assert command.fails(2, "prefix", "add", "x", "--text-file", str(tmp_path / "bytes"))
 
 
 def test_diff(command: Command, live: Live) -> None:

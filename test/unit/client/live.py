@@ -15,6 +15,7 @@ from fastapi import FastAPI, Request
 from engram.server.compatible import compatible_router
 from engram.server.explaining import explaining_router
 from engram.server.memory import memory_router
+from engram.server.prefixes import prefixes_router
 from engram.server.resources import resources_router
 from engram.server.snapshots import snapshots_router
 from unit.service.engine import Server
@@ -49,10 +50,21 @@ class Live:
         return self.run(self.server.chat(name, turns, **fields))
 
 
+class Prompts:
+    """A prompt's tokens are its characters."""
+
+    async def prefix_of_messages(self, request: Request, messages: Any, tools: Any) -> list[int]:
+        return [ord(one) for message in messages for one in message["content"]]
+
+    async def prefix_of_text(self, request: Request, text: str) -> list[int]:
+        return [ord(one) for one in text]
+
+
 def app_of(server: Server) -> FastAPI:
     app = FastAPI()
     for make in ROUTERS:
         app.include_router(make(server.service))
+    app.include_router(prefixes_router(server.service, Prompts()))
 
     @app.post("/v1/detokenize")
     async def detokenize(request: Request) -> dict[str, Any]:

@@ -147,6 +147,17 @@ def test_what_may_change_of_a_snapshot(live: Live, client: EngramClient) -> None
     assert client.get_conversation("c").priority == 70
 
 
+def test_prefixes(client: EngramClient) -> None:
+    made = client.create_prefix("tale", text="Once upon a time")
+    assert (made.name, made.token_count, made.usable) == ("tale", 16, True)
+    assert client.get_prefix("tale") == made
+    client.create_prefix("ids", input_ids=[1, 2, 3])
+    assert [one.name for one in client.list_prefixes().prefixes] == ["ids", "tale"]
+    assert client.delete_prefix("tale").name == "tale"
+    with pytest.raises(NotFoundError):
+        client.get_prefix("tale")
+
+
 def test_memory(live: Live, client: EngramClient) -> None:
     live.chat("c")
     client.save("c")

@@ -6,6 +6,7 @@
 | `places.py` | what names a snapshot: an id, or CONVERSATION[/BRANCH][@TURN] |
 | `looking.py` | `engram ls`, `show`, `tree` |
 | `changing.py` | `engram save`, `restore`, `branch`, `rm`, `pin` |
+| `naming.py` | `engram prefix` |
 | `comparing.py` | `engram diff` |
 | `explaining.py` | `engram explain` |
 | `watching.py` | `engram top` |

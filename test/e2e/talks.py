@@ -10,10 +10,13 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import openai
+from openai.types.chat import ChatCompletion
 
 from e2e.helpers import TIMEOUT_S, TOP, Client, Output, Reply, random_ids, random_text
+from engram.testing.tiny_tokenizer import build_tokenizer
 
 NEW_TOKENS = 12
+TOKENIZER = build_tokenizer(4096)
 DRAWS = 50
 
 
@@ -125,6 +128,48 @@ class StreamTalk(ChatTalk):
 
     def _tag(self, conversation: str) -> dict[str, Any]:
         return {"extra_headers": {"x-override-conversation-id": conversation}}
+
+
+class StatefulTalk(Talk):
+    """Stateful chat: a turn sends its message alone.
+
+    Outside the conversation the same is asked with all tokens, as they were generated: special ones
+    and byte escapes too, which no history of texts would bring back.
+    """
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.prompt: list[int] = []
+
+    def draw(self, client: Client, numbers: random.Random, length: int) -> Any:
+        return self.message(numbers, length)
+
+    def ask(self, client: Client, message: Any, conversation: str | None) -> Reply:
+        messages = [{"role": "user", "content": message}]
+        self.prompt = self.prompt_of(message)
+        if conversation is None:
+            body = {"messages": messages, "input_ids": self.prompt}
+            return self.post(client, "/v1/chat/completions", body)
+        return self.post(client, f"/v1/conversations/{conversation}/chat", {"messages": messages})
+
+    def keep(self, message: Any, reply: Reply) -> None:
+        self.ids = [*self.prompt_of(message), *TOKENIZER.convert_tokens_to_ids(list(reply.tokens))]
+
+    def prompt_of(self, message: str) -> list[int]:
+        """All that is recorded, the end of its turn once, and a message."""
+        end = [] if self.ids[-1:] in ([], [TOKENIZER.eos_token_id]) else [TOKENIZER.eos_token_id]
+        said = TOKENIZER.encode(f"<|user|>{message}<|assistant|>", add_special_tokens=False)
+        return [*self.ids, *end, *said]
+
+    @staticmethod
+    def post(client: Client, path: str, body: dict[str, Any]) -> Reply:
+        options = {"temperature": 0, "max_tokens": NEW_TOKENS, "logprobs": True}
+        response = client.post(path, {**options, "top_logprobs": TOP, **body})
+        assert response.status_code == 200, response.text
+        made = ChatCompletion.model_validate(response.json())
+        choice = made.choices[0]
+        assert choice.logprobs is not None
+        return _chat_reply(made.id, choice.message.content, choice.logprobs.content, made.usage)
 
 
 class CompletionTalk(Talk):

@@ -12,9 +12,17 @@ from typing import Any
 
 import pytest
 
-from e2e.helpers import Client, Reply, random_ids
-from e2e.talks import ChatTalk, CompletionTalk, GenerateTalk, StreamTalk, Talk
+from e2e.helpers import Client, Reply, random_ids, random_text
+from e2e.talks import (
+    ChatTalk,
+    CompletionTalk,
+    GenerateTalk,
+    StatefulTalk,
+    StreamTalk,
+    Talk,
+)
 from engram.store.layout import Layout
+from engram.testing.chat import NEVER_END
 from engram.testing.samples import seeded_random
 from engram.testing.server import ServerProcess
 from engram.testing.tamper import add_to_value, rewrite_segment
@@ -156,6 +164,7 @@ def restarted_world(stage: Stage, folder: Path) -> World:
         "chat-untagged": ChatTalk(),
         "stream": StreamTalk(),
         "completion": CompletionTalk(),
+        "stateful": StatefulTalk(),
         "renamed": GenerateTalk(),
         "flipped": GenerateTalk(),
         "flipped-restore": GenerateTalk(),
@@ -168,6 +177,7 @@ def restarted_world(stage: Stage, folder: Path) -> World:
         world.cases[name] = save_and_peek(client, numbers, name, talk)
     world.cases["adopted"] = _adopted(client, numbers)
     world.cases |= interleaved(client, numbers, INTERLEAVED)
+    world.facts["prefix"] = _prefix(client, numbers)
     world.facts["never"] = client.generate(random_ids(numbers, 40)).rid
     world.server.kill()
 
@@ -213,6 +223,16 @@ def fresh(folder: Path) -> Path:
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     return folder
+
+
+def _prefix(client: Client, numbers: random.Random) -> dict[str, Any]:
+    """A named prefix, and what a chat that begins with it is answered."""
+    system = {"role": "system", "content": random_text(numbers, 90)}
+    made = client.ok("/v1/prefixes", {"name": "guide", "messages": [system]})
+    messages = [system, {"role": "user", "content": random_text(numbers, 20)}]
+    body = {"messages": messages, "logit_bias": NEVER_END}
+    reply = StatefulTalk.post(client, "/v1/chat/completions", body)
+    return {"made": made, "body": body, "reply": reply}
 
 
 def _adopted(client: Client, numbers: random.Random) -> Case:

@@ -39,18 +39,16 @@ def reuse(recorded: TokenArray, rendered: str, codec: TextCodec) -> list[int] | 
     """
     ids = recorded.tolist()
     count, text = _common(ids, rendered, codec)
-    if count:
-        rest = encode_after(ids[:count], rendered[len(text) :], codec)
-        if rest is not None:
-            return [*ids[:count], *rest]
-    # A tokenizer whose text is not what it was given: both sides as it reads them.
-    whole = codec.encode(rendered)
-    read = codec.decode(whole)
-    if read == rendered:
-        return None
-    count, text = _common(ids, read, codec)
-    place = _place(whole, text, codec)
-    return None if not count or place is None else [*ids[:count], *whole[place:]]
+    if count < len(ids):
+        # Perhaps only because the tokenizer changes text: then both sides as it reads them.
+        whole = codec.encode(rendered)
+        read = codec.decode(whole)
+        more, shown = _common(ids, read, codec) if read != rendered else (0, "")
+        place = _place(whole, shown, codec) if more > count else None
+        if place is not None:
+            return [*ids[:more], *whole[place:]]
+    rest = encode_after(ids[:count], rendered[len(text) :], codec) if count else None
+    return None if rest is None else [*ids[:count], *rest]
 
 
 def extend(recorded: TokenArray, rendered: str, codec: TextCodec) -> list[int] | None:
@@ -67,22 +65,21 @@ def extend(recorded: TokenArray, rendered: str, codec: TextCodec) -> list[int] |
 def encode_after(before: Sequence[int], text: str, codec: TextCodec) -> list[int] | None:
     """The tokens of `text` where it follows `before`, as if both had been tokenised together.
 
-    None where that cannot be told: no added token parts them, or they do not read back as `text`.
+    None where that cannot be told: no added token parts them.
     """
     if not text:
         return []
     if before and before[-1] in codec.added:
         # Not by itself: some tokenizers put a blank before what is first.
         anchor = int(before[-1])
-        shown = codec.decode([anchor])
-        ids = codec.encode(shown + text)
-        if ids[:1] != [anchor] or codec.decode(ids) != shown + text:
-            return None
-        return ids[1:]
-    if not text.lstrip().startswith(codec.added_texts):
+        ids = codec.encode(codec.decode([anchor]) + text)
+        return ids[1:] if ids[:1] == [anchor] else None
+    rest = text.lstrip()
+    if not rest.startswith(codec.added_texts):
         return None
-    ids = codec.encode(text)
-    return ids if codec.decode(ids) == text else None
+    blanks = text[: len(text) - len(rest)]
+    ids = codec.encode(blanks) if blanks else []
+    return [*ids, *codec.encode(rest)] if codec.decode(ids) == blanks else None
 
 
 def _common(ids: list[int], rendered: str, codec: TextCodec) -> tuple[int, str]:

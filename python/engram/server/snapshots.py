@@ -16,6 +16,7 @@ from engram.errors import BodyTooLargeError, EngramError, InternalError, NotFoun
 from engram.server.examples import ERROR_REPLY, METADATA, SAVED, reply
 from engram.server.replies import metadata, restore_reply, save_reply, shown, summary
 from engram.server.schemas import SaveBody, SnapshotBranch, SnapshotRestore
+from engram.server.tagging import HELD
 from engram.server.wire import answering, body_of, error_response, page_of, paged, read_body
 from engram.service import SnapshotService
 from engram.service.restores import Continuation
@@ -239,6 +240,9 @@ class _Routes:
         except Exception as error:
             logger.exception("Engram: %s failed", request.url.path)
             return error_response(InternalError(f"{type(error).__name__}: {error}"))
+        if HELD in request.scope:
+            # A client that goes away ends the reply before what is in its background.
+            request.scope[HELD].callback(archive.remove)
         return FileResponse(
             archive.path,
             media_type=ARCHIVE,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from random import Random
 from typing import Any
 
 import jinja2
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from engram.conversation.text import encode_after, join, new_part, reuse, tools_missing
@@ -189,10 +190,36 @@ def test_a_tokenizer_that_changes_text(rng: Random) -> None:
     recorded = [user, *codec.encode("é?"), assistant, *codec.encode("yes é"), end]
     read = codec.decode(codec.encode("yes é"))
     assert read == "yes <0xC3><0xA9>"
-    rendered = f"<|user|>é?<|assistant|>{'yes é'}<|endoftext|><|user|>ñ<|assistant|>"
+    new = "<|user|>ñ<|assistant|>"
+    for said in ("yes é", read):
+        # The client has the reply as it was read to it, or is told what the tokens stand for.
+        found = reuse(
+            to_tokens(recorded), f"<|user|>é?<|assistant|>{said}<|endoftext|>{new}", codec
+        )
+        assert found is not None
+        assert found[: len(recorded) - 1 - len(codec.encode("é"))] == recorded[:-3]
+        assert found[-len(codec.encode(new)) :] == codec.encode(new)
+    rendered = f"<|user|>é?<|assistant|>yes é<|endoftext|>{new}"
+    assert reuse(to_tokens(recorded), rendered, codec) == [*recorded, *codec.encode(new)]
+    assert join(to_tokens(recorded), f"<|endoftext|>{new}", codec) == [
+        *recorded,
+        *codec.encode(new),
+    ]
+
+
+def test_a_tokenizer_that_composes_characters(tokenizer: PreTrainedTokenizerFast) -> None:
+    composing = byte_level()
+    composing.backend_tokenizer.normalizer = normalizers.NFC()
+    codec = Codec(composing)
+    apart = unicodedata.normalize("NFD", "é")
+    prompt = codec.encode(render(history(apart)))
+    assert codec.decode(prompt) != render(history(apart))
+    recorded = [*prompt, *split_up(codec, "the land", seeded_random()), END]
+    rendered = render(history(apart, "the land", apart))
     found = reuse(to_tokens(recorded), rendered, codec)
-    assert found in (None, codec.encode(rendered))  # stock, whichever way
-    assert codec.encode(rendered)[: len(recorded)] == recorded
+    new = codec.encode(f"\n<|user|>{apart}<|assistant|>")
+    assert found == [*recorded, *new]
+    assert join(to_tokens(recorded), f"<|end|>\n<|user|>{apart}<|assistant|>", codec) == found
 
 
 def test_random_histories_read_as_they_are_rendered(codec: Codec, rng: Random) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from fastapi import FastAPI
 from engram.conversation.turns import Tag
 from engram.server.prefixes import prefixes_router
 from engram.server.snapshots import snapshots_router
+from engram.server.tagging import HoldingMiddleware
 from engram.testing.samples import seeded_random
 from unit.server.test_compatible import client_of
 from unit.service.engine import Server, on_a_loop
@@ -208,6 +210,36 @@ async def test_a_file_takes_a_conversation_to_another_server(
             await other.service.restore(row)
     finally:
         other.stop()
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+@on_a_loop
+async def test_a_client_that_leaves_a_download_leaves_no_file(
+    server: Server, app: FastAPI, tmp_path: Path
+) -> None:
+    [name] = await saved(server, "a")
+    path = f"/v1/snapshots/{name}/export"
+    scope: dict[str, Any] = {
+        "type": "http",
+        "method": "GET",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "headers": [],
+        "root_path": "",
+    }
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.Event().wait()  # the client says nothing more
+        raise AssertionError("not here")
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            assert list((tmp_path / "temporary").iterdir())
+            raise OSError("the client has gone")
+
+    with pytest.raises(OSError, match="gone"):
+        await HoldingMiddleware(app)(scope, receive, send)
     assert list((tmp_path / "temporary").iterdir()) == []
 
 

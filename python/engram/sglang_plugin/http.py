@@ -171,7 +171,10 @@ def _marked(router: Any) -> Any:
     from sglang.srt.utils.auth import AuthLevel, auth_level
 
     for route in router.routes:
-        auth_level(AuthLevel.ADMIN_OPTIONAL)(route.endpoint)
+        # SGLang writes the level on the endpoint, which cannot be done to a method, but is found
+        # through it.
+        endpoint = getattr(route.endpoint, "__func__", route.endpoint)
+        auth_level(AuthLevel.ADMIN_OPTIONAL)(endpoint)
     return router
 
 

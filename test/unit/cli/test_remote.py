@@ -128,8 +128,8 @@ def test_restore(command: Command, live: Live, tour: list[str]) -> None:
     told = command.ok("restore", "tour@2")
     assert "restored turn 2 of tour/main" in told
     assert command.json("restore", tour[3])["branch_name"] == "other"
-    path = next(live.server.root.rglob("*.seg"))
-    path.unlink()
+    for path in live.server.root.rglob("*.seg"):
+        path.unlink()
     report = json.loads(command.fails(1, "restore", "tour@3", "--json"))
     assert report["error"] == "snapshot_corrupt"
     assert report["hint"]

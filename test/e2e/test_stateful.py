@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from e2e.talks import StatefulTalk, openai_client
+from e2e.talks import ChatTalk, StatefulTalk, openai_client
 from e2e.worlds import TURNS, World, next_turn_is_exact
 from engram.testing.chat import NEVER_END
 from engram.testing.samples import seeded_random
@@ -83,11 +83,15 @@ def test_a_client_that_goes_away_leaves_the_conversation_as_it_was(restarted: Wo
 
 
 def test_regenerate_goes_back_before_a_reply_of_before_the_restart(restarted: World) -> None:
-    fill = restarted.client.info(conversation_id="chat", turn_number=TURNS)["fill_ids"]
+    # Of which no test takes another turn.
+    name = "chat-untagged"
+    talk = restarted.cases[name].talk
+    assert isinstance(talk, ChatTalk)
+    fill = restarted.client.info(conversation_id=name, turn_number=TURNS)["fill_ids"]
     body = {"logit_bias": NEVER_END, "messages": [{"role": "user", "content": ""}]}
-    prompt = fill[: -len(restarted.cases["chat"].talk.messages[-1]["content"])]  # type: ignore[attr-defined]
+    prompt = fill[: -len(talk.messages[-1]["content"])]
     reply = StatefulTalk.post(
-        restarted.client, "/v1/conversations/chat/regenerate", {"logit_bias": NEVER_END}
+        restarted.client, f"/v1/conversations/{name}/regenerate", {"logit_bias": NEVER_END}
     )
     assert reply.prompt_tokens == len(prompt)
     plain = StatefulTalk.post(
@@ -95,7 +99,7 @@ def test_regenerate_goes_back_before_a_reply_of_before_the_restart(restarted: Wo
     )
     assert plain.tokens == reply.tokens
     saved = restarted.client.save(rid=reply.rid)
-    again = restarted.client.info(conversation_id="chat", turn_number=saved["turn_number"])
+    again = restarted.client.info(conversation_id=name, turn_number=saved["turn_number"])
     assert again["fill_ids"][: len(prompt)] == prompt
 
 

@@ -103,6 +103,7 @@ def before_setup_and_run_http_server(
 
     service = service_around(tokenizer_manager, _opened, ranks=server_args.tp_size)
     mount(app, service)
+    _watch_chats(app, service)
     _save_before_the_end(app, tokenizer_manager, service)
 
 
@@ -147,6 +148,19 @@ def mount(app: Any, service: SnapshotService) -> None:
     app.add_middleware(TaggingMiddleware)
     app.add_middleware(RefusingMiddleware)
     app.add_middleware(HoldingMiddleware)
+
+
+def _watch_chats(app: Any, service: SnapshotService) -> None:
+    """Wrap SGLang's object that serves chats, which is made when the app starts."""
+    serve = app.router.lifespan_context
+
+    @asynccontextmanager
+    async def lifespan(running: Any) -> AsyncIterator[Any]:
+        async with serve(running) as state:
+            watch_chats(app.state.openai_serving_chat, service)
+            yield state
+
+    app.router.lifespan_context = lifespan
 
 
 def _report(store: DiskStore, catalog: Catalog) -> None:
@@ -207,7 +221,6 @@ def _save_before_the_end(app: Any, manager: Any, service: SnapshotService) -> No
     @asynccontextmanager
     async def lifespan(running: Any) -> AsyncIterator[Any]:
         async with serve(running) as state:
-            watch_chats(app.state.openai_serving_chat, service)
             service.start()
             try:
                 yield state

@@ -106,6 +106,7 @@ def test_the_manifest() -> None:
         "pinned": True,
         "expires_at": 1_800_000_000.0,
         "rid": "request-1",
+        "prompt_count": None,  # absent in the file
     }
     ((first, second, third),) = manifest.segments
     assert (first.segment_id, first.key, first.start, first.end, first.has_state, first.bytes) == (

@@ -344,3 +344,19 @@ def test_a_manifest_over_the_limit_is_refused_both_ways(monkeypatch: pytest.Monk
 def test_make_manifest_names_a_missing_field() -> None:
     with pytest.raises(InvalidRequestError, match="snapshot_id"):
         make_manifest()
+
+
+def test_the_number_of_prompt_tokens_is_there_or_it_is_not() -> None:
+    for count in (0, 1, 3):
+        manifest = a_manifest(prompt_count=count)
+        data = encode_manifest(manifest)
+        assert json.loads(data)["body"]["prompt_count"] == count
+        assert decode_manifest(data) == manifest
+    manifest = a_manifest()
+    data = encode_manifest(manifest)
+    assert "prompt_count" not in json.loads(data)["body"]
+    assert decode_manifest(data) == manifest
+    for wrong in (None, -1, 1.0, manifest.recorded_count + 1):
+        body = {**json.loads(data)["body"], "prompt_count": wrong}
+        with pytest.raises(ManifestCorruptError):
+            decode_manifest(sealed(body))

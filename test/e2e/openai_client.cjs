@@ -5,26 +5,34 @@ const OpenAI = require("openai");
 async function main() {
   const { url, body } = JSON.parse(require("fs").readFileSync(0, "utf8"));
   const client = new OpenAI({ baseURL: `${url}/v1`, apiKey: "none", maxRetries: 0 });
-  let completion;
+  const made = await client.chat.completions.create(body);
+  let texts = [];
+  let calls = [];
+  let finish = null;
+  let usage = null;
   if (body.stream) {
-    // The package puts the pieces together; content is counted as it comes.
-    const stream = client.chat.completions.stream(body);
-    let pieces = 0;
-    stream.on("content", () => (pieces += 1));
-    completion = await stream.finalChatCompletion();
-    completion.pieces = pieces;
+    for await (const chunk of made) {
+      usage = chunk.usage ?? usage;
+      for (const choice of chunk.choices) {
+        if (choice.delta.content) texts.push(choice.delta.content);
+        finish = choice.finish_reason ?? finish;
+      }
+    }
   } else {
-    completion = await client.chat.completions.create(body);
+    const choice = made.choices[0];
+    texts = [choice.message.content];
+    calls = choice.message.tool_calls ?? [];
+    finish = choice.finish_reason;
+    usage = made.usage;
   }
-  const choice = completion.choices[0];
   console.log(
     JSON.stringify({
-      content: choice.message.content,
-      tool_calls: choice.message.tool_calls ?? [],
-      finish_reason: choice.finish_reason,
-      prompt_tokens: completion.usage.prompt_tokens,
-      cached_tokens: completion.usage.prompt_tokens_details.cached_tokens,
-      pieces: completion.pieces ?? 1,
+      content: texts.every((text) => text === null) ? null : texts.join(""),
+      tool_calls: calls,
+      finish_reason: finish,
+      prompt_tokens: usage.prompt_tokens,
+      cached_tokens: usage.prompt_tokens_details.cached_tokens,
+      pieces: texts.length,
     })
   );
 }

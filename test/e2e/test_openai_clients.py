@@ -53,14 +53,10 @@ def with_python(url: str, body: dict[str, Any]) -> dict[str, Any]:
     """One chat completion with the Python package."""
     client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     own = {name: body[name] for name in ("conversation_id", "stateful") if name in body}
-    standard = {name: value for name, value in body.items() if name not in (*own, "stream")}
-    pieces = 1
+    standard = {name: value for name, value in body.items() if name not in own}
+    made: Any = client.chat.completions.create(**standard, extra_body=own)
     if body.get("stream"):
-        with client.chat.completions.stream(**standard, extra_body=own) as stream:
-            pieces = sum(event.type == "content.delta" for event in stream)
-            made: Any = stream.get_final_completion()
-    else:
-        made = client.chat.completions.create(**standard, extra_body=own)
+        return _put_together(made)
     choice = made.choices[0]
     return {
         "content": choice.message.content,
@@ -68,7 +64,26 @@ def with_python(url: str, body: dict[str, Any]) -> dict[str, Any]:
         "finish_reason": choice.finish_reason,
         "prompt_tokens": made.usage.prompt_tokens,
         "cached_tokens": made.usage.prompt_tokens_details.cached_tokens,
-        "pieces": pieces,
+        "pieces": 1,
+    }
+
+
+def _put_together(chunks: Any) -> dict[str, Any]:
+    """The reply that a stream without tools is."""
+    texts, finish, usage = [], None, None
+    for chunk in chunks:
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            texts += [choice.delta.content] if choice.delta.content else []
+            finish = choice.finish_reason or finish
+    assert usage is not None
+    return {
+        "content": "".join(texts),
+        "tool_calls": [],
+        "finish_reason": finish,
+        "prompt_tokens": usage.prompt_tokens,
+        "cached_tokens": usage.prompt_tokens_details.cached_tokens,
+        "pieces": len(texts),
     }
 
 

@@ -12,6 +12,7 @@ from typing import Any, cast
 import pytest
 from sglang.srt.managers.io_struct import AbortReq, TokenizedGenerateReqInput
 from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.utils.auth import AuthLevel
 
 from engram.conversation.turns import Tag
 from engram.errors import InvalidRequestError, StoreError
@@ -24,6 +25,7 @@ from engram.server.snapshots import snapshots_router
 from engram.server.tagging import CURRENT_TAG
 from engram.service import SnapshotService
 from engram.sglang_plugin import http as http_module
+from engram.sglang_plugin.chat import SglangPrompts
 from engram.sglang_plugin.engine import SglangGenerator
 from engram.sglang_plugin.http import (
     CHANGING_WEIGHTS,
@@ -245,6 +247,20 @@ async def test_a_turn_that_cannot_be_counted_does_not_end_the_receive_loop(
     stats = server.service.context.stats
     assert stats.lost_turns == 1
     assert "the catalog cannot be read" in stats.last_failures[-1]
+
+
+def test_every_route_can_be_given_its_level_of_authentication(server: Server) -> None:
+    service = server.service
+    routers = (
+        compatible_router(service),
+        snapshots_router(service),
+        resources_router(service),
+        prefixes_router(service, SglangPrompts()),
+        memory_router(service),
+    )
+    for router in routers:
+        for route in http_module._marked(router).routes:
+            assert route.endpoint._auth_level is AuthLevel.ADMIN_OPTIONAL, route.path
 
 
 class Ending:

@@ -31,6 +31,8 @@
     |-- AgentsBusyError              503  agents_busy         more at once than is served
     |-- RunConflictError             409  run_conflict        the run's status does not allow it
     |-- OutcomeUnknownError          409  outcome_unknown     a call may have been carried out
+    |-- ServerUnreachableError       502  server_unreachable  of clients: no answer, or half of one
+    |-- UpstreamError                502  upstream_error      of clients: SGLang's own refusals
     `-- StoreError                   500  store_error         the disk or its driver failed
         |-- StoreFullError           507  store_full          needed and free bytes
         |-- StoreFormatError         500  store_format        written by a newer version
@@ -71,6 +73,7 @@ __all__ = [
     "RunConflictError",
     "SaveQueueFullError",
     "SegmentCorruptError",
+    "ServerUnreachableError",
     "SnapshotCorruptError",
     "StaleTreeError",
     "StateUnhealthyError",
@@ -83,6 +86,7 @@ __all__ = [
     "ToolResultTooLargeError",
     "ToolTimeoutError",
     "UnsupportedError",
+    "UpstreamError",
     "error_from_dict",
     "walk_error_classes",
 ]
@@ -310,6 +314,20 @@ class OutcomeUnknownError(EngramError):
 
     code = "outcome_unknown"
     http_status = 409
+
+
+class ServerUnreachableError(EngramError):
+    """Raised by clients: there is no answer from the server, or it broke off."""
+
+    code = "server_unreachable"
+    http_status = 502
+
+
+class UpstreamError(EngramError):
+    """Raised by clients: what answered is not Engram; ``details`` has its ``status``."""
+
+    code = "upstream_error"
+    http_status = 502
 
 
 class StoreError(EngramError):

@@ -29,6 +29,7 @@ SECONDS = {
     "small": 130,
     "agents": 130,
     "pressured": 130,
+    "test_openai_clients": 100,
     "test_demo": 95,
     "test_encryption": 90,
     "test_flag_off": 80,

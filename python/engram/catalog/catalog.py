@@ -14,6 +14,7 @@ from engram.catalog.owners import OwnerTable
 from engram.catalog.removal import RemovalTable
 from engram.catalog.rows import OpenReport
 from engram.catalog.segments import SegmentTable
+from engram.catalog.sharing import SharingTable
 from engram.catalog.snapshots import SnapshotTable
 from engram.catalog.source import ManifestSource
 from engram.catalog.usage import UsageTable
@@ -28,7 +29,15 @@ CHECKED_AT_ONCE_BYTES: Final = 16 << 20
 _COMPANIONS: Final = ("", "-wal", "-shm")
 
 
-class Catalog(SnapshotTable, SegmentTable, InventoryTable, UsageTable, RemovalTable, OwnerTable):
+class Catalog(
+    SnapshotTable,
+    SegmentTable,
+    InventoryTable,
+    UsageTable,
+    RemovalTable,
+    OwnerTable,
+    SharingTable,
+):
     """An index over the manifests of one store. Manifests are the truth, this is for finding them.
 
     Made by `open`; ``report`` tells what that had to heal. All methods are thread-safe and

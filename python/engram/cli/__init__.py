@@ -10,5 +10,6 @@
 | `transfer.py` | `engram export`, `engram import` |
 | `retention.py` | `engram retention`: what a policy would remove |
 | `size.py` | `engram size`: what a model's snapshots cost |
+| `remote/` | the commands that talk to a running server |
 | `options.py`, `failing.py` | what commands share |
 """

@@ -5,6 +5,7 @@
 | `schemas.py` | bodies and replies of the routes |
 | `wire.py` | reading a bounded body, writing a reply or an error |
 | `compatible.py` | the five routes of the published Engram fork |
+| `explaining.py` | where two snapshots part, and why so much of a prompt was cached |
 | `resources.py` | `PATCH` on snapshots and conversations |
 | `memory.py` | what the tiers hold and what was done, for operators; promote, demote, pin |
 | `agent.py`, `agent_socket.py`, `agent_schemas.py` | `/v1/agent/*`, its WebSocket |

@@ -147,7 +147,12 @@ class TaggingMiddleware:
 
 
 class HoldingMiddleware:
-    """Gives every request a stack of what is to be let go of when it is over, however it ends."""
+    """Gives every request a stack of what is to be let go of when its reply has ended, or when it
+    is over in another way.
+
+    The reply's end comes first: behind a stream SGLang waits for two seconds before the request is
+    over, and its client may have sent the next message by then.
+    """
 
     def __init__(self, app: App) -> None:
         self._app = app
@@ -155,7 +160,13 @@ class HoldingMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with ExitStack() as held:
             scope[HELD] = held
-            await self._app(scope, receive, send)
+
+            async def releasing(message: Message) -> None:
+                if message["type"] == "http.response.body" and not message.get("more_body", False):
+                    held.close()
+                await send(message)
+
+            await self._app(scope, receive, releasing)
 
 
 def stateful_in(body: bytes, tag: Tag | None, route: str) -> Stateful | None:

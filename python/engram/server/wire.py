@@ -7,6 +7,7 @@ import json
 import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
+from http import HTTPStatus
 from typing import Any, Final, TypeVar
 
 from fastapi import Request
@@ -29,6 +30,9 @@ MAX_BODY_BYTES: Final = 16 << 20
 DEFAULT_PAGE: Final = 100
 MAX_PAGE: Final = 500
 """Entries of a list in one reply."""
+
+RETRY_AFTER_S: Final = 1
+"""What clients are told that were refused because of too much work: a save takes about as long."""
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -151,7 +155,9 @@ def _short(text: str, length: int = 200) -> str:
 
 def error_response(error: EngramError) -> JSONResponse:
     """The reply to a request that failed."""
-    return JSONResponse(error.to_dict(), status_code=error.http_status)
+    busy = error.http_status == HTTPStatus.SERVICE_UNAVAILABLE
+    headers = {"retry-after": str(RETRY_AFTER_S)} if busy else None
+    return JSONResponse(error.to_dict(), status_code=error.http_status, headers=headers)
 
 
 def body_of(schema: type[BaseModel]) -> dict[str, Any]:

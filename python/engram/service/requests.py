@@ -11,6 +11,7 @@ from engram.conversation.turns import RunningRequest, Tag
 from engram.errors import DeadlineError, NotFoundError, SnapshotCorruptError
 from engram.service.automatic import AutomaticSaver
 from engram.service.context import ServiceContext
+from engram.service.explaining import ServedRequests
 from engram.service.ports import EngineInfo
 from engram.service.results import TierChange
 
@@ -30,6 +31,7 @@ class RequestGate:
     def __init__(self, context: ServiceContext, automatic: AutomaticSaver) -> None:
         self._context = context
         self._automatic = automatic
+        self.served = ServedRequests()
         self.holding = 0
 
     async def admit(self, request: RunningRequest) -> None:
@@ -39,6 +41,7 @@ class RequestGate:
         """
         context = self._context
         context.tracker.begin(request)
+        self.served.begin(request)
         if request.tag is not None:
             context.conversations.used(request.tag.tenant, request.tag.conversation_id)
             if request.tag.priority is not None:
@@ -63,6 +66,7 @@ class RequestGate:
             else:
                 context.stats.hold_failures += 1
             context.stats.note(f"prefix of {request.rid}: {error}")
+            self.served.failed(request.rid, str(error))
             logger.warning(
                 "Engram: the stored prefix of %s cannot be used, it is recomputed: %s",
                 request.rid,
@@ -190,6 +194,7 @@ class RequestGate:
                 boundaries.forget(stored.key)
                 stored = boundaries.longest(keys, engine.page_size)
             else:
+                self.served.fetched(request.rid, stored.end, brought.source_tier)
                 if brought.source_tier == "disk":
                     whose = None if request.tag is None else request.tag.conversation_id
                     context.on_tier_change(

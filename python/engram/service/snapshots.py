@@ -18,6 +18,7 @@ from engram.service.automatic import AutomaticSaver
 from engram.service.changes import SnapshotChanger
 from engram.service.context import ServiceContext
 from engram.service.demotion import Demoter
+from engram.service.explaining import Explainer
 from engram.service.finder import Found, TurnFinder, need_place
 from engram.service.housekeeping import Housekeeper
 from engram.service.linking import PrefixLinks
@@ -85,6 +86,7 @@ class SnapshotService:
         self._pinner = VramPinner(self.context, self._restorer)
         self.housekeeper = Housekeeper(self.context, self._remover, self._demoter)
         self.gate = RequestGate(self.context, self._automatic)
+        self.explainer = Explainer(self.context, self._restorer, self.gate.served)
         self.context.on_turn = self._turn_finished
 
     def _turn_finished(self, turn: Turn) -> None:

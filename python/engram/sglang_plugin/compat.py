@@ -93,6 +93,8 @@ EXPECTED: Final[dict[str, str]] = {
     SRT + "managers.schedule_batch.Req.refresh_fill_ids": "self",
     TOKENIZER + "generate_request": "self, obj, request=",
     TOKENIZER + "auto_create_handle_loop": "self",
+    SRT + "entrypoints.engine.Engine.__init__": "self, **kwargs",
+    SRT + "entrypoints.engine.Engine.shutdown": "self",
     TOKENIZER + "_dispatch_to_scheduler": "self, obj",
     TOKENIZER + "_send_one_request": "self, tokenized_obj",
     TOKENIZER + "_send_batch_request": "self, tokenized_objs",

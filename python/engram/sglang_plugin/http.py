@@ -22,6 +22,7 @@ from engram.core.tokens import to_tokens
 from engram.errors import EngramError, InvalidRequestError
 from engram.server.chat import chat_router
 from engram.server.compatible import compatible_router
+from engram.server.explaining import explaining_router
 from engram.server.memory import memory_router
 from engram.server.prefixes import prefixes_router
 from engram.server.refusing import RefusingMiddleware
@@ -49,10 +50,28 @@ class _Opened:
     store: DiskStore
     catalog: Catalog
 
+    def close(self) -> None:
+        """Close both; the store is free for another server."""
+        self.catalog.close()
+        self.store.close()
+
 
 _opened: _Opened | None = None
 _ADMITTED: ContextVar[list[RunningRequest]] = ContextVar("_ADMITTED")
 """What the call of `generate_request` that runs in this context has sent to the scheduler."""
+
+
+def open_for(server_args: Any, settings: Settings) -> _Opened:
+    """Open store and catalog of a server whose persistence is on.  Raises an `EngramError`."""
+    store = open_store(server_args, lock=True)
+    try:
+        with store.reserve_at_hand():
+            catalog = Catalog.open(store.catalog_path, store)
+    except BaseException:
+        store.close()
+        raise
+    _report(store, catalog)
+    return _Opened(settings, store, catalog)
 
 
 def around_launch_server(
@@ -68,18 +87,13 @@ def around_launch_server(
             from engram.agents.host import check_tools_module
 
             check_tools_module(settings.agent_tools_module)
-        store = open_store(server_args, lock=True)
-        with store.reserve_at_hand():
-            catalog = Catalog.open(store.catalog_path, store)
+        _opened = open_for(server_args, settings)
     except EngramError as error:
         raise SystemExit(f"engram: error: {error}") from None
-    _report(store, catalog)
-    _opened = _Opened(settings, store, catalog)
     try:
         return original(server_args, *args, **kw)
     finally:
-        catalog.close()
-        store.close()
+        _opened.close()
         _opened = None
 
 
@@ -90,38 +104,9 @@ def before_setup_and_run_http_server(
     if _opened is None:
         return
     from sglang.srt.entrypoints.http_server import app
-    from sglang.utils import TypeBasedDispatcher
 
-    client = RankClient(tokenizer_manager, ranks=server_args.tp_size)
-    tokenizer_manager._result_dispatcher += TypeBasedDispatcher([(EngramReply, client.on_reply)])
-    service = SnapshotService(
-        _opened.settings,
-        _opened.store,
-        _opened.catalog,
-        SglangRanks(client),
-        SglangGenerator(tokenizer_manager),
-    )
-    _watch_requests(tokenizer_manager, service)
-    _watch_weights(tokenizer_manager, service)
-    for router in (
-        compatible_router(service),
-        snapshots_router(service),
-        resources_router(service),
-        prefixes_router(service, SglangPrompts()),
-        memory_router(service),
-    ):
-        app.include_router(_marked(router))
-    # Generation: for whoever may use /v1/chat/completions.
-    app.include_router(chat_router(SglangChat()))
-    if _opened.settings.snapshot_trigger_policy == "on_tool_call":
-        app.add_middleware(
-            ToolCallMiddleware,
-            tool_called=service.gate.tool_called,
-            untagged=_opened.settings.snapshot_link_by_prefix,
-        )
-    app.add_middleware(TaggingMiddleware)
-    app.add_middleware(RefusingMiddleware)
-    app.add_middleware(HoldingMiddleware)
+    service = service_around(tokenizer_manager, _opened, ranks=server_args.tp_size)
+    mount(app, service)
     _watch_chats(app, service)
     _save_before_the_end(app, tokenizer_manager, service)
     if _opened.settings.enable_agent_tools:
@@ -130,6 +115,49 @@ def before_setup_and_run_http_server(
         mount_agents(
             app, _opened.settings, service, tokenizer_manager, template_manager, server_args
         )
+
+
+def service_around(tokenizer_manager: Any, opened: _Opened, *, ranks: int) -> SnapshotService:
+    """A service that sees every request of a tokenizer manager pass."""
+    from sglang.utils import TypeBasedDispatcher
+
+    client = RankClient(tokenizer_manager, ranks=ranks)
+    tokenizer_manager._result_dispatcher += TypeBasedDispatcher([(EngramReply, client.on_reply)])
+    service = SnapshotService(
+        opened.settings,
+        opened.store,
+        opened.catalog,
+        SglangRanks(client),
+        SglangGenerator(tokenizer_manager),
+    )
+    _watch_requests(tokenizer_manager, service)
+    _watch_weights(tokenizer_manager, service)
+    return service
+
+
+def mount(app: Any, service: SnapshotService) -> None:
+    """Put the routes, and what tags requests, on an application."""
+    settings = service.context.settings
+    for router in (
+        compatible_router(service),
+        snapshots_router(service),
+        resources_router(service),
+        prefixes_router(service, SglangPrompts()),
+        explaining_router(service),
+        memory_router(service),
+    ):
+        app.include_router(_marked(router))
+    # Generation: for whoever may use /v1/chat/completions.
+    app.include_router(chat_router(SglangChat()))
+    if settings.snapshot_trigger_policy == "on_tool_call":
+        app.add_middleware(
+            ToolCallMiddleware,
+            tool_called=service.gate.tool_called,
+            untagged=settings.snapshot_link_by_prefix,
+        )
+    app.add_middleware(TaggingMiddleware)
+    app.add_middleware(RefusingMiddleware)
+    app.add_middleware(HoldingMiddleware)
 
 
 def _watch_chats(app: Any, service: SnapshotService) -> None:
@@ -167,7 +195,10 @@ def _marked(router: Any) -> Any:
     from sglang.srt.utils.auth import AuthLevel, auth_level
 
     for route in router.routes:
-        auth_level(AuthLevel.ADMIN_OPTIONAL)(route.endpoint)
+        # SGLang writes the level on the endpoint, which cannot be done to a method, but is found
+        # through it.
+        endpoint = getattr(route.endpoint, "__func__", route.endpoint)
+        auth_level(AuthLevel.ADMIN_OPTIONAL)(endpoint)
     return router
 
 
@@ -325,7 +356,20 @@ def _finish(manager: Any, service: SnapshotService, received: Any) -> None:
         if reason.get("type") == "abort":
             service.gate.abandoned(rid)
         else:
+            _tell_cached(service, received, index)
             service.gate.finished(rid, [*state.output_ids, *output_ids[index]])
+
+
+def _tell_cached(service: SnapshotService, received: Any, index: int) -> None:
+    """How much of a prompt the engine did not compute, and from which tier it had that."""
+    cached = getattr(received, "cached_tokens", None)
+    if cached is None:
+        return
+    every = getattr(received, "cached_tokens_details", None)
+    details = (every[index] if every else None) or {}
+    service.gate.served.cached(
+        received.rids[index], cached[index], details.get("device"), details.get("host")
+    )
 
 
 async def _settle(service: SnapshotService, response: Any) -> None:

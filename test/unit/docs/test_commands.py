@@ -26,6 +26,7 @@ NOT_RUN = {
     "engram key new new.key": "unit/cli/test_keys.py rotates; here is no store",
     "python -m pytest test/faults/test_hostile_files.py -s": "the unit tests run a part of it",
     "PYTHONPATH=python:test python -m faults.hostile --seed 20261122 --case 4711": "the same",
+    "from engram import Engine": "e2e/test_openai_clients.py runs one; here a server has the store",
     "import torch": "unit/conditional_memory/test_document.py runs it",
     "state = memory.new_state(batch_size=1)": "the same test goes on with it",
 }

@@ -10,11 +10,15 @@ from engram.agents.built_in import built_in_tools
 from engram.agents.events import TOPICS
 from engram.agents.host import AgentHost
 from engram.agents.requests import RunRequest
+from engram.cli.main import SERVER_COMMANDS, STORE_COMMANDS
+from engram.cli.remote import connection
+from engram.client import Conversation, EngramClient
 from engram.errors import walk_error_classes
 from engram.server.agent import agent_router
 from engram.server.agent_schemas import ExecuteMessage, PingMessage, SubscribeMessage
 from engram.server.chat import OWN_FIELDS, ChatEngine, chat_router
 from engram.server.compatible import compatible_router
+from engram.server.explaining import explaining_router
 from engram.server.memory import memory_router
 from engram.server.prefixes import PrefixBody, Prompts, prefixes_router
 from engram.server.resources import resources_router
@@ -96,6 +100,7 @@ def test_every_route_is_documented() -> None:
     service = cast(SnapshotService, None)
     routers = (
         compatible_router(service),
+        explaining_router(service),
         chat_router(cast(ChatEngine, None)),
         snapshots_router(service),
         prefixes_router(service, cast(Prompts, None)),
@@ -169,6 +174,37 @@ def test_every_field_of_a_chat_is_documented() -> None:
         (DOCS / "http-api.md").read_text(), "POST /v1/conversations/{conversation_id}/chat"
     )
     assert {plain(row[0]) for row in table} == {*OWN_FIELDS, "messages", "all others"}
+
+
+def test_every_command_is_documented() -> None:
+    text = (DOCS / "cli.md").read_text()
+    elsewhere = "".join(path.read_text() for path in DOCS.glob("*.md") if path.name != "cli.md")
+    assert [name for name in (*SERVER_COMMANDS, "prefix") if f"engram {name} " not in text] == []
+    assert [name for name in STORE_COMMANDS if f"engram {name}" not in elsewhere] == []
+
+
+def test_every_exit_status_is_documented() -> None:
+    table = rows((DOCS / "cli.md").read_text(), "The engram command")
+    own = re.findall(r"^\| (\d+) \| (.+) \|$", connection.__doc__ or "", re.MULTILINE)
+    shown = re.findall(r"^\| (\d+) \| (.+) \|$", (DOCS / "cli.md").read_text(), re.MULTILINE)
+    assert table
+    assert shown == own
+    codes = {connection.REFUSED, connection.MISUSED, connection.UNREACHABLE}
+    codes |= {connection.NOT_FOUND, connection.INTERRUPTED, 0}
+    assert {int(code) for code, _ in own} == codes
+
+
+def test_every_method_of_the_client_is_documented() -> None:
+    text = (DOCS / "client.md").read_text()
+    named = set(re.findall(r"`(\w+)[`(]", text))
+    methods = {
+        name
+        for kind in (EngramClient, Conversation)
+        for name, value in vars(kind).items()
+        if not name.startswith("_") and not isinstance(value, property)
+    }
+    # Closing is what the `with` does; `over` is how an engine makes its own.
+    assert methods - named - {"close", "over"} == set()
 
 
 def test_every_error_is_documented_with_its_status() -> None:

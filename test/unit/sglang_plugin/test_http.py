@@ -17,8 +17,9 @@ from sglang.srt.utils.auth import AuthLevel
 from engram.conversation.turns import Tag
 from engram.errors import InvalidRequestError, StoreError
 from engram.server.compatible import compatible_router
+from engram.server.explaining import explaining_router
 from engram.server.memory import memory_router
-from engram.server.prefixes import prefixes_router
+from engram.server.prefixes import Prompts, prefixes_router
 from engram.server.resources import resources_router
 from engram.server.snapshots import snapshots_router
 from engram.server.tagging import CURRENT_TAG
@@ -28,6 +29,7 @@ from engram.sglang_plugin.chat import SglangPrompts
 from engram.sglang_plugin.engine import SglangGenerator
 from engram.sglang_plugin.http import (
     CHANGING_WEIGHTS,
+    _marked,
     _save_before_the_end,
     _watch_requests,
     _watch_weights,
@@ -351,3 +353,19 @@ async def test_who_the_engine_is_is_asked_again_after_its_weights_changed(
             assert await getattr(manager, name)(name, request=None) == "changed"
         engine = await server.service.context.engine()
         assert engine.namespace.fields["model"] == name
+
+
+def test_every_route_of_ours_can_be_marked_for_operators(server: Server) -> None:
+    from sglang.srt.utils.auth import AuthLevel
+
+    routers = (
+        compatible_router(server.service),
+        snapshots_router(server.service),
+        resources_router(server.service),
+        prefixes_router(server.service, cast(Prompts, None)),
+        explaining_router(server.service),
+        memory_router(server.service),
+    )
+    endpoints = [route.endpoint for router in routers for route in _marked(router).routes]
+    assert len(endpoints) > 20
+    assert {endpoint._auth_level for endpoint in endpoints} == {AuthLevel.ADMIN_OPTIONAL}

@@ -1,0 +1,100 @@
+"""The client's way to an application in the same process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+from fastapi import FastAPI, Request
+from fastapi.responses import StreamingResponse
+
+from engram.sglang_plugin.inside import InsideTransport
+from unit.service.engine import on_a_loop
+
+
+def application(seen: dict[str, object]) -> FastAPI:
+    app = FastAPI()
+
+    @app.post("/echo/{name}")
+    async def echo(name: str, request: Request) -> dict[str, object]:
+        body = (await request.body()).decode()
+        return {"name": name, "body": body, "query": dict(request.query_params)}
+
+    @app.get("/parts")
+    async def parts() -> StreamingResponse:
+        async def made() -> AsyncIterator[bytes]:
+            for number in range(100):
+                seen["made"] = number
+                yield f"{number} ".encode()
+                await asyncio.sleep(0)
+
+        return StreamingResponse(made())
+
+    @app.get("/endless")
+    async def endless() -> StreamingResponse:
+        async def made() -> AsyncIterator[bytes]:
+            try:
+                while True:
+                    yield b"."
+                    await asyncio.sleep(0)
+            finally:
+                seen["ended"] = True
+
+        return StreamingResponse(made())
+
+    @app.get("/fails")
+    async def fails() -> None:
+        raise RuntimeError("as it is")
+
+    return app
+
+
+def client_of(seen: dict[str, object]) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=InsideTransport(application(seen)), base_url="http://inside")
+
+
+@on_a_loop
+async def test_a_request_and_its_reply() -> None:
+    async with client_of({}) as client:
+        reply = await client.post("/echo/a%20b", content=b"x" * 100_000, params={"q": "1 2"})
+        assert reply.json() == {"name": "a b", "body": "x" * 100_000, "query": {"q": "1 2"}}
+        assert (await client.get("/nothing")).status_code == 404
+
+
+@on_a_loop
+async def test_a_stream_is_read_while_it_is_made() -> None:
+    seen: dict[str, object] = {}
+    async with client_of(seen) as client, client.stream("GET", "/parts") as response:
+        parts = response.aiter_bytes()
+        first = await anext(parts)
+        made = seen["made"]
+        assert isinstance(made, int)
+        assert made < 99
+        rest = [part async for part in parts]
+    assert (first + b"".join(rest)).split() == [str(n).encode() for n in range(100)]
+
+
+@on_a_loop
+async def test_a_stream_that_is_left_ends() -> None:
+    seen: dict[str, object] = {}
+    async with client_of(seen) as client, client.stream("GET", "/endless") as response:
+        await anext(response.aiter_bytes())
+    assert seen["ended"] is True
+
+
+@on_a_loop
+async def test_what_the_application_raises_is_the_reply_of_a_server() -> None:
+    async with client_of({}) as client:
+        assert (await client.get("/fails")).status_code == 500
+
+
+@on_a_loop
+async def test_what_is_raised_before_any_reply_comes_out() -> None:
+    async def broken(scope: object, receive: object, send: object) -> None:
+        raise RuntimeError("as it is")
+
+    async with httpx.AsyncClient(transport=InsideTransport(broken), base_url="http://i") as client:
+        with pytest.raises(RuntimeError, match="as it is"):
+            await client.get("/")

@@ -117,7 +117,7 @@ def test_a_reply_with_tool_calls_is_saved_when_its_client_has_it(world: World) -
     (choice,) = reply["choices"]
     (call,) = choice["message"]["tool_calls"][:1]
     assert call["function"]["name"] == "weather"
-    assert json.loads(call["function"]["arguments"])["place"] in ("Rome", "Oslo")
+    # With which arguments is the business of SGLang's grammar and parser, not of the trigger.
     assert turns(world, "tools") == [2]
     assert world.client.info(conversation_id="tools", turn_number=2)["durability"] == "sync"
     chat(world, "tools", "thanks")

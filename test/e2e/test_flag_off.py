@@ -88,7 +88,9 @@ def answers(server: ServerProcess, sent: list[tuple[str, str, Any]]) -> list[Ans
     with httpx.Client(base_url=server.url, timeout=TIMEOUT_S) as http:
         for method, path, body in sent:
             response = http.request(method, path, json=body)
-            found.append(Answer(response.status_code, comparable(parsed(response))))
+            body = comparable(parsed(response))
+            streamed = isinstance(body, list) and "[DONE]" in body
+            found.append(Answer(response.status_code, folded(body) if streamed else body))
     return found
 
 
@@ -100,6 +102,25 @@ def parsed(response: httpx.Response) -> Any:
         return response.json()
     except ValueError:
         return response.text
+
+
+def folded(events: list[Any]) -> list[Any]:
+    """A stream however it was cut: how many tokens an event has depends on how busy the machine is.
+
+    Of `/generate`, each of whose events has all so far, the last; of chunks, their texts and
+    log-probabilities put together, then each other value they have had.
+    """
+    chunks = [event for event in events if isinstance(event, dict)]
+    if not any("choices" in chunk for chunk in chunks):
+        return [*chunks[-1:], *(event for event in events if not isinstance(event, dict))]
+    text, logprobs, others = "", [], []
+    for event in events:
+        for choice in event.get("choices", ()) if isinstance(event, dict) else ():
+            text += choice["delta"].pop("content", None) or ""
+            logprobs += (choice.pop("logprobs", None) or {}).get("content") or []
+        if event not in others:
+            others.append(event)
+    return [text, logprobs, *others]
 
 
 def comparable(value: Any) -> Any:

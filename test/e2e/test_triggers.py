@@ -33,6 +33,7 @@ WEATHER = {
     "type": "function",
     "function": {
         "name": "weather",
+        "strict": True,
         "description": "The weather of a place.",
         "parameters": {
             "type": "object",
@@ -43,12 +44,16 @@ WEATHER = {
     },
 }
 
+SPACES = [len(SPECIALS) + place for place, one in enumerate(CHARACTERS) if one.isspace()]
+
 CALLED: dict[str, Any] = {
     "tools": [WEATHER],
     "tool_choice": "required",
     "parallel_tool_calls": False,
+    "logit_bias": {str(token): -100 for token in SPACES},
 }
-"""The grammar of one call, and nothing else."""
+"""The grammar of one call, and nothing else: it allows spaces without end, which a model of random
+weights may write until its reply is cut."""
 
 
 def poisoned_model(out: Path) -> Path:
@@ -111,7 +116,6 @@ def test_a_reply_with_tool_calls_is_saved_when_its_client_has_it(world: World) -
     assert turns(world, "tools") == []
     reply = chat(world, "tools", "is it cold", **CALLED)
     (choice,) = reply["choices"]
-    # The grammar lets the model go on with spaces, so that its reply may end at its length.
     (call,) = choice["message"]["tool_calls"][:1]
     assert call["function"]["name"] == "weather"
     assert json.loads(call["function"]["arguments"])["place"] in ("Rome", "Oslo")

@@ -37,7 +37,6 @@ from engram.snapshot.manifest import (
     change_manifest,
     make_manifest,
 )
-from engram.snapshot.segment import Shard
 
 logger = logging.getLogger(__name__)
 
@@ -448,8 +447,7 @@ class TurnSaver:
         self._context.catalog.get(row.snapshot_id, row.tenant)
         try:
             manifest = store.get_manifest(row.snapshot_id, row.tenant)
-            for rank, chain in enumerate(manifest.segments):
-                shard = Shard(manifest.namespace, rank, manifest.world_size)
+            for shard, chain in manifest.shards():
                 for ref in chain:
                     if not store.has_segment(shard, ref.segment_id, ref.bytes):
                         # Says what is wrong with it, and moves a damaged file aside.

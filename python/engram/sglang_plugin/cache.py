@@ -43,7 +43,7 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from engram.sglang_plugin.contain import Containment, contained
 from engram.sglang_plugin.linker import EngramLinker
 from engram.sglang_plugin.live_state import LiveStateComponent
-from engram.sglang_plugin.points import is_point, next_point
+from engram.sglang_plugin.points import is_point, last_point, next_point
 from engram.sglang_plugin.streams import SideStream
 from engram.sglang_plugin.vram import VramPins
 from engram.tiers.health import StateCheck
@@ -199,7 +199,7 @@ class EngramRadixCache(UnifiedRadixCache):
         prompt = len(req.origin_input_ids)
         if not self._has_state or end != prompt:
             return False
-        return 0 < req.kv.cache_protected_len == (prompt - 1) // self.page_size * self.page_size
+        return 0 < req.kv.cache_protected_len == last_point(prompt, self.page_size)
 
     def keep_reply(self, req: Any) -> None:
         """Put the state of a running reply into the tree, at the first it has past a multiple of

@@ -22,13 +22,18 @@ def next_point(start: int, prompt: int, page_size: int, interval: int) -> int | 
 
     `interval` tokens lie between the points before the last; 0 for the last alone.
     """
-    last = (prompt - 1) // page_size * page_size
+    last = last_point(prompt, page_size)
     if start >= last:
         return None
     if interval:
         step = _pages(interval, page_size)
         return min((start // step + 1) * step, last)
     return last
+
+
+def last_point(prompt: int, page_size: int) -> int:
+    """The last point of a prompt of `prompt` tokens; 0 if it has none."""
+    return (prompt - 1) // page_size * page_size
 
 
 def is_point(end: int, prompt: int, page_size: int, interval: int) -> bool:

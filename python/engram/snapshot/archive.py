@@ -209,11 +209,7 @@ def decode_archive(header: bytes) -> Archive:
 
 def segments_of(manifest: Manifest) -> list[tuple[Shard, str]]:
     """All that a manifest names, rank after rank."""
-    return [
-        (Shard(manifest.namespace, rank, manifest.world_size), ref.segment_id)
-        for rank, chain in enumerate(manifest.segments)
-        for ref in chain
-    ]
+    return [(shard, ref.segment_id) for shard, chain in manifest.shards() for ref in chain]
 
 
 def _check_closed(archive: Archive) -> None:

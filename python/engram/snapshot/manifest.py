@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, Field, JsonValue, ValidationError, field_validator, model_validator
@@ -29,6 +29,7 @@ from engram.snapshot.fields import (
     TokenId,
     first_problem,
 )
+from engram.snapshot.segment import Shard
 
 VERSION: Final = 1
 MAX_MANIFEST_BYTES: Final = 16 << 20
@@ -138,6 +139,11 @@ class Manifest(BaseModel):
     @property
     def world_size(self) -> int:
         return len(self.segments)
+
+    def shards(self) -> Iterator[tuple[Shard, tuple[SegmentRef, ...]]]:
+        """Each rank's part of the store, and its chain there."""
+        for rank, chain in enumerate(self.segments):
+            yield Shard(self.namespace, rank, self.world_size), chain
 
     @property
     def boundary_key(self) -> str:

@@ -157,8 +157,4 @@ def _keyring(layout: Layout, fs: FileSystem) -> tuple[str, bool]:
 
 
 def _shards_of(manifest: Manifest) -> set[tuple[Shard, str]]:
-    return {
-        (Shard(manifest.namespace, rank, manifest.world_size), ref.segment_id)
-        for rank, chain in enumerate(manifest.segments)
-        for ref in chain
-    }
+    return {(shard, ref.segment_id) for shard, chain in manifest.shards() for ref in chain}

@@ -14,7 +14,6 @@ from engram.errors import EngramError, NotFoundError, SegmentCorruptError, Store
 from engram.snapshot.archive import segments_of
 from engram.snapshot.chain import Link, chain_problem, tokens_problem
 from engram.snapshot.manifest import Manifest
-from engram.snapshot.segment import Shard
 from engram.store.base import StoredSegment
 from engram.store.disk import DiskStore
 from engram.store.inspection import abandoned_temps, lock_holder
@@ -187,17 +186,15 @@ class StoreChecker:
         return key in self._links
 
     def _check_chains(self, manifest: Manifest, path: Path) -> None:
-        shards = [
-            Shard(manifest.namespace, rank, manifest.world_size)
-            for rank in range(manifest.world_size)
-        ]
         problem = None
-        for shard, chain in zip(shards, manifest.segments, strict=True):
+        shards = list(manifest.shards())
+        for shard, chain in shards:
             links = [self._links[shard, ref.segment_id] for ref in chain]
             problem = problem or chain_problem(chain, links)
         if problem is None:
             try:
-                rows = [self._tokens.of((shards[0], r.segment_id)) for r in manifest.segments[0]]
+                first, chain = shards[0]
+                rows = [self._tokens.of((first, ref.segment_id)) for ref in chain]
             except EngramError as error:
                 if not path.exists():
                     return  # deleted meanwhile

@@ -108,7 +108,7 @@ def _cuts(
     `headers` has a segment's parent before it, as chains have.
     """
     furthest: dict[SegmentKey, SegmentRef] = {}
-    for shard, chain in (part for manifest in manifests for part in _shards(manifest)):
+    for shard, chain in (part for manifest in manifests for part in manifest.shards()):
         for ref in chain:
             other = furthest.setdefault((shard, ref.segment_id), ref)
             if other.end < ref.end:
@@ -136,7 +136,7 @@ def _cut_manifest(
 ) -> Manifest:
     """A manifest that names the segments of the archive."""
     chains = [
-        [_cut_ref(shard, ref, ids, segments) for ref in chain] for shard, chain in _shards(manifest)
+        [_cut_ref(shard, ref, ids, segments) for ref in chain] for shard, chain in manifest.shards()
     ]
     total = sum(ref.bytes for chain in chains for ref in chain)
     return change_manifest(
@@ -160,12 +160,6 @@ def _cut_ref(
     return ref.model_copy(update={"segment_id": new_id, "bytes": length})
 
 
-def _shards(manifest: Manifest) -> Iterator[tuple[Shard, tuple[SegmentRef, ...]]]:
-    """Each rank's part, and its chain."""
-    for rank, chain in enumerate(manifest.segments):
-        yield Shard(manifest.namespace, rank, manifest.world_size), chain
-
-
 def require_whole(
     manifest: Manifest,
     headers: dict[tuple[Shard, str], SegmentHeader],
@@ -176,7 +170,7 @@ def require_whole(
     Tokens are needed of rank 0 only.
     """
     problem = None
-    for shard, chain in _shards(manifest):
+    for shard, chain in manifest.shards():
         links = [Link.of(headers[shard, ref.segment_id]) for ref in chain]
         problem = problem or chain_problem(chain, links)
     first = Shard(manifest.namespace, 0, manifest.world_size)

@@ -36,6 +36,7 @@ WEATHER = {
     "function": {
         "name": "weather",
         "description": "The weather of a place.",
+        "strict": True,
         "parameters": {
             "type": "object",
             "properties": {"place": {"type": "string", "enum": ["Rome", "Oslo"]}},
@@ -171,7 +172,10 @@ def world(stage: Stage) -> Iterator[World]:
         world.facts[name] = record(world.client, name, complete)
     with EngramClient(world.server.url) as client:
         chat = client.conversation("own")
-        world.facts["own"] = [chat.send("hello", **OWN), chat.stream("and then", **OWN).reply]
+        world.facts["own"] = [
+            chat.send("good morning", **OWN),
+            chat.stream("and then", **OWN).reply,
+        ]
     world.server.kill()
     world.server.start()
     yield world
@@ -204,10 +208,11 @@ def test_tools_are_called_before_and_after_a_restart(world: World, package: str)
     recorded: Recorded = world.facts[package]
     reply = PACKAGES[package](world.server.url, tool_body(recorded))
     for one in (recorded.tool, reply):
-        assert one["finish_reason"] == "tool_calls"
+        # The grammar lets the model go on with spaces, so that its reply may end at its length.
+        assert one["finish_reason"] in ("tool_calls", "length"), one
         (call,) = one["tool_calls"]
-        assert call["function"]["name"] == "weather"
-        assert json.loads(call["function"]["arguments"])["place"] in ("Rome", "Oslo")
+        assert call["function"]["name"] == "weather", one
+        assert json.loads(call["function"]["arguments"])["place"] in ("Rome", "Oslo"), one
         assert one["cached_tokens"] == recorded.boundaries[-1]
     assert [call["function"] for call in reply["tool_calls"]] == [
         call["function"] for call in recorded.tool["tool_calls"]
@@ -252,7 +257,7 @@ def test_engrams_own_client_goes_on_after_a_restart(world: World) -> None:
         )
         assert explained.earlier is not None
         assert explained.earlier.common_tokens >= turns[1].token_count
-        assert "hello" in client.texts([turns[0].fill_ids or []])[0]
+        assert "good morning" in client.texts([turns[0].fill_ids or []])[0]
 
 
 def test_a_stream_that_is_left_is_no_turn(world: World) -> None:
@@ -300,7 +305,8 @@ def test_the_engine_without_a_server_goes_on_with_what_a_server_stored(
     second = world.facts["own"][1]
     assert report["restored"]["source_tier"] == "disk"
     assert report["next"]["content"] == second.content
-    assert report["next"]["usage"]["cached_tokens"] == boundary
+    # The same was said before: where conversations part, SGLang keeps a state too.
+    assert report["next"]["usage"]["cached_tokens"] >= boundary
     assert "".join(report["pieces"]) == second.content
     assert len(report["pieces"]) > 1
     newest, inside = report["saved"]

@@ -152,8 +152,7 @@ class PrefixKeeper:
             tokens.tolist(), {"max_new_tokens": 1, "ignore_eos": True}
         )
         request = FinishedRequest(generation.rid, tokens, time.time())
-        located = await context.ranks.locate(namespace, request, len(tokens))
-        async with context.quota.reserved(located.needed, tag), context.guard.shared():
+        async with self._saver.room(request, len(tokens)), context.guard.shared():
             stored = await context.ranks.persist(namespace, request, len(tokens))
             manifest = make_manifest(
                 snapshot_id=new_snapshot_id(),

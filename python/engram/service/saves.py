@@ -251,19 +251,31 @@ class TurnSaver:
         return _result(row, begun, recomputed=recomputed)
 
     @contextlib.asynccontextmanager
-    async def _room(self, found: Found) -> AsyncIterator[bool]:
-        """Room on the disk within; whether the state had to be computed again to know how much."""
-        if found.turn is None or self._context.quota.limit is None:
+    async def room(
+        self, request: FinishedRequest, boundary: int | None = None
+    ) -> AsyncIterator[bool]:
+        """Room on the disk for a request's state within; whether it had to be computed again to
+        know how much.
+
+        `boundary` is where the state stands, the end of the request unless given.
+        """
+        quota = self._context.quota
+        if quota.limit is None:
             yield False
             return
-        needed, again = await self._needed(found.turn.request)
+        needed, again = await self._needed(request, boundary)
         async with contextlib.AsyncExitStack() as stack:
-            quota, more = self._context.quota, needed
+            more = needed
             # What was removed may have shared rows with it, which it then has to write itself.
             while await stack.enter_async_context(quota.reserved(more)):
-                now, lost = await self._needed(found.turn.request)
+                now, lost = await self._needed(request, boundary)
                 more, needed, again = max(0, now - needed), max(now, needed), again or lost
             yield again
+
+    def _room(self, found: Found) -> contextlib.AbstractAsyncContextManager[bool]:
+        if found.turn is None:
+            return contextlib.nullcontext(False)
+        return self.room(found.turn.request)
 
     @contextlib.asynccontextmanager
     async def _standing(self, found: Found) -> AsyncIterator[None]:
@@ -302,12 +314,12 @@ class TurnSaver:
             return None
         return await context.in_catalog(context.catalog.newest_at, engine.namespace.id, stored.key)
 
-    async def _needed(self, request: FinishedRequest) -> tuple[int, bool]:
+    async def _needed(self, request: FinishedRequest, boundary: int | None) -> tuple[int, bool]:
         """Bytes that a save of the request will write."""
         context = self._context
 
         async def ask(engine: EngineInfo) -> tuple[int, bool]:
-            expected = context.expected_boundary(request, engine)
+            expected = boundary or context.expected_boundary(request, engine)
             again = False
             while True:
                 try:
@@ -317,11 +329,11 @@ class TurnSaver:
                     assert located.needed is not None
                     return located.needed, again
                 except CaptureLostError as lost:
-                    boundary = lost.details.get("boundary")
-                    if again or not isinstance(boundary, int) or boundary < 1:
+                    end = lost.details.get("boundary")
+                    if again or not isinstance(end, int) or end < 1:
                         raise
-                    expected, again = boundary, True
-                    await self._recompute(request, boundary)
+                    expected, again = end, True
+                    await self._recompute(request, end)
 
         return await context.with_engine(ask)
 

@@ -92,8 +92,7 @@ class Transfer:
             file = await context.in_store(ArchiveFile, received.path)
             with file:
                 await context.in_store(file.verify)
-                tag = Tag(file.archive.manifests[0].conversation_id, tenant=names.tenant)
-                async with context.quota.reserved(received.bytes, tag), context.guard.shared():
+                async with context.quota.reserved(received.bytes), context.guard.shared():
                     report = await context.in_store(self._store, file, names)
         finally:
             await context.in_store(received.remove)

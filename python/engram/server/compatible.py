@@ -1,7 +1,7 @@
 """The five routes of the published Engram fork, done right; `docs/compatibility.md` says how.
 
 `POST` and JSON all of them.  Success is 200 with ``success: true``; a failure has ``success:
-false``, ``error``, ``message`` and ``hint``, and the status of its kind of error.
+false``, a ``message``, the object ``error``, and the status of its kind of error.
 """
 
 from __future__ import annotations

@@ -14,10 +14,13 @@ ERROR_REPLY: Final = reply(
     "A failure; every one has this form.",
     {
         "success": False,
-        "error": "not_found",
         "message": "no conversation 'trip'",
-        "hint": "what to do about it",
-        "details": {"conversation_id": "trip"},
+        "error": {
+            "code": "not_found",
+            "message": "no conversation 'trip'",
+            "hint": "what to do about it",
+            "details": {"conversation_id": "trip"},
+        },
     },
 )
 CHAT_REPLY: Final = reply(

@@ -10,7 +10,7 @@ from engram.catalog.rows import SnapshotRow
 from engram.conversation.turns import Tag
 from engram.core.ids import DEFAULT_BRANCH, DEFAULT_TENANT
 from engram.server.schemas import BranchPlace, MemoryPlace
-from engram.server.wire import answering, body_of, read_body
+from engram.server.wire import answering, body_of, known_query, read_body
 from engram.service import SnapshotService
 
 
@@ -42,10 +42,12 @@ class _Routes:
 
     async def health(self, request: Request) -> dict[str, Any]:
         """Counters of saves, restores, held requests and tiers, and the newest failures."""
+        known_query(request)
         return {"success": True, **await self._service.stats()}
 
     async def tiers(self, request: Request) -> dict[str, Any]:
         """What VRAM, RAM and disk hold now, as it is found there."""
+        known_query(request)
         return {"success": True, "tiers": await self._service.tiers()}
 
     async def promote(self, request: Request) -> dict[str, Any]:

@@ -254,7 +254,7 @@ def test_a_stream_that_is_closed_early() -> None:
 
 
 def test_errors_in_the_middle_of_a_stream() -> None:
-    ours = GenerationAbortedError("out of memory", hint="retry").to_dict()
+    ours = GenerationAbortedError("out of memory", hint="retry").to_reply()
     with pytest.raises(GenerationAbortedError):
         _ = Answer(events(CHUNKS[0], ours)).client().conversation("c").stream("x").reply
     theirs = {"error": {"message": "aborted", "code": 400, "type": "BadRequest"}}

@@ -216,6 +216,15 @@ def test_every_error_is_documented_with_its_status() -> None:
     assert len(documented) == len(table)
 
 
+def test_every_code_that_no_class_has_is_documented() -> None:
+    """Codes that stand in the source by themselves, such as those of events."""
+    sources = "".join(path.read_text() for path in (ROOT / "python" / "engram").rglob("*.py"))
+    found = set(re.findall(r'"(?:error|code)": "(\w+)"', sources))
+    assert "events_lost" in found
+    text = "".join(path.read_text() for path in DOCS.glob("*.md"))
+    assert [code for code in found if f"`{code}`" not in text] == []
+
+
 def test_every_room_is_in_the_architecture() -> None:
     table = rows((DOCS / "architecture.md").read_text(), "Rooms")
     package = ROOT / "python" / "engram"

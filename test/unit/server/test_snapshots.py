@@ -18,6 +18,7 @@ from engram.server.prefixes import prefixes_router
 from engram.server.snapshots import snapshots_router
 from engram.server.tagging import HoldingMiddleware
 from engram.testing.samples import seeded_random
+from refusals import refusal
 from unit.server.test_compatible import client_of
 from unit.service.engine import Server, on_a_loop
 
@@ -61,9 +62,8 @@ async def ok(response: httpx.Response) -> dict[str, Any]:
 
 
 async def refused(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
-    body: dict[str, Any] = response.json()
+    body = refusal(response)
     assert (response.status_code, body["error"]) == (status, code), body
-    assert body["success"] is False
     return body
 
 

@@ -156,7 +156,9 @@ def record(client: Client, name: str, complete: Complete) -> Recorded:
         recorded.messages += [asking(text), {"role": "assistant", "content": reply["content"]}]
     recorded.next = complete(client.url, body_of([*recorded.messages, asking("go on")]))
     recorded.tool = complete(client.url, tool_body(recorded))
-    body = body_of([asking("hello")], conversation_id=f"{name}-stateful", stateful=True)
+    body = body_of(
+        [asking(f"hello from {name}")], conversation_id=f"{name}-stateful", stateful=True
+    )
     recorded.stateful.append(complete(client.url, body))
     client.save(conversation_id=f"{name}-stateful")
     return recorded

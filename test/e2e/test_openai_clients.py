@@ -156,4 +156,4 @@ def test_the_engine_without_a_server_goes_on_with_what_a_server_stored(
     # The reply that was left is no turn, the one after it is.
     assert max(report["turns"]) == newest + 1
     assert (report["batch"], report["nobody"]) == ("unsupported", "not_found")
-    assert "tensor parallelism" in report["refused"]
+    assert "pipeline parallelism" in report["refused"]

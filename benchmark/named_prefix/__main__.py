@@ -32,6 +32,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import httpx
 from benchmark import servers
+from benchmark.named_prefix.report import table
 
 from engram.testing.chat import NEVER_END
 from engram.testing.tiny_model import write_tiny_model
@@ -144,24 +145,6 @@ def _figures(firsts: Sequence[First]) -> dict[str, Any]:
         "cached_tokens": statistics.median(one.cached for one in firsts),
         "least_cached": min(one.cached for one in firsts),
     }
-
-
-def table(figures: dict[str, Any]) -> str:
-    """The figures as Markdown."""
-    lines = [
-        "| restart | system prompt | first token, p50 (ms) | largest (ms) | to named, p50 | "
-        "cached tokens, median | least |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, kinds in figures["phases"].items():
-        for kind, row in kinds.items():
-            ratio = row["p50"] / kinds["named"]["p50"]
-            lines.append(
-                f"| {name} | {kind} | {row['p50']:.0f} | {row['max']:.0f} | {ratio:.1f} | "
-                f"{row['cached_tokens']:.0f} of {row['prompt_tokens']:.0f} | "
-                f"{row['least_cached']} |"
-            )
-    return "\n".join(lines)
 
 
 def main() -> int:

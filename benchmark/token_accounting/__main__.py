@@ -32,17 +32,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import httpx
 from benchmark import servers
+from benchmark.token_accounting.report import FAMILIES, table, total
 from benchmark.token_accounting.talks import TURNS, Talk, talks_of
 
 from engram.testing.chat import NEVER_END
 from engram.testing.tiny_model import write_tiny_model
 from engram.testing.tiny_tokenizer import build_tokenizer
 
-FAMILIES = {
-    "granite-hybrid": "Mamba-2 and attention",
-    "qwen3-next": "gated delta rule and attention",
-    "mamba2": "Mamba-2 alone",
-}
 BEFORE = TURNS // 2
 REPLY = 16
 ROOM = ("--max-total-tokens", "32768", "--max-mamba-cache-size", "128", "--dtype", "float32")
@@ -52,12 +48,6 @@ WAYS: dict[str, tuple[str, ...]] = {
     "cache": (),
     "history": ON,
     "stateful": ON,
-}
-SHOWN = {
-    "no cache": "stock, `--disable-radix-cache`",
-    "cache": "stock, with its cache",
-    "history": "Engram, whole history sent",
-    "stateful": "Engram, stateful",
 }
 TOKENIZER = build_tokenizer(8192)
 
@@ -176,57 +166,6 @@ def _facts(client: Client) -> list[tuple[int, str]]:
     return [
         (turn["prompt"], reply) for turn, reply in zip(client.turns, client.replies, strict=True)
     ]
-
-
-def total(found: dict[str, Any]) -> dict[str, Any]:
-    """Way -> the sums over all families."""
-    made: dict[str, Any] = {}
-    for way in WAYS:
-        rows = [family[way] for family in found.values()]
-        made[way] = {
-            "requests": sum(row["requests"] for row in rows),
-            "failures": sum(len(row["failures"]) for row in rows),
-            "same": sum(row["same"] for row in rows),
-            **{
-                phase: {name: sum(row[phase][name] for row in rows) for name in rows[0][phase]}
-                for phase in ("before", "after")
-            },
-        }
-    return made
-
-
-def table(found: dict[str, Any]) -> str:
-    """The figures as Markdown: all families together, then what each computes less."""
-    sums = total(found)
-    without = sums["no cache"]
-    lines = [
-        "| way | requests | failures | sent | computed, turns 1 to 10 | computed, turns 11 to 20, "
-        "after a restart | computed in all | fewer |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for way, row in sums.items():
-        figures = [row["before"]["sent"] + row["after"]["sent"]]
-        figures += [row["before"]["computed"], row["after"]["computed"], _computed(row)]
-        shown = " | ".join(f"{one:,}" for one in figures)
-        lines.append(
-            f"| {SHOWN[way]} | {row['requests']} | {row['failures']} | {shown} | "
-            f"{_fewer(row, without)} |"
-        )
-    lines += ["", f"| family | {' | '.join(SHOWN[way] for way in list(WAYS)[1:])} |"]
-    lines.append("|---|---|---|---|")
-    for family, rows in found.items():
-        cells = [_fewer(rows[way], rows["no cache"]) for way in list(WAYS)[1:]]
-        lines.append(f"| {family} ({FAMILIES[family]}) | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _computed(row: dict[str, Any]) -> int:
-    computed: int = row["before"]["computed"] + row["after"]["computed"]
-    return computed
-
-
-def _fewer(row: dict[str, Any], without: dict[str, Any]) -> str:
-    return f"{100 * (1 - _computed(row) / _computed(without)):.1f} %"
 
 
 def main() -> int:

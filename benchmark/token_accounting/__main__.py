@@ -2,18 +2,20 @@
 
 Usage, at the root of a checkout:
 
-    python -m benchmark.token_accounting [--json] [--out FILE] [--family NAME ...] [--from FILE ...]
+    python -m benchmark.token_accounting [--json] [--out FILE] [--family NAME ...] [--history]
+        [--from FILE ...]
 
 Users talk about the documents of this repository for 20 turns, 271 requests in all for each way, in
 three families of models:
 
     no cache   stock SGLang with --disable-radix-cache; the client sends its whole history
     cache      stock SGLang as it is; the same client
-    history    Engram; the same client with a conversation_id
     stateful   Engram; the client sends its newest message alone
+    history    Engram; the first client with a conversation_id; only with --history
 
-After turn 10 of every conversation the server is killed (SIGKILL) and started again. A request that
-is not answered with 200 is a failure, and the exit status is 1 then. The figures are counts: they
+After turn 10 of every conversation the server is killed (SIGKILL) and started again, but the one
+that has no cache to lose. A request that is not answered with 200 is a failure, and the exit status
+is 1 then. The figures are counts: they
 depend on no machine's speed. `--from` prints the table of earlier runs, which may have been made
 for some families each.
 """
@@ -46,8 +48,8 @@ ON = ("--enable-snapshot-persistence", "--snapshot-min-interval-seconds", "0")
 WAYS: dict[str, tuple[str, ...]] = {
     "no cache": ("--disable-radix-cache",),
     "cache": (),
-    "history": ON,
     "stateful": ON,
+    "history": ON,
 }
 TOKENIZER = build_tokenizer(8192)
 
@@ -123,19 +125,20 @@ def run_way(folder: Path, model: Path, way: str, talks: Sequence[Talk]) -> list[
 
     with servers.server(folder, model, args, env) as server:
         asyncio.run(phase(server.url, range(BEFORE)))
-        server.kill()
-        server.start()
+        if way != "no cache":
+            server.kill()
+            server.start()
         asyncio.run(phase(server.url, range(BEFORE, TURNS)))
     return clients
 
 
-def measure(folder: Path, family: str) -> dict[str, Any]:
+def measure(folder: Path, family: str, ways: Sequence[str]) -> dict[str, Any]:
     """Way -> what was sent and computed in a family, before and after the restart."""
     model = write_tiny_model(folder / family, family, seed=1, dtype="float32")
     talks = talks_of(list(FAMILIES).index(family), len(FAMILIES))
     found: dict[str, Any] = {}
     reference: list[Client] = []
-    for way in WAYS:
+    for way in ways:
         print(f"{family}: {way}", file=sys.stderr, flush=True)
         clients = run_way(folder, model, way, talks)
         reference = reference or clients
@@ -172,13 +175,15 @@ def main() -> int:
     parser = servers.options_parser("token_accounting", __doc__)
     parser.add_argument("--family", action="append", choices=list(FAMILIES))
     parser.add_argument("--from", dest="earlier", action="append", type=Path, metavar="FILE")
+    parser.add_argument("--history", action="store_true", help="also whole histories to Engram")
     options = parser.parse_args()
+    ways = [way for way in WAYS if options.history or way != "history"]
     found: dict[str, Any] = {}
     for path in options.earlier or ():
         found |= json.loads(path.read_text())["families"]
     with servers.workplace() as (folder, _):
         for family in options.family or ([] if options.earlier else FAMILIES):
-            found[family] = measure(folder, family)
+            found[family] = measure(folder, family, ways)
     found = {family: found[family] for family in FAMILIES if family in found}
     figures = {"machine": servers.machine(), "families": found, "in all": total(found)}
     servers.report(figures, options, table(found))

@@ -12,15 +12,20 @@ FAMILIES = {
 SHOWN = {
     "no cache": "stock, `--disable-radix-cache`",
     "cache": "stock, with its cache",
-    "history": "Engram, whole history sent",
     "stateful": "Engram, stateful",
+    "history": "Engram, whole history sent",
 }
+
+
+def ways_in(found: dict[str, Any]) -> list[str]:
+    """The ways that were measured in every family."""
+    return [way for way in SHOWN if all(way in rows for rows in found.values())]
 
 
 def total(found: dict[str, Any]) -> dict[str, Any]:
     """Way -> the sums over all families."""
     made: dict[str, Any] = {}
-    for way in SHOWN:
+    for way in ways_in(found):
         rows = [family[way] for family in found.values()]
         made[way] = {
             "requests": sum(row["requests"] for row in rows),
@@ -51,10 +56,10 @@ def table(found: dict[str, Any]) -> str:
             f"| {SHOWN[way]} | {row['requests']} | {row['failures']} | {shown} | "
             f"{_fewer(row, without)} |"
         )
-    lines += ["", f"| family | {' | '.join(SHOWN[way] for way in list(SHOWN)[1:])} |"]
-    lines.append("|---|---|---|---|")
+    lines += ["", f"| family | {' | '.join(SHOWN[way] for way in ways_in(found)[1:])} |"]
+    lines.append("|---" * len(sums) + "|")
     for family, rows in found.items():
-        cells = [_fewer(rows[way], rows["no cache"]) for way in list(SHOWN)[1:]]
+        cells = [_fewer(rows[way], rows["no cache"]) for way in ways_in(found)[1:]]
         lines.append(f"| {family} ({FAMILIES[family]}) | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -19,7 +19,7 @@ from engram.testing.server import ServerProcess
 from engram.testing.streaming_crowd import StreamingCrowd
 from engram.testing.tiny_model import write_tiny_model
 
-CONVERSATIONS, TURNS, ROUNDS = 64, 2, 4
+CONVERSATIONS, TURNS, ROUNDS = 64, 2, 3
 CAPACITY = 32768
 ARGS = (
     *("--enable-snapshot-persistence", "--mamba-scheduler-strategy", "no_buffer"),
@@ -31,7 +31,7 @@ ARGS = (
 """The RAM tier is so small that it is full after the first round: what grows then is a leak."""
 MEBIBYTE = 1 << 20
 GROWTH = 64 * MEBIBYTE
-"""Most that all processes of the server together may grow by in the last two rounds."""
+"""Most that all processes of the server together may grow by in the last round."""
 
 
 def figures(server: ServerProcess) -> dict[str, Any]:

@@ -178,6 +178,16 @@ class AsyncConversation:
         response = await self._run(talking.streamed(self.place, message, from_turn, options))
         return AsyncChatStream(self._client._transport, response)
 
+    async def stream_regenerate(self, **options: Any) -> AsyncChatStream:
+        """`regenerate` as a stream."""
+        response = await self._run(talking.streamed_again(self.place, "regenerate", options))
+        return AsyncChatStream(self._client._transport, response)
+
+    async def stream_extend(self, **options: Any) -> AsyncChatStream:
+        """`extend` as a stream."""
+        response = await self._run(talking.streamed_again(self.place, "continue", options))
+        return AsyncChatStream(self._client._transport, response)
+
     async def tree(self) -> Tree:
         """The turns and branches of the whole conversation."""
         return await self._client.tree(self.id)

@@ -196,6 +196,16 @@ class Conversation:
         response = self._run(talking.streamed(self.place, message, from_turn, options))
         return ChatStream(self._client._transport, response)
 
+    def stream_regenerate(self, **options: Any) -> ChatStream:
+        """`regenerate` as a stream."""
+        response = self._run(talking.streamed_again(self.place, "regenerate", options))
+        return ChatStream(self._client._transport, response)
+
+    def stream_extend(self, **options: Any) -> ChatStream:
+        """`extend` as a stream."""
+        response = self._run(talking.streamed_again(self.place, "continue", options))
+        return ChatStream(self._client._transport, response)
+
     def tree(self) -> Tree:
         """The turns and branches of the whole conversation."""
         return self._client.tree(self.id)

@@ -165,6 +165,31 @@ def test_the_last_reply_once_more_or_further(method: str, path: str) -> None:
     assert (answer.path, answer.body) == (f"/v1/conversations/c/{path}", {"max_tokens": 5})
 
 
+@pytest.mark.parametrize(
+    ("method", "path"), [("stream_regenerate", "regenerate"), ("stream_extend", "continue")]
+)
+def test_once_more_or_further_as_a_stream(method: str, path: str) -> None:
+    answer = Answer(events(*CHUNKS))
+    with getattr(answer.client().conversation("c"), method)(max_tokens=5) as stream:
+        assert list(stream) == TEXTS
+    assert answer.path == f"/v1/conversations/c/{path}"
+    assert answer.body == {
+        "max_tokens": 5,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+
+    async def awaited() -> str:
+        again = Answer(events(*CHUNKS))
+        transport = httpx.MockTransport(again)
+        async with AsyncEngramClient("http://x", transport=transport) as client:
+            stream = await getattr(client.conversation("c"), method)()
+            assert again.path == answer.path
+            return str((await stream.reply()).content)
+
+    assert asyncio.run(awaited()) == "".join(TEXTS)
+
+
 @pytest.mark.parametrize("name", ["messages", "stream", "branch_name", "continue_from"])
 def test_what_is_no_option(name: str) -> None:
     answer = Answer()

@@ -4,6 +4,7 @@
 
     EngramError                      500  internal_error
     |-- InternalError                500  internal_error      a bug of ours, or an invariant broken
+    |-- ForeignOriginError           403  foreign_origin      a page of another site asks
     |-- NotFoundError                404  not_found
     |-- AlreadyExistsError           409  already_exists
     |-- InvalidRequestError          422  invalid_request
@@ -32,7 +33,7 @@
     |-- RunConflictError             409  run_conflict        the run's status does not allow it
     |-- OutcomeUnknownError          409  outcome_unknown     a call may have been carried out
     |-- ServerUnreachableError       502  server_unreachable  of clients: no answer, or half of one
-    |-- UpstreamError                502  upstream_error      of clients: SGLang's own refusals
+    |-- UpstreamError                502  upstream_error      SGLang's own failures
     `-- StoreError                   500  store_error         the disk or its driver failed
         |-- StoreFullError           507  store_full          needed and free bytes
         |-- StoreFormatError         500  store_format        written by a newer version
@@ -42,6 +43,7 @@
 
 Every class takes ``(message, hint=, details=)``, so that an error survives pickling and the way
 from a rank to the HTTP process (`to_dict`, `error_from_dict`). ``details`` holds JSON values only.
+Over HTTP every one is told in the form of `to_reply`.
 """
 
 from __future__ import annotations
@@ -58,6 +60,7 @@ __all__ = [
     "DeadlineError",
     "EncryptionKeyError",
     "EngramError",
+    "ForeignOriginError",
     "GenerationAbortedError",
     "InternalError",
     "InvalidIdError",
@@ -114,7 +117,7 @@ class EngramError(Exception):
         return f"{self.message} ({self.hint})" if self.hint else self.message
 
     def to_dict(self) -> dict[str, object]:
-        """The body of a failed reply: ``success, error, message, hint, details``."""
+        """As one flat object, for events and for the way between processes."""
         return {
             "success": False,
             "error": self.code,
@@ -123,9 +126,33 @@ class EngramError(Exception):
             "details": dict(self.details),
         }
 
+    def to_reply(self) -> dict[str, object]:
+        """The body of a failed reply over HTTP.
+
+        ``error`` is an object, as OpenAI's clients read it; ``success`` and ``message`` stand
+        beside it for clients of the published fork.
+        """
+        return {
+            "success": False,
+            "message": self.message,
+            "error": {
+                "code": self.code,
+                "message": self.message,
+                "hint": self.hint,
+                "details": dict(self.details),
+            },
+        }
+
 
 class InternalError(EngramError):
     """An invariant of Engram's own does not hold."""
+
+
+class ForeignOriginError(EngramError):
+    """A page of another origin asks; a browser lets it reach any server, so the server refuses."""
+
+    code = "foreign_origin"
+    http_status = 403
 
 
 class NotFoundError(EngramError):
@@ -324,7 +351,7 @@ class ServerUnreachableError(EngramError):
 
 
 class UpstreamError(EngramError):
-    """Raised by clients: what answered is not Engram; ``details`` has its ``status``."""
+    """SGLang itself failed, or, of clients, something else answered; ``details.status`` is its."""
 
     code = "upstream_error"
     http_status = 502

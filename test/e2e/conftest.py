@@ -26,10 +26,9 @@ STANDS_ON = {"other": "restarted", "alone": "pressured"}
 SECONDS = {
     "restarted": 200,
     "battered": 230,
-    "small": 130,
+    "small": 200,
     "agents": 130,
     "pressured": 130,
-    "test_openai_clients": 100,
     "test_demo": 95,
     "test_encryption": 90,
     "test_flag_off": 80,

@@ -49,7 +49,7 @@ def main() -> None:
             except EngramError as error:
                 report[name] = error.code
     try:
-        Engine(**arguments, tp_size=2)
+        Engine(**arguments, pp_size=2)
     except EngramError as error:
         report["refused"] = error.message
     sys.stdout.write(json.dumps(report) + "\n")

@@ -11,6 +11,8 @@ from typing import Any
 
 import httpx
 
+from refusals import refusal
+
 PRINTABLE_IDS = range(6, 104)
 """Ids of the tiny tokenizer's characters: no special token and no byte escape among them."""
 
@@ -64,14 +66,10 @@ class Client:
         return reply
 
     def refused(self, path: str, body: Any, status: int) -> dict[str, Any]:
-        """The body of a failure, which has the form every failure has."""
+        """What a failure says: `error` (its code), `message`, `hint`, `details`."""
         response = self.post(path, body)
-        reply: dict[str, Any] = response.json()
-        assert response.status_code == status, (response.status_code, reply)
-        assert reply["success"] is False
-        assert reply["message"]
-        assert reply["error"]
-        return reply
+        assert response.status_code == status, (response.status_code, response.text)
+        return refusal(response)
 
     def save(self, **body: Any) -> dict[str, Any]:
         return self.ok("/save_snapshot", body)

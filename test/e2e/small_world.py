@@ -1,12 +1,16 @@
-"""A server in float32 with little room in VRAM and in RAM, and saves on request only."""
+"""A server in float32 with little room in VRAM and in RAM, and saves on request only.
+Chats that name no conversation are linked by what they say."""
 
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from e2e.clients import PACKAGES, TOOLS, record, record_own
 from e2e.helpers import Client, Reply, random_ids
-from e2e.talks import GenerateTalk
+from e2e.talks import ChatTalk, GenerateTalk
 from e2e.worlds import (
     FLOAT32,
     SMALL,
@@ -33,8 +37,12 @@ def small_world(stage: Stage, folder: Path) -> World:
     folder = fresh(folder)
     numbers = seeded_random()
     store = folder / "store" / "snapshots"
-    world = start(stage.server(folder, SMALL, store=store, env=FLOAT32), store)
+    args = (*SMALL, *TOOLS, "--snapshot-link-by-prefix")
+    world = start(stage.server(folder, args, store=store, env=FLOAT32), store)
     client = world.client
+    for name, complete in PACKAGES.items():
+        world.facts[name] = record(client, name, complete)
+    world.facts["own"] = record_own(client)
     world.cases["lost"] = _lost(client, numbers)
     world.cases["evicted"] = _evicted(world, numbers)
     world.cases["short"] = _short(client, numbers)
@@ -42,9 +50,29 @@ def small_world(stage: Stage, folder: Path) -> World:
         talk = two_turns(client, numbers, name)
         client.save(conversation_id=name, turn_number=1)
         world.cases[name] = save_and_peek(client, numbers, name, talk)
+    world.facts["linked"] = _linked(client, numbers)
     world.server.kill()
     world.server.start()
     return world
+
+
+@dataclass
+class Linked:
+    """A chat of nobody's whose turns are told apart by what it says."""
+
+    talk: ChatTalk
+    replies: list[Reply]
+    saved: dict[str, Any]
+
+
+def _linked(client: Client, numbers: random.Random) -> Linked:
+    """Two turns that name no conversation; the second is saved by the id of its reply."""
+    talk, replies = ChatTalk(), []
+    for length in (40, 20):
+        # Not `draw`, whose questions would be turns.
+        message = talk.message(numbers, length)
+        replies.append(talk.say(client, message, None))
+    return Linked(talk, replies, client.save(rid=replies[-1].rid))
 
 
 def two_turns(client: Client, numbers: random.Random, conversation: str | None) -> GenerateTalk:

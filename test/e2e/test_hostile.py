@@ -15,6 +15,7 @@ from e2e.helpers import random_ids
 from e2e.test_routes import BAD_IDS, GENERATION, ROUTES
 from e2e.worlds import World
 from engram.testing.samples import seeded_random
+from refusals import refusal
 
 MEGABYTE = 1 << 20
 HUGE = 100 * MEGABYTE
@@ -86,7 +87,7 @@ def test_bad_header_on_any_route(small: World, path: str, bad: bytes) -> None:
         path, json=GENERATION[path], headers={b"x-override-conversation-id": bad}
     )
     assert response.status_code == 422
-    assert response.json()["details"]["field"] == "conversation_id"
+    assert refusal(response)["details"]["field"] == "conversation_id"
     assert small.files() == before
 
 

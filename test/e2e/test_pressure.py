@@ -29,6 +29,7 @@ from e2e.pressured_world import (
 from e2e.talks import NEW_TOKENS, GenerateTalk
 from e2e.worlds import World
 from engram.testing.samples import seeded_random
+from refusals import refusal
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ def test_three_replies_cannot_be_one_turn(pressured: World, path: str) -> None:
         chat = {"messages": [{"role": "user", "content": "a"}]}
         response = client.post(path, body | (prompt or chat))
     assert response.status_code == 422, response.text
-    assert response.json()["details"]["field"] == "n"
+    assert refusal(response)["details"]["field"] == "n"
 
 
 # ---- aborts ----

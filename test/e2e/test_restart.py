@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from e2e.helpers import assert_quarantined, random_ids
 from e2e.worlds import CONTRACT, INTERLEAVED, TURNS, Stage, World, fresh, next_turn_is_exact
+from engram import EngramClient
+from engram.errors import NotFoundError
 from engram.snapshot.manifest import Manifest
 from engram.store.disk import DiskStore
 from engram.testing.samples import seeded_random
@@ -50,6 +54,22 @@ def test_server_goes_on_counting_turns(restarted: World) -> None:
     metadata = restarted.client.info(conversation_id=case.name, turn_number=TURNS + 1)
     assert metadata["parent_snapshot"] == case.saved["snapshot_id"]
     assert metadata["fill_ids"][: len(case.talk.history)] == case.talk.history
+
+
+def test_a_file_brings_back_what_was_deleted(restarted: World, tmp_path: Path) -> None:
+    case, file = restarted.cases["travelling"], tmp_path / "travelling.engram"
+    with EngramClient(restarted.server.url) as client:
+        written = client.export_snapshot(case.saved["snapshot_id"], file)
+        assert written.bytes == file.stat().st_size
+        assert client.delete_conversation(case.name).snapshots > 0
+        with pytest.raises(NotFoundError):
+            client.restore(case.name)
+        taken = client.import_snapshots(file, conversation_id="arrived")
+        assert taken.new_bytes == taken.bytes > 0
+        restored = client.conversation("arrived").restore()
+    assert (restored.source_tier, restored.verified) == ("disk", True)
+    assert restored.token_count == case.saved["token_count"]
+    next_turn_is_exact(restarted, case, "arrived")
 
 
 def test_restore_needs_no_directory_afterwards(restarted: World) -> None:

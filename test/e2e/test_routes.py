@@ -10,6 +10,7 @@ import pytest
 from e2e.helpers import Client, Reply, random_ids
 from e2e.worlds import World
 from engram.testing.samples import seeded_random
+from refusals import refusal
 
 ROUTES = [
     "/save_snapshot",
@@ -113,7 +114,7 @@ def test_bad_header_is_422(small: World, header: str) -> None:
         "/generate", json={"text": "a"}, headers={"x-override-conversation-id": header}
     )
     assert response.status_code == 422
-    assert response.json()["details"]["field"] == "conversation_id"
+    assert refusal(response)["details"]["field"] == "conversation_id"
 
 
 @pytest.mark.parametrize("field", ["snapshot_id", "branch_name"])

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
+
 from e2e.talks import ChatTalk, StatefulTalk, openai_client
 from e2e.worlds import INTERLEAVED, TURNS, World, next_turn_is_exact
 from engram.testing.chat import NEVER_END
 from engram.testing.samples import seeded_random
+from refusals import refusal
 
 
 def talk_of(world: World) -> StatefulTalk:
@@ -76,7 +79,7 @@ def test_a_client_that_goes_away_leaves_the_conversation_as_it_was(restarted: Wo
     while second is None:
         again = restarted.client.post(f"{url}/regenerate", {"max_tokens": 12, "temperature": 0})
         second = again.json() if again.status_code == 200 else None
-        assert second is not None or again.json()["error"] == "conversation_busy"
+        assert second is not None or refusal(again)["error"] == "conversation_busy"
     # Of the first prompt: the reply that was broken off is no turn.
     assert second["usage"]["prompt_tokens"] == first.prompt_tokens
     assert second["choices"][0]["message"]["content"] == first.output.text
@@ -101,6 +104,23 @@ def test_regenerate_goes_back_before_a_reply_of_before_the_restart(restarted: Wo
     saved = restarted.client.save(rid=reply.rid)
     again = restarted.client.info(conversation_id=name, turn_number=saved["turn_number"])
     assert again["fill_ids"][: len(prompt)] == prompt
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"temperature": -1},
+        {"messages": [{"role": "poet", "content": "a"}]},
+        {"max_tokens": 10**6},
+        {"temperature": "warm"},
+    ],
+)
+def test_what_sglang_refuses_has_the_form_of_every_error(
+    restarted: World, body: dict[str, Any]
+) -> None:
+    said = {"messages": [{"role": "user", "content": "a"}], **body}
+    url = "/v1/conversations/refused/chat"
+    assert restarted.client.refused(url, said, 422)["error"] == "invalid_request"
 
 
 def test_branches_and_conversations_begin_at_a_saved_turn(restarted: World) -> None:

@@ -11,6 +11,7 @@ from e2e.battered_world import OTHER_SETTINGS, of_setting
 from e2e.helpers import assert_close
 from e2e.worlds import World
 from engram.store.layout import Layout
+from refusals import refusal
 
 
 def overwrite(path: Path) -> None:
@@ -46,5 +47,5 @@ def test_catalog_damaged_under_a_running_server(
         response = battered.client.post(path, {"conversation_id": case.name})
         if response.status_code != allowed:
             assert response.status_code == 500, response.text
-            assert response.json()["error"] == "store_error"
-            assert "restart" in response.json()["hint"]
+            assert refusal(response)["error"] == "store_error"
+            assert "restart" in refusal(response)["hint"]

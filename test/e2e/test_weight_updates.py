@@ -20,6 +20,7 @@ from e2e.test_pressure import Underway, goes_on_exactly
 from e2e.worlds import Stage, World, save_and_peek
 from engram.sglang_plugin.weights import FLUSH_REFUSED
 from engram.testing.samples import seeded_random
+from refusals import refusal
 
 HOME, OTHER = 1, 2
 """Seeds of the models: the one of the launch, and another of the same shapes."""
@@ -240,7 +241,7 @@ def saved(client: Client, body: dict[str, Any]) -> bool:
     """False while the tree is stale or the weights never rest: that is for the client to repeat."""
     response = client.post("/save_snapshot", body)
     if response.status_code == 409:
-        assert response.json()["error"] in ("stale_tree", "namespace_changed")
+        assert refusal(response)["error"] in ("stale_tree", "namespace_changed")
         return False
     assert response.status_code == 200, response.text
     return True
@@ -294,7 +295,7 @@ def test_turns_and_saves_while_the_weights_go_back_and_forth(stage: Stage, at_ho
                 place = {"conversation_id": name, "turn_number": row["turn_number"]}
                 response = client.post("/restore_snapshot", place)
                 if response.status_code == 409:
-                    assert response.json()["error"] == "namespace_mismatch"
+                    assert refusal(response)["error"] == "namespace_mismatch"
                     continue
                 assert response.status_code == 200, response.text
                 restored[seed] += 1

@@ -166,6 +166,7 @@ def restarted_world(stage: Stage, folder: Path) -> World:
         "completion": CompletionTalk(),
         "stateful": StatefulTalk(),
         "renamed": GenerateTalk(),
+        "travelling": GenerateTalk(),
         "flipped": GenerateTalk(),
         "flipped-restore": GenerateTalk(),
         "altered": GenerateTalk(),

@@ -19,6 +19,7 @@ from engram.testing.server import ServerProcess
 from engram.testing.storm_turns import NEW_TOKENS, TOKENS
 from engram.testing.tiny_model import write_tiny_model
 from faults.serving import ARGS, ENVIRONMENT
+from refusals import refusal
 
 DISK_BYTES = 8 << 20
 STREAMS = 3
@@ -124,7 +125,7 @@ def test_a_full_disk_stops_saves_and_nothing_else(tmp_path: Path, small_disk: Pa
             saved, refused = _save_until_full(http, numbers)
             traffic.go_on()
             assert refused.status_code == 507, refused.text
-            answer = refused.json()
+            answer = refusal(refused)
             assert answer["error"] == "store_full"
             assert answer["details"]["needed"] > 0
             assert answer["details"]["free"] is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from types import TracebackType
 from typing import Any, TypeVar
@@ -13,7 +14,8 @@ from engram.client import calls, talking
 from engram.client.binding import Place, awaiting, awaiting_at
 from engram.client.chat import Assembly, Message, Reply
 from engram.client.exchange import Call, Retries
-from engram.client.results import Tree
+from engram.client.files import Download
+from engram.client.results import Exported, Tree
 from engram.client.transport import DEFAULT_TIMEOUT, DEFAULT_URL, AsyncTransport
 from engram.core.ids import DEFAULT_BRANCH
 
@@ -67,6 +69,8 @@ class AsyncEngramClient:
     compare = awaiting(calls.compare)
     save = awaiting(calls.save)
     restore = awaiting(calls.restore)
+    restore_snapshot = awaiting(calls.restore_snapshot)
+    import_snapshots = awaiting(calls.import_snapshots)
     branch = awaiting(calls.branch)
     create_prefix = awaiting(calls.create_prefix)
     list_prefixes = awaiting(calls.list_prefixes)
@@ -89,6 +93,23 @@ class AsyncEngramClient:
             page = await self.tree_page(conversation_id, after=page.after)
             turns += page.turns
         return Tree(conversation_id=conversation_id, branches=page.branches, snapshots=turns)
+
+    async def export_snapshot(
+        self, snapshot_id: str, path: str | os.PathLike[str], *, replace: bool = False
+    ) -> Exported:
+        """Write a snapshot, with all it stands on, to a file, which `import_snapshots` takes.
+
+        The file is there when all of it is. `AlreadyExistsError` for one that is there already, if
+        it is not to be replaced.
+        """
+        with Download(path, replace=replace) as download:
+            response = await self._run(calls.exported(snapshot_id))
+            try:
+                async for piece in self._transport.parts(response):
+                    await asyncio.to_thread(download.write, piece)
+            finally:
+                await response.aclose()
+        return Exported(path=download.path, bytes=download.bytes)
 
     @property
     def url(self) -> str:
@@ -155,6 +176,16 @@ class AsyncConversation:
             print((await stream.reply()).usage)
         """
         response = await self._run(talking.streamed(self.place, message, from_turn, options))
+        return AsyncChatStream(self._client._transport, response)
+
+    async def stream_regenerate(self, **options: Any) -> AsyncChatStream:
+        """`regenerate` as a stream."""
+        response = await self._run(talking.streamed_again(self.place, "regenerate", options))
+        return AsyncChatStream(self._client._transport, response)
+
+    async def stream_extend(self, **options: Any) -> AsyncChatStream:
+        """`extend` as a stream."""
+        response = await self._run(talking.streamed_again(self.place, "continue", options))
         return AsyncChatStream(self._client._transport, response)
 
     async def tree(self) -> Tree:

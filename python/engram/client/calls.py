@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
@@ -23,6 +25,7 @@ from engram.client.results import (
     Demoted,
     Durability,
     Explanation,
+    Imported,
     Pinned,
     Prefix,
     PrefixDeleted,
@@ -187,6 +190,31 @@ def restore(
         rid=rid,
         turn_number=turn_number,
         branch_name=branch_name,
+        **_generating(continuation_ids, max_new_tokens, sampling_params, request_id),
+    )
+    return Call("POST", "/restore_snapshot", reply_as(Restored), body)
+
+
+def restore_snapshot(
+    snapshot_id: str,
+    *,
+    continuation_ids: Sequence[int] | None = None,
+    max_new_tokens: int | None = None,
+    sampling_params: Mapping[str, Any] | None = None,
+    request_id: str | None = None,
+) -> Call[Restored]:
+    """`restore`, of a snapshot by its id."""
+    body = _generating(continuation_ids, max_new_tokens, sampling_params, request_id)
+    return Call("POST", f"{snapshot_path(snapshot_id)}/restore", reply_as(Restored), body)
+
+
+def _generating(
+    continuation_ids: Sequence[int] | None,
+    max_new_tokens: int | None,
+    sampling_params: Mapping[str, Any] | None,
+    request_id: str | None,
+) -> dict[str, Any]:
+    body = given(
         continuation_ids=None if continuation_ids is None else list(continuation_ids),
         max_new_tokens=max_new_tokens,
         sampling_params=sampling_params,
@@ -194,7 +222,31 @@ def restore(
     )
     if continuation_ids is not None:
         body["create_new_request"] = True
-    return Call("POST", "/restore_snapshot", reply_as(Restored), body)
+    return body
+
+
+def exported(snapshot_id: str) -> Call[httpx.Response]:
+    """The file of a snapshot, as a stream."""
+    path = f"{snapshot_path(snapshot_id)}/export"
+    return Call("GET", path, lambda response: response, stream=True)
+
+
+def import_snapshots(
+    path: str | os.PathLike[str],
+    *,
+    conversation_id: str | None = None,
+    snapshot_id: str | None = None,
+) -> Call[Imported]:
+    """Store the snapshots of a file that an export has made: verified, all of them or none.
+
+    Args:
+        path: the file.
+        conversation_id: under which they are stored, each with a new id.
+        snapshot_id: the id of the only one in the file.
+    """
+    query = given(conversation_id=conversation_id, snapshot_id=snapshot_id)
+    url = "/v1/snapshots/import"
+    return Call("POST", url, reply_as(Imported), query=query, file=Path(path))
 
 
 def branch(

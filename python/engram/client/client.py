@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -13,7 +14,8 @@ from engram.client import calls, talking
 from engram.client.binding import Place, blocking, blocking_at
 from engram.client.chat import Assembly, Message, Reply
 from engram.client.exchange import Call, Retries
-from engram.client.results import Tree
+from engram.client.files import Download
+from engram.client.results import Exported, Tree
 from engram.client.transport import DEFAULT_TIMEOUT, DEFAULT_URL, BlockingTransport, Transport
 from engram.core.ids import DEFAULT_BRANCH
 
@@ -85,6 +87,8 @@ class EngramClient:
     compare = blocking(calls.compare)
     save = blocking(calls.save)
     restore = blocking(calls.restore)
+    restore_snapshot = blocking(calls.restore_snapshot)
+    import_snapshots = blocking(calls.import_snapshots)
     branch = blocking(calls.branch)
     create_prefix = blocking(calls.create_prefix)
     list_prefixes = blocking(calls.list_prefixes)
@@ -107,6 +111,23 @@ class EngramClient:
             page = self.tree_page(conversation_id, after=page.after)
             turns += page.turns
         return Tree(conversation_id=conversation_id, branches=page.branches, snapshots=turns)
+
+    def export_snapshot(
+        self, snapshot_id: str, path: str | os.PathLike[str], *, replace: bool = False
+    ) -> Exported:
+        """Write a snapshot, with all it stands on, to a file, which `import_snapshots` takes.
+
+        The file is there when all of it is. `AlreadyExistsError` for one that is there already, if
+        it is not to be replaced.
+        """
+        with Download(path, replace=replace) as download:
+            response = self._run(calls.exported(snapshot_id))
+            try:
+                for piece in self._transport.parts(response):
+                    download.write(piece)
+            finally:
+                self._transport.end(response)
+        return Exported(path=download.path, bytes=download.bytes)
 
     @property
     def url(self) -> str:
@@ -173,6 +194,16 @@ class Conversation:
         print(stream.reply.usage)
         """
         response = self._run(talking.streamed(self.place, message, from_turn, options))
+        return ChatStream(self._client._transport, response)
+
+    def stream_regenerate(self, **options: Any) -> ChatStream:
+        """`regenerate` as a stream."""
+        response = self._run(talking.streamed_again(self.place, "regenerate", options))
+        return ChatStream(self._client._transport, response)
+
+    def stream_extend(self, **options: Any) -> ChatStream:
+        """`extend` as a stream."""
+        response = self._run(talking.streamed_again(self.place, "continue", options))
         return ChatStream(self._client._transport, response)
 
     def tree(self) -> Tree:

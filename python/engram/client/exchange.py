@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
 import httpx
@@ -36,6 +37,8 @@ class Call(Generic[T]):
     query: Mapping[str, Any] = field(default_factory=dict)
     stream: bool = False
     """Hand over the response when its head is there."""
+    file: Path | None = None
+    """What is in it is the body, instead of JSON."""
 
 
 @dataclass(frozen=True)

@@ -56,11 +56,11 @@ def _decoded(data: bytes) -> Mapping[str, Any]:
 
 
 def _fields(body: Mapping[str, Any]) -> Mapping[str, Any]:
-    """``error, message, hint, details``, flat or in an object under ``error``."""
+    """``error, message, hint, details`` as `error_from_dict` takes them."""
     inner = body.get("error")
     if isinstance(inner, dict):
         return {**inner, "error": inner.get("code")}
-    return body
+    return body  # of an Engram before this form, or of others
 
 
 def _message(body: Mapping[str, Any]) -> str | None:

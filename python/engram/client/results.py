@@ -5,6 +5,7 @@ A field that a newer server adds is left out; one that is missing is an error.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, JsonValue
@@ -187,6 +188,22 @@ class Restored(Result):
     output_text: str | None = None
     finish_reason: dict[str, Any] | None = None
     cached_tokens: int | None = None
+
+
+class Exported(Result):
+    """A snapshot is in a file on this side."""
+
+    path: Path
+    bytes: int
+
+
+class Imported(Result):
+    """The snapshots of a file are stored; `new_bytes` of its `bytes` were not there before."""
+
+    snapshots: list[SnapshotSummary]
+    bytes: int
+    new_bytes: int
+    message: str
 
 
 class Deleted(Result):

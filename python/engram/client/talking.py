@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 
@@ -53,10 +53,20 @@ def streamed(
     place: Place, message: Message, from_turn: int | None, options: Mapping[str, Any]
 ) -> Call[httpx.Response]:
     """`send` as a stream."""
-    body = chat_body(place, message, options, from_turn)
+    return _streamed(place, "chat", chat_body(place, message, options, from_turn))
+
+
+def streamed_again(
+    place: Place, kind: Literal["regenerate", "continue"], options: Mapping[str, Any]
+) -> Call[httpx.Response]:
+    """`regenerate`, or with "continue" `extend`, as a stream."""
+    return _streamed(place, kind, turn_body(place, options))
+
+
+def _streamed(place: Place, kind: str, body: dict[str, Any]) -> Call[httpx.Response]:
     body["stream"] = True
     body.setdefault("stream_options", {"include_usage": True})
-    return Call("POST", path_of(place, "chat"), lambda response: response, body, stream=True)
+    return Call("POST", path_of(place, kind), lambda response: response, body, stream=True)
 
 
 def path_of(place: Place, kind: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any, Final, Protocol, TypeVar
 import httpx
 
 from engram.client.exchange import Call, Retries, exchange
+from engram.client.files import pieces_of, pieces_of_async
 from engram.errors import ServerUnreachableError
 from engram.version import __version__
 
@@ -110,7 +111,11 @@ class Transport:
     def _send(self, call: Call[T]) -> httpx.Response:
         with reaching(self.url):
             request = self._http.build_request(
-                call.method, call.path, json=call.body, params=dict(call.query) or None
+                call.method,
+                call.path,
+                json=call.body,
+                content=None if call.file is None else pieces_of(call.file),
+                params=dict(call.query) or None,
             )
             response = self._http.send(request, stream=True)
             try:
@@ -175,7 +180,11 @@ class AsyncTransport:
     async def _send(self, call: Call[T]) -> httpx.Response:
         with reaching(self.url):
             request = self._http.build_request(
-                call.method, call.path, json=call.body, params=dict(call.query) or None
+                call.method,
+                call.path,
+                json=call.body,
+                content=None if call.file is None else pieces_of_async(call.file),
+                params=dict(call.query) or None,
             )
             response = await self._http.send(request, stream=True)
             try:

@@ -114,8 +114,11 @@ class ConversationTracker:
         return tag.branch in self._branches
 
     def knows_conversation(self, tenant: str, conversation_id: str) -> bool:
-        """Whether a request of the conversation was met on any branch."""
-        return any(key[:2] == (tenant, conversation_id) for key in self._branches)
+        """Whether the conversation has a turn on any branch, or one is being written."""
+        wanted = (tenant, conversation_id)
+        turns = (branch.newest for key, branch in self._branches.items() if key[:2] == wanted)
+        running = (request.tag for request in self._running.values() if request.tag is not None)
+        return any(turns) or any(tag.branch[:2] == wanted for tag in running)
 
     def branches_of(self, tenant: str, conversation_id: str) -> list[str]:
         """The branches of a conversation on which a request was met."""

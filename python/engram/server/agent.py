@@ -28,7 +28,7 @@ from engram.server.agent_schemas import (
     MemoryStoreBody,
     RestorePlace,
 )
-from engram.server.wire import answering, body_of, error_response, read_body
+from engram.server.wire import answering, body_of, error_response, known_query, read_body
 from engram.version import __version__
 
 KEEP_ALIVE_S: Final = 15.0
@@ -104,16 +104,19 @@ class _Routes:
 
     async def health(self, request: Request) -> Reply:
         """Whether agents are served, and with how many tools."""
+        known_query(request)
         tools = len(self._host.executor.specs())
         return {"success": True, "status": "ok", "version": __version__, "tools": tools}
 
     async def stats(self, request: Request) -> Reply:
         """Counters of calls, runs and subscribers, and how much is remembered."""
+        known_query(request)
         memories = await self._host.memory.count(self._owner(request))
         return {"success": True, **await self._host.stats(), "memories": memories}
 
     async def tools(self, request: Request) -> Reply:
         """List the tools, all or those with a tag."""
+        known_query(request, frozenset({"tag"}))
         specs = self._host.executor.specs(request.query_params.get("tag"))
         return {"success": True, "tools": [spec.model_dump(mode="json") for spec in specs]}
 
@@ -230,6 +233,7 @@ class _Routes:
 
     async def tiers(self, request: Request) -> Reply:
         """What VRAM, RAM and disk hold now."""
+        known_query(request)
         return {"success": True, "tiers": await self._host.service.tiers()}
 
     async def demote(self, request: Request) -> Reply:

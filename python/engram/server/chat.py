@@ -40,7 +40,8 @@ class ChatEngine(Protocol):
     async def complete(self, body: dict[str, Any], request: Request) -> Response:
         """The reply, whole or streamed, of the request of `CURRENT_TAG` and `CURRENT_STATEFUL`.
 
-        `InvalidRequestError` for a body that the engine does not understand.
+        `InvalidRequestError` for what the engine refuses, `UpstreamError` and
+        `GenerationAbortedError` for where it fails before its reply begins.
         """
         ...
 

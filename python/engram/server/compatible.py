@@ -1,7 +1,7 @@
 """The five routes of the published Engram fork, done right; `docs/compatibility.md` says how.
 
 `POST` and JSON all of them.  Success is 200 with ``success: true``; a failure has ``success:
-false``, ``error``, ``message`` and ``hint``, and the status of its kind of error.
+false``, a ``message``, the object ``error``, and the status of its kind of error.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from fastapi import APIRouter, Request
 from engram.catalog.rows import SnapshotRow
 from engram.core.ids import DEFAULT_TENANT
 from engram.errors import NotFoundError, SnapshotCorruptError, StoreError
+from engram.server.examples import described
 from engram.server.replies import metadata, restore_reply, save_reply, shown
 from engram.server.schemas import ListBody, Place, RestoreBody, SaveBody
 from engram.server.wire import answering, body_of, read_body
@@ -39,7 +40,7 @@ def compatible_router(service: SnapshotService) -> APIRouter:
             summary=(handler.__doc__ or "").strip().splitlines()[0],
             openapi_extra=body_of(schema),
         )
-    return router
+    return described(router)
 
 
 class _Routes:

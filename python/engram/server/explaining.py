@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from engram.core.ids import DEFAULT_TENANT, check_id
-from engram.server.examples import ERROR_REPLY
+from engram.server.examples import described
 from engram.server.replies import summary
 from engram.server.wire import answering, page_of
 from engram.service import SnapshotService
@@ -28,10 +28,9 @@ def explaining_router(service: SnapshotService) -> APIRouter:
             answering(handler),
             methods=["GET"],
             summary=(handler.__doc__ or "").strip(),
-            responses={404: ERROR_REPLY, 422: ERROR_REPLY},
             openapi_extra=extra,
         )
-    return router
+    return described(router)
 
 
 class _Routes:

@@ -9,8 +9,9 @@ from fastapi import APIRouter, Request
 from engram.catalog.rows import SnapshotRow
 from engram.conversation.turns import Tag
 from engram.core.ids import DEFAULT_BRANCH, DEFAULT_TENANT
+from engram.server.examples import described
 from engram.server.schemas import BranchPlace, MemoryPlace
-from engram.server.wire import answering, body_of, read_body
+from engram.server.wire import answering, body_of, known_query, read_body
 from engram.service import SnapshotService
 
 
@@ -33,7 +34,7 @@ def memory_router(service: SnapshotService) -> APIRouter:
             summary=(handler.__doc__ or "").strip().splitlines()[0],
             openapi_extra=None if schema is None else body_of(schema),
         )
-    return router
+    return described(router)
 
 
 class _Routes:
@@ -42,10 +43,12 @@ class _Routes:
 
     async def health(self, request: Request) -> dict[str, Any]:
         """Counters of saves, restores, held requests and tiers, and the newest failures."""
+        known_query(request)
         return {"success": True, **await self._service.stats()}
 
     async def tiers(self, request: Request) -> dict[str, Any]:
         """What VRAM, RAM and disk hold now, as it is found there."""
+        known_query(request)
         return {"success": True, "tiers": await self._service.tiers()}
 
     async def promote(self, request: Request) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from urllib.parse import urlsplit
 
-from fastapi.responses import JSONResponse
-
+from engram.errors import ForeignOriginError
 from engram.server.tagging import Receive, Scope, Send
+from engram.server.wire import error_response
 
 
 def is_foreign(headers: Iterable[tuple[bytes, bytes]]) -> bool:
@@ -27,12 +27,9 @@ async def refuse_foreign(scope: Scope, receive: Receive, send: Send) -> bool:
     """Answer 403 to such a request; whether that was done."""
     if not is_foreign(scope["headers"]):
         return False
-    body = {
-        "success": False,
-        "error": "foreign_origin",
-        "message": "the page that asks is of another origin than this server",
-        "hint": "call the server from a program, or from a page it serves itself",
-        "details": {},
-    }
-    await JSONResponse(body, status_code=403)(scope, receive, send)
+    refusal = ForeignOriginError(
+        "the page that asks is of another origin than this server",
+        hint="call the server from a program, or from a page it serves itself",
+    )
+    await error_response(refusal)(scope, receive, send)
     return True

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, model
 
 from engram.core.ids import DEFAULT_TENANT, check_id
 from engram.errors import EngramError
-from engram.server.examples import ERROR_REPLY, reply
+from engram.server.examples import described, reply
 from engram.server.schemas import MAX_CONTINUATION, TokenId
 from engram.server.tagging import MAX_GENERATION_BODY_BYTES
 from engram.server.wire import answering, body_of, page_of, read_body
@@ -91,10 +91,10 @@ def prefixes_router(service: SnapshotService, prompts: Prompts) -> APIRouter:
             answering(handler),
             methods=[method],
             summary=(handler.__doc__ or "").strip().splitlines()[0],
-            responses={200: reply("Success.", example), 404: ERROR_REPLY},
+            responses={200: reply("Success.", example)},
             openapi_extra=body_of(PrefixBody) if method == "POST" else None,
         )
-    return router
+    return described(router)
 
 
 class _Routes:

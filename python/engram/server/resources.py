@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from engram.core.ids import DEFAULT_TENANT, check_id
+from engram.server.examples import described
 from engram.server.schemas import ConversationPatch, SnapshotPatch
 from engram.server.wire import answering, body_of, read_body
 from engram.service import SnapshotService
@@ -57,4 +58,4 @@ def resources_router(service: SnapshotService) -> APIRouter:
             summary=(handler.__doc__ or "").strip(),
             openapi_extra=body_of(schema),
         )
-    return router
+    return described(router)

@@ -13,7 +13,7 @@ from starlette.background import BackgroundTask
 from engram.catalog.rows import SnapshotRow
 from engram.core.ids import DEFAULT_TENANT, check_id
 from engram.errors import BodyTooLargeError, EngramError, InternalError, NotFoundError
-from engram.server.examples import ERROR_REPLY, METADATA, SAVED, reply
+from engram.server.examples import ERROR_REPLY, LISTED, METADATA, SAVED, described, reply
 from engram.server.replies import metadata, restore_reply, save_reply, shown, summary
 from engram.server.schemas import SaveBody, SnapshotBranch, SnapshotRestore
 from engram.server.tagging import HELD
@@ -28,7 +28,6 @@ MAX_ARCHIVE_BYTES: Final = 1 << 40
 """Of an archive that is imported; the room on the disk is what bounds it before."""
 ARCHIVE: Final = "application/octet-stream"
 
-LISTED: Final = {k: v for k, v in METADATA.items() if k not in ("fill_ids", "tier", "damaged")}
 CONVERSATION: Final = {
     "conversation_id": "trip",
     "snapshots": 3,
@@ -109,7 +108,7 @@ def snapshots_router(service: SnapshotService) -> APIRouter:
             "parameters": [_query("conversation_id"), _query("snapshot_id")],
         },
     )
-    return router
+    return described(router)
 
 
 def _query(name: str) -> dict[str, Any]:

@@ -86,13 +86,18 @@ def parse_json(data: bytes) -> Any:
     return value
 
 
-def page_of(request: Request, fields: frozenset[str] = frozenset()) -> tuple[int, str | None]:
-    """`limit` and `after` of a listing; every other field but `fields` is refused."""
-    query = request.query_params
-    unknown = sorted(query.keys() - {"limit", "after"} - fields)
+def known_query(request: Request, fields: frozenset[str] = frozenset()) -> None:
+    """Refuse a query with another field than `fields`."""
+    unknown = sorted(request.query_params.keys() - fields)
     if unknown:
         name = _short(unknown[0], 80)
         raise InvalidRequestError(f"{name}: no such field here", details={"field": name})
+
+
+def page_of(request: Request, fields: frozenset[str] = frozenset()) -> tuple[int, str | None]:
+    """`limit` and `after` of a listing; every other field but `fields` is refused."""
+    known_query(request, fields | {"limit", "after"})
+    query = request.query_params
     given = query.get("limit", str(DEFAULT_PAGE))
     limit = int(given) if given.isdecimal() and len(given) < 9 else 0
     if not 1 <= limit <= MAX_PAGE:
@@ -157,7 +162,7 @@ def error_response(error: EngramError) -> JSONResponse:
     """The reply to a request that failed."""
     busy = error.http_status == HTTPStatus.SERVICE_UNAVAILABLE
     headers = {"retry-after": str(RETRY_AFTER_S)} if busy else None
-    return JSONResponse(error.to_dict(), status_code=error.http_status, headers=headers)
+    return JSONResponse(error.to_reply(), status_code=error.http_status, headers=headers)
 
 
 def body_of(schema: type[BaseModel]) -> dict[str, Any]:

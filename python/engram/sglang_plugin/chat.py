@@ -8,10 +8,12 @@ takes the place of what would be tokenised again.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from http import HTTPStatus
 from typing import Any, Final
 from uuid import uuid4
 
@@ -22,7 +24,13 @@ from engram.conversation.text import extend, join, new_part, reuse, tools_missin
 from engram.conversation.turns import Tag
 from engram.core.ids import DEFAULT_TENANT
 from engram.core.tokens import TokenArray
-from engram.errors import EngramError, InvalidRequestError, UnsupportedError
+from engram.errors import (
+    EngramError,
+    GenerationAbortedError,
+    InvalidRequestError,
+    UnsupportedError,
+    UpstreamError,
+)
 from engram.server.stateful import CURRENT_STATEFUL, Stateful
 from engram.server.tagging import CURRENT_MARK, CURRENT_TAG, HELD, Marked
 from engram.server.wire import error_response, invalid
@@ -114,7 +122,26 @@ class SglangChat:
             raise invalid(error) from None
         chat = request.app.state.openai_serving_chat
         response: Response = model_json_response(await chat.handle_request(asked, request))
+        if response.status_code >= HTTPStatus.BAD_REQUEST:
+            raise_refusal(response)
         return response
+
+
+def raise_refusal(response: Response) -> None:
+    """Raise what upstream says in a form of its own; Engram's own errors are left as they are."""
+    try:
+        told = json.loads(bytes(response.body))
+    except ValueError:
+        told = {"object": "error", "message": bytes(response.body)[:1000].decode(errors="replace")}
+    if not isinstance(told, dict) or told.get("object") != "error":
+        return
+    message, status = f"SGLang: {told.get('message')}", response.status_code
+    details = {"status": status}
+    if status < HTTPStatus.INTERNAL_SERVER_ERROR:
+        raise InvalidRequestError(message, details=details)
+    if status == HTTPStatus.SERVICE_UNAVAILABLE:
+        raise GenerationAbortedError(message, details=details)
+    raise UpstreamError(message, hint="the server's log has more", details=details)
 
 
 class SglangPrompts:

@@ -165,6 +165,31 @@ def test_the_last_reply_once_more_or_further(method: str, path: str) -> None:
     assert (answer.path, answer.body) == (f"/v1/conversations/c/{path}", {"max_tokens": 5})
 
 
+@pytest.mark.parametrize(
+    ("method", "path"), [("stream_regenerate", "regenerate"), ("stream_extend", "continue")]
+)
+def test_once_more_or_further_as_a_stream(method: str, path: str) -> None:
+    answer = Answer(events(*CHUNKS))
+    with getattr(answer.client().conversation("c"), method)(max_tokens=5) as stream:
+        assert list(stream) == TEXTS
+    assert answer.path == f"/v1/conversations/c/{path}"
+    assert answer.body == {
+        "max_tokens": 5,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+
+    async def awaited() -> str:
+        again = Answer(events(*CHUNKS))
+        transport = httpx.MockTransport(again)
+        async with AsyncEngramClient("http://x", transport=transport) as client:
+            stream = await getattr(client.conversation("c"), method)()
+            assert again.path == answer.path
+            return str((await stream.reply()).content)
+
+    assert asyncio.run(awaited()) == "".join(TEXTS)
+
+
 @pytest.mark.parametrize("name", ["messages", "stream", "branch_name", "continue_from"])
 def test_what_is_no_option(name: str) -> None:
     answer = Answer()
@@ -254,7 +279,7 @@ def test_a_stream_that_is_closed_early() -> None:
 
 
 def test_errors_in_the_middle_of_a_stream() -> None:
-    ours = GenerationAbortedError("out of memory", hint="retry").to_dict()
+    ours = GenerationAbortedError("out of memory", hint="retry").to_reply()
     with pytest.raises(GenerationAbortedError):
         _ = Answer(events(CHUNKS[0], ours)).client().conversation("c").stream("x").reply
     theirs = {"error": {"message": "aborted", "code": 400, "type": "BadRequest"}}

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 import engram
-from engram.client import AsyncConversation, AsyncEngramClient, Conversation, EngramClient, calls
-from engram.client.binding import Awaiting, Blocking
+from engram.client import (
+    AsyncConversation,
+    AsyncEngramClient,
+    Conversation,
+    EngramClient,
+    calls,
+    talking,
+)
+from engram.client.binding import Awaiting, Blocking, Place
+from engram.client.exchange import Call
 from engram.client.results import SnapshotSummary
 from engram.errors import (
     AlreadyExistsError,
@@ -24,6 +36,7 @@ from engram.errors import (
     ServerUnreachableError,
     UpstreamError,
 )
+from repository import ROOT
 from unit.client.live import Live
 
 
@@ -134,6 +147,121 @@ def test_lists_come_in_pages(live: Live, client: EngramClient) -> None:
         if after is None:
             break
     assert [one.conversation_id for one in found] == ["a", "b", "c"]
+
+
+def test_a_file_of_a_snapshot_is_taken_as_another_conversation(
+    live: Live, client: EngramClient, tmp_path: Path
+) -> None:
+    tokens = live.chat("c")
+    name, file = client.save("c").snapshot_id, tmp_path / "c.engram"
+    done = client.export_snapshot(name, file)
+    assert (done.path, done.bytes) == (file, file.stat().st_size)
+    taken = client.import_snapshots(file, conversation_id="copy")
+    assert [one.conversation_id for one in taken.snapshots] == ["copy"]
+    assert (taken.new_bytes, taken.bytes > 0) == (0, True)
+    assert client.find_snapshot("copy").fill_ids == tokens
+    assert client.restore_snapshot(taken.snapshots[0].snapshot_id).verified
+
+    async def again() -> None:
+        async with AsyncEngramClient(live.url) as client:
+            copy = tmp_path / "again.engram"
+            assert (await client.export_snapshot(name, copy)).bytes == done.bytes
+            assert copy.read_bytes() == file.read_bytes()
+            found = await client.import_snapshots(copy, conversation_id="third")
+            assert found.snapshots[0].conversation_id == "third"
+            generated = await client.restore_snapshot(name, continuation_ids=[5], max_new_tokens=2)
+            assert generated.output_ids is not None
+
+    asyncio.run(again())
+    assert live.server.engine.generated[-1]["input_ids"] == [*tokens, 5]
+    assert sorted(tmp_path.glob(".*")) == []
+
+
+def test_files_that_cannot_be_used(live: Live, client: EngramClient, tmp_path: Path) -> None:
+    live.chat("c")
+    name, file = client.save("c").snapshot_id, tmp_path / "c.engram"
+    file.write_bytes(b"mine")
+    with pytest.raises(AlreadyExistsError) as taken:
+        client.export_snapshot(name, file)
+    assert taken.value.hint
+    with pytest.raises(NotFoundError):
+        client.export_snapshot("nobody", file, replace=True)
+    with pytest.raises(InvalidRequestError, match="cannot be written"):
+        client.export_snapshot(name, tmp_path / "none" / "x")
+    assert file.read_bytes() == b"mine"
+    with pytest.raises(InvalidRequestError) as refused:
+        client.import_snapshots(file)
+    assert refused.value.details["status"] == 422
+    with pytest.raises(InvalidRequestError, match="cannot be read"):
+        client.import_snapshots(tmp_path / "none")
+    client.export_snapshot(name, file, replace=True)
+    with pytest.raises(AlreadyExistsError):
+        client.import_snapshots(file)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["c.engram"]
+
+
+def test_a_file_whose_end_never_comes_is_not_there(tmp_path: Path) -> None:
+    def broken(request: httpx.Request) -> httpx.Response:
+        def body() -> Iterator[bytes]:
+            yield b"half of it"
+            raise httpx.ReadError("the line is dead", request=request)
+
+        return httpx.Response(200, content=body())
+
+    with (
+        EngramClient("http://x", transport=httpx.MockTransport(broken)) as client,
+        pytest.raises(ServerUnreachableError),
+    ):
+        client.export_snapshot("s", tmp_path / "s.engram")
+    assert [path for path in tmp_path.iterdir() if path.is_file()] == []
+
+
+def test_every_route_has_a_method() -> None:
+    """All but those that another route of the fork's or of the resources says as well."""
+    place = Place("c0")
+    made: list[Call[Any]] = [
+        calls.save("c0"),
+        calls.restore("c0"),
+        calls.find_snapshot("c0"),
+        calls.list_snapshots(),
+        calls.get_snapshot("s0"),
+        calls.delete_snapshot("s0"),
+        calls.update_snapshot("s0", pinned=True),
+        calls.restore_snapshot("s0"),
+        calls.branch("s0", branch_name="b"),
+        calls.compare("s0", "s1"),
+        calls.exported("s0"),
+        calls.import_snapshots("file"),
+        calls.list_conversations(),
+        calls.get_conversation("c0"),
+        calls.delete_conversation("c0"),
+        calls.set_priority("c0", 1),
+        calls.tree_page("c0"),
+        talking.send(place, "a"),
+        talking.regenerate(place),
+        talking.extend(place),
+        calls.create_prefix("n0", text="a"),
+        calls.list_prefixes(),
+        calls.get_prefix("n0"),
+        calls.delete_prefix("n0"),
+        calls.explain("r0"),
+        calls.tiers(),
+        calls.health(),
+        calls.promote("c0"),
+        calls.demote("c0"),
+        calls.pin("c0"),
+        calls.unpin("c0"),
+    ]
+    names = {"c0": "conversation_id", "s0": "snapshot_id", "n0": "name", "r0": "rid"}
+    found = set()
+    for call in made:
+        path = "/".join(f"{{{names[p]}}}" if p in names else p for p in call.path.split("/"))
+        found.add(f"{call.method} {path}")
+    same = {"POST /v1/snapshots", "POST /list_snapshots", "POST /delete_snapshot"}
+    # Those that the document has are those that there are: unit/docs/test_reference.py.
+    page = (ROOT / "docs" / "http-api.md").read_text()
+    routes = set(re.findall(r"^## ((?:POST|GET|PATCH|DELETE) \S+)$", page, re.MULTILINE))
+    assert found == routes - same
 
 
 def test_what_may_change_of_a_snapshot(live: Live, client: EngramClient) -> None:

@@ -322,6 +322,19 @@ def test_turns_of_a_branch_that_is_not_known_wait_for_their_numbers(
     assert [turn.number for turn in tracker.learn(Tag("d"), 0)] == [1]
 
 
+def test_a_conversation_is_known_by_its_turns_and_not_by_questions() -> None:
+    tracker = ConversationTracker()
+    tag = Tag("a")
+    tracker.learn(tag, 0)  # somebody asked for it
+    assert not tracker.knows_conversation("", "a")
+    tracker.begin(RunningRequest("r", to_tokens([1, 2]), tag))
+    assert tracker.knows_conversation("", "a")
+    assert not tracker.knows_conversation("other", "a")
+    assert tracker.finish("r", [3]) is not None
+    assert tracker.knows_conversation("", "a")
+    assert not tracker.knows_conversation("", "b")
+
+
 def test_branches_are_bounded_and_counted_on_from_the_catalog(
     tracker: ConversationTracker,
     saved: Counter[tuple[str, str, str]],

@@ -1,27 +1,27 @@
 """The reference pages name every flag, route, field and error, as they are, and no others."""
 
 import re
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import typer
+from fastapi import FastAPI
 from pydantic import BaseModel
+from typer.core import TyperGroup, TyperOption
 
 from engram.agents.built_in import built_in_tools
 from engram.agents.events import TOPICS
 from engram.agents.host import AgentHost
 from engram.agents.requests import RunRequest
-from engram.cli.main import SERVER_COMMANDS, STORE_COMMANDS
+from engram.cli.main import SERVER_COMMANDS, STORE_COMMANDS, app
 from engram.cli.remote import connection
 from engram.client import Conversation, EngramClient
 from engram.errors import walk_error_classes
 from engram.server.agent import agent_router
 from engram.server.agent_schemas import ExecuteMessage, PingMessage, SubscribeMessage
-from engram.server.chat import OWN_FIELDS, ChatEngine, chat_router
-from engram.server.compatible import compatible_router
-from engram.server.explaining import explaining_router
-from engram.server.memory import memory_router
-from engram.server.prefixes import PrefixBody, Prompts, prefixes_router
-from engram.server.resources import resources_router
+from engram.server.chat import OWN_FIELDS
+from engram.server.prefixes import PrefixBody
 from engram.server.schemas import (
     BranchPlace,
     ConversationPatch,
@@ -34,9 +34,9 @@ from engram.server.schemas import (
     SnapshotPatch,
     SnapshotRestore,
 )
-from engram.server.snapshots import snapshots_router
 from engram.service import SnapshotService
 from engram.sglang_plugin.args import FLAGS, REFUSED, _default
+from engram.sglang_plugin.http import mount
 from engram.sglang_plugin.plugin import HOOKS
 from repository import ROOT
 
@@ -97,21 +97,14 @@ def test_every_refused_combination_is_documented() -> None:
 
 
 def test_every_route_is_documented() -> None:
-    service = cast(SnapshotService, None)
-    routers = (
-        compatible_router(service),
-        explaining_router(service),
-        chat_router(cast(ChatEngine, None)),
-        snapshots_router(service),
-        prefixes_router(service, cast(Prompts, None)),
-        resources_router(service),
-        memory_router(service),
-    )
+    settings = SimpleNamespace(snapshot_trigger_policy="every_turn")
+    service = cast(SnapshotService, SimpleNamespace(context=SimpleNamespace(settings=settings)))
+    served = FastAPI()
+    mount(served, service)
     routes = [
-        f"{method} {cast(Any, route).path}"
-        for router in routers
-        for route in router.routes
-        for method in cast(Any, route).methods
+        f"{method.upper()} {path}"
+        for path, methods in served.openapi()["paths"].items()
+        for method in methods
     ]
     headings = re.findall(
         r"^## ((?:POST|GET|PATCH|DELETE) \S+)$", (DOCS / "http-api.md").read_text(), re.MULTILINE
@@ -183,6 +176,22 @@ def test_every_command_is_documented() -> None:
     assert [name for name in STORE_COMMANDS if f"engram {name}" not in elsewhere] == []
 
 
+def test_every_option_of_a_command_is_documented() -> None:
+    """Of those that talk to a server; the other pages have tests of their own."""
+    text = (DOCS / "cli.md").read_text()
+    every = typer.main.get_command(app)
+    assert isinstance(every, TyperGroup)
+
+    def options(command: Any) -> list[str]:
+        inner = [one for each in getattr(command, "commands", {}).values() for one in options(each)]
+        own = [one for one in command.params if isinstance(one, TyperOption)]
+        return [*inner, *(name for one in own for name in one.opts if name.startswith("--"))]
+
+    for name in (*SERVER_COMMANDS, "prefix"):
+        found = options(every.commands[name])
+        assert [one for one in found if not re.search(rf"{one}(?![\w-])", text)] == [], name
+
+
 def test_every_exit_status_is_documented() -> None:
     table = rows((DOCS / "cli.md").read_text(), "The engram command")
     own = re.findall(r"^\| (\d+) \| (.+) \|$", connection.__doc__ or "", re.MULTILINE)
@@ -214,6 +223,15 @@ def test_every_error_is_documented_with_its_status() -> None:
     ours = [error for error in walk_error_classes() if error.__module__.startswith("engram.")]
     assert documented == {(error.http_status, error.code) for error in ours}
     assert len(documented) == len(table)
+
+
+def test_every_code_that_no_class_has_is_documented() -> None:
+    """Codes that stand in the source by themselves, such as those of events."""
+    sources = "".join(path.read_text() for path in (ROOT / "python" / "engram").rglob("*.py"))
+    found = set(re.findall(r'"(?:error|code)": "(\w+)"', sources))
+    assert "events_lost" in found
+    text = "".join(path.read_text() for path in DOCS.glob("*.md"))
+    assert [code for code in found if f"`{code}`" not in text] == []
 
 
 def test_every_room_is_in_the_architecture() -> None:

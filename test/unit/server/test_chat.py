@@ -23,6 +23,7 @@ from engram.server.tagging import (
     stateful_in,
 )
 from engram.service.recorded import Place
+from refusals import refusal
 from unit.server.test_compatible import client_of
 from unit.service.engine import on_a_loop
 
@@ -120,7 +121,7 @@ async def test_what_is_malformed_is_refused(
     async with client_of(app) as client:
         response = await client.post(f"/v1/conversations/c/{path}", json=body)
     assert response.status_code == 422, response.text
-    assert response.json()["details"]["field"] == field
+    assert refusal(response)["details"]["field"] == field
     assert engine.asked == []
 
 
@@ -137,7 +138,7 @@ async def test_ids_errors_and_bugs(engine: Engine, app: FastAPI) -> None:
         ):
             engine.error = error
             response = await client.post("/v1/conversations/c/chat", json={"messages": SAID})
-            assert (response.status_code, response.json()["error"]) == (status, code)
+            assert (response.status_code, refusal(response)["error"]) == (status, code)
         for content in (b"nonsense", b"[]", b'{"messages": [], "messages": []}'):
             response = await client.post("/v1/conversations/c/chat", content=content)
             assert response.status_code == 422

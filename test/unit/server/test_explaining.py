@@ -13,6 +13,7 @@ from engram.conversation.turns import Tag
 from engram.server.explaining import explaining_router
 from engram.service.explaining import MAX_SERVED
 from engram.testing.samples import seeded_random
+from refusals import refusal
 from unit.server.test_compatible import client_of
 from unit.service.engine import Server, on_a_loop
 
@@ -38,8 +39,8 @@ async def saved(server: Server, name: str) -> str:
 async def get(app: FastAPI, path: str, status: int = 200) -> dict[str, Any]:
     async with client_of(app) as client:
         response = await client.get(path)
-    body: dict[str, Any] = response.json()
-    assert response.status_code == status, body
+    assert response.status_code == status, response.text
+    body: dict[str, Any] = response.json() if status == 200 else refusal(response)
     return body
 
 

@@ -7,6 +7,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from engram.server.refusing import REFUSED_ROUTES, RefusingMiddleware
+from refusals import refusal
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def client() -> TestClient:
 def test_what_snapshots_cannot_survive_is_refused(client: TestClient, path: str) -> None:
     reply = client.post(path, json={})
     assert reply.status_code == 422
-    assert reply.json()["error"] == "unsupported"
+    assert refusal(reply)["error"] == "unsupported"
     assert path in reply.json()["message"]
 
 

@@ -12,6 +12,7 @@ from fastapi import FastAPI
 
 from engram.server.resources import resources_router
 from engram.testing.samples import seeded_random
+from refusals import refusal
 from unit.server.test_compatible import client_of
 from unit.service.engine import Server, on_a_loop
 
@@ -102,8 +103,8 @@ async def test_what_is_malformed_changes_nothing(
     async with client_of(app) as client:
         response = await client.patch(f"/v1/snapshots/{name}", json=fields)
     assert response.status_code == 422
-    assert response.json()["error"] == "invalid_request"
-    assert response.json()["details"].get("field", "").split(".")[0] == (field or "")
+    assert refusal(response)["error"] == "invalid_request"
+    assert refusal(response)["details"].get("field", "").split(".")[0] == (field or "")
     assert server.store.get_manifest(name) == before
 
 
@@ -146,4 +147,4 @@ async def test_the_priority_of_a_conversation(server: Server, app: FastAPI) -> N
         for bad in (101, -1, 5.5, "80", None, True):
             response = await client.patch("/v1/conversations/c", json={"priority": bad})
             assert response.status_code == 422, bad
-            assert response.json()["details"]["field"] == "priority"
+            assert refusal(response)["details"]["field"] == "priority"

@@ -171,8 +171,8 @@ async def test_a_refusal_is_a_reply_and_the_inner_application_is_not_asked() -> 
     assert app.tags == []
     assert sent[0]["status"] == 422
     answer = json.loads(sent[1]["body"])
-    assert (answer["success"], answer["error"]) == (False, "invalid_request")
-    assert answer["details"] == {"field": "conversation_id"}
+    assert (answer["success"], answer["error"]["code"]) == (False, "invalid_request")
+    assert answer["error"]["details"] == {"field": "conversation_id"}
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

@@ -28,6 +28,7 @@ from sglang.srt.utils.auth import add_api_key_middleware
 from engram.errors import GenerationAbortedError, InvalidRequestError, UnsupportedError
 from engram.sglang_plugin.agents import SglangChat, mount_agents
 from engram.testing.tiny_tokenizer import build_tokenizer
+from refusals import refusal
 from unit.agents.scripted import server_in
 
 KEY = "secret"
@@ -121,7 +122,7 @@ def test_every_way_in_asks_for_the_key(url: str) -> None:
     assert httpx.get(url + "/v1/agent/health", headers=HEADERS).json()["status"] == "ok"
     foreign = {**HEADERS, "Origin": "http://evil.example"}
     answer = httpx.post(url + "/mcp", json={}, headers=foreign)
-    assert (answer.status_code, answer.json()["error"]) == (403, "foreign_origin")
+    assert (answer.status_code, refusal(answer)["error"]) == (403, "foreign_origin")
 
     async def knock(headers: dict[str, str]) -> int | None:
         try:
@@ -214,7 +215,7 @@ def test_runs_are_interrupted_before_the_server_ends(tmp_path: Path) -> None:
             path = f"/v1/agent/runs/{run['run_id']}"
             assert (await client.get(path)).json()["status"] == "interrupted"
             refusal = await client.post("/v1/agent/runs", json=body)
-            assert (refusal.status_code, refusal.json()["error"]) == (503, "agents_busy")
+            assert (refusal.status_code, refusal(refusal)["error"]) == (503, "agents_busy")
 
     asyncio.run(work())
     server.stop()

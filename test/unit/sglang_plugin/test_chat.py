@@ -7,16 +7,26 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from fastapi import Response
+from sglang.srt.entrypoints.openai.serving_base import OpenAIServingBase
 
 from engram.conversation.turns import RunningRequest, Tag
 from engram.core.tokens import to_tokens
+from engram.errors import (
+    EngramError,
+    GenerationAbortedError,
+    InvalidRequestError,
+    NotFoundError,
+    UpstreamError,
+)
 from engram.server.stateful import CURRENT_STATEFUL, Stateful
 from engram.server.tagging import CURRENT_TAG, HELD
+from engram.server.wire import error_response
 from engram.service.recorded import Place
-from engram.sglang_plugin.chat import PLAN, watch_chats
+from engram.sglang_plugin.chat import PLAN, raise_refusal, watch_chats
 from engram.testing.samples import seeded_random
 from engram.testing.tiny_tokenizer import build_tokenizer
 from unit.service.engine import Server, on_a_loop
@@ -301,3 +311,22 @@ async def test_without_the_flag_an_untagged_chat_stays_untagged(server: Server) 
     await chat.ask(said("one"))
     await chat.ask(said("one", "fine", "two"))
     assert chat.tags == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (400, InvalidRequestError),
+        (422, InvalidRequestError),
+        (500, UpstreamError),
+        (503, GenerationAbortedError),
+    ],
+)
+def test_what_sglang_refuses_is_an_error_of_the_tree(status: int, kind: type[EngramError]) -> None:
+    theirs = OpenAIServingBase.create_error_response(cast(Any, None), "too long", "x", status)
+    with pytest.raises(kind, match="too long") as caught:
+        raise_refusal(theirs)
+    assert caught.value.details == {"status": status}
+    with pytest.raises(kind, match="a proxy"):
+        raise_refusal(Response("<html>a proxy", status))
+    raise_refusal(error_response(NotFoundError("ours stays as it is")))

@@ -1,0 +1,1 @@
+"""Tokens that clients send and servers compute over conversations of many turns."""

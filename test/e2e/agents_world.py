@@ -112,13 +112,14 @@ def answered(response: httpx.Response) -> dict[str, Any]:
     return body
 
 
-def events(http: httpx.Client, run_id: str, after: int = 0) -> list[dict[str, Any]]:
+def events(http: httpx.Client, run_id: str, *, tokens: bool = False) -> list[dict[str, Any]]:
     """All events of a run, to its end."""
-    return list(_events(http, run_id, after))
+    return list(_events(http, run_id, tokens=tokens))
 
 
-def _events(http: httpx.Client, run_id: str, after: int = 0) -> Any:
-    with http.stream("GET", f"/v1/agent/runs/{run_id}/stream", params={"after": after}) as reply:
+def _events(http: httpx.Client, run_id: str, *, tokens: bool = False) -> Any:
+    params = {"tokens": tokens}
+    with http.stream("GET", f"/v1/agent/runs/{run_id}/stream", params=params) as reply:
         assert reply.status_code == 200
         for line in reply.iter_lines():
             if line.startswith("data: "):

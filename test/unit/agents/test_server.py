@@ -34,6 +34,7 @@ BUILT_IN = {
     *("memory_store", "memory_recall", "memory_search"),
     *("checkpoint_save", "checkpoint_list", "checkpoint_restore"),
     *("conversation_branch", "conversation_compare", "calculator"),
+    *("conversation_explore", "conversation_keep"),
 }
 
 

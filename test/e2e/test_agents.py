@@ -245,6 +245,16 @@ def test_branches_are_explored_and_one_is_kept(agents: World) -> None:
     assert usage["prompt_tokens_details"]["cached_tokens"] == chosen["tokens"] - 1
 
 
+def test_a_graph_goes_back_with_its_model(agents: World, tmp_path: Path) -> None:
+    """A fork says what the graph would have said there, and computes only what is new."""
+    pytest.importorskip("langgraph", reason="the extra langgraph is not installed")
+    from e2e.agents_graph import forked
+
+    found = forked(agents.server.url, KEY, tmp_path / "graph.sqlite")
+    assert found["forked"] == found["straight"]
+    assert found["cached"] == found["covered"]
+
+
 # ---- memory ----
 
 
@@ -493,7 +503,7 @@ def test_a_client_that_does_not_read_is_bounded(agents: World) -> None:
 
 def test_the_commands_of_the_document(agents: World, tmp_path: Path) -> None:
     found = blocks("agents")
-    assert len(found) == 3
+    assert len(found) == 5
     said = []
     for block in found:
         code = block.code.replace("localhost:30000", f"127.0.0.1:{agents.server.port}")
@@ -518,6 +528,10 @@ def test_the_commands_of_the_document(agents: World, tmp_path: Path) -> None:
     assert "result" in run["steps"][0]["calls"][0]["outcome"]
     assert "event: run_finished" in said[1]
     assert "opens at seven" in said[2]
+    explored, kept = map(json.loads, said[3].replace("}{", "}\n{").splitlines())
+    assert [branch["status"] for branch in explored["branches"]] == ["completed"] * 2
+    assert kept["kept"]["branch_name"] == explored["branches"][0]["branch_name"]
+    assert kept["dropped"] == [explored["branches"][1]["branch_name"]]
 
 
 def test_routes_are_described(agents: World) -> None:

@@ -7,8 +7,9 @@ journal with its runs: keeping and dropping can be asked for again after a crash
 
 from __future__ import annotations
 
+import contextlib
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -53,6 +54,7 @@ class Explorations:
         self._service = service
         self._find_turn = find_turn
         self._decode = decode
+        self._decided: set[str] = set()
 
     async def create(self, owner: str, request: ExploreRequest) -> str:
         """Begin the runs; the exploration's id.
@@ -119,6 +121,10 @@ class Explorations:
         one whose run is under way. What has not been done when it fails is done when it is asked
         for again.
         """
+        with self._deciding(exploration):
+            return await self._keep(owner, exploration, branch_name)
+
+    async def _keep(self, owner: str, exploration: str, branch_name: str) -> Kept:
         runs = await self._of(owner, exploration)
         _require(runs, exploration)
         kept = next((run for run in runs if run.request["branch_name"] == branch_name), None)
@@ -141,9 +147,23 @@ class Explorations:
 
     async def drop(self, owner: str, exploration: str) -> list[str]:
         """Drop all branches, their runs and snapshots; their names.  `NotFoundError`."""
-        runs = await self._of(owner, exploration)
-        _require(runs, exploration)
-        return await self._drop(runs)
+        with self._deciding(exploration):
+            runs = await self._of(owner, exploration)
+            _require(runs, exploration)
+            return await self._drop(runs)
+
+    @contextlib.contextmanager
+    def _deciding(self, exploration: str) -> Iterator[None]:
+        """One decision at a time: two that keep different branches would drop both."""
+        if exploration in self._decided:
+            raise RunConflictError(
+                f"exploration {exploration} is being decided on", hint="see what it comes to"
+            )
+        self._decided.add(exploration)
+        try:
+            yield
+        finally:
+            self._decided.discard(exploration)
 
     async def _drop(self, runs: Sequence[Run]) -> list[str]:
         for run in runs:

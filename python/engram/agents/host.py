@@ -33,6 +33,8 @@ from engram.service.results import TierChange
 
 WORKERS: Final = 4
 """Processes in which an operator's tools run at the same time."""
+SAVE_TIMEOUT_S: Final = 30.0
+"""For the save of a run that is ended; a store that hangs does not keep the server from ending."""
 EVERYBODY: Final = ""
 """The owner on a server without API keys."""
 
@@ -160,7 +162,7 @@ class AgentHost:
         except asyncio.CancelledError:
             # The save goes on whoever waits for it. A run that has ended must have none under way:
             # it could come to light behind the removal of its branch.
-            await asyncio.wait({work})
+            await asyncio.wait({work}, timeout=SAVE_TIMEOUT_S)
             raise
 
     async def _saved(self, conversation_id: str, rid: str, lasts: float | None) -> str:

@@ -19,6 +19,8 @@ from engram.agents.database import AgentDatabase
 from engram.errors import NotFoundError
 
 MAX_PAGE: Final = 1_000
+MAX_READ_BYTES: Final = 4 << 20
+"""Of events at a time: one may hold a result of a tool."""
 
 ACTIVE: Final = "running"
 INTERRUPTED: Final = "interrupted"
@@ -47,6 +49,7 @@ class Retention:
 class Call:
     """One call of a tool.
 
+    `call_id` is ours, of this run and place: what models call their calls is not always unique.
     `state` is ``waiting``, ``started`` or ``done``; `outcome` is what the tool answered:
     ``{"result": ...}`` or ``{"error": ...}``.
     """
@@ -160,12 +163,24 @@ class Journal:
         if not await self._database.run(work):
             raise _unknown(run_id)
 
+    async def require(self, owner: str, run_id: str) -> None:
+        """Raise what `load` raises, without reading the run."""
+
+        def work(db: sqlite3.Connection) -> bool:
+            known = "SELECT 1 FROM runs WHERE run_id = ? AND owner = ?"
+            return db.execute(known, (run_id, owner)).fetchone() is not None
+
+        if not await self._database.run(work):
+            raise _unknown(run_id)
+
     async def newest(self, owner: str, limit: int = 100) -> list[Run]:
-        """An owner's runs without their steps, the newest first."""
+        """An owner's runs without their steps and requests, the newest first."""
+        # A request has as much as a body may have, and a page has many.
+        columns = _COLUMNS.replace("request", "'{}'")
 
         def work(db: sqlite3.Connection) -> list[Run]:
             rows = db.execute(
-                f"SELECT {_COLUMNS} FROM runs WHERE owner = ? ORDER BY created_at DESC LIMIT ?",
+                f"SELECT {columns} FROM runs WHERE owner = ? ORDER BY created_at DESC LIMIT ?",
                 (owner, min(limit, MAX_PAGE)),
             )
             return [_run(row) for row in rows]
@@ -296,14 +311,23 @@ class Journal:
     async def events(
         self, run_id: str, after: int, limit: int = 256
     ) -> Sequence[tuple[int, dict[str, Any]]]:
-        """Events past number `after`, the oldest first, with their numbers."""
+        """Events past number `after`, the oldest first, with their numbers.
+
+        Not more than about `MAX_READ_BYTES` of them, but at least one if there is one.
+        """
 
         def work(db: sqlite3.Connection) -> list[tuple[int, dict[str, Any]]]:
-            rows = db.execute(
+            found: list[tuple[int, dict[str, Any]]] = []
+            size = 0
+            for seq, event in db.execute(
                 "SELECT seq, event FROM events WHERE run_id = ? AND seq > ? ORDER BY seq LIMIT ?",
                 (run_id, after, limit),
-            )
-            return [(seq, json.loads(event)) for seq, event in rows]
+            ):
+                found.append((seq, json.loads(event)))
+                size += len(event)
+                if size >= MAX_READ_BYTES:
+                    break
+            return found
 
         return await self._database.run(work)
 

@@ -138,8 +138,9 @@ class RunLoop:
         step = Step(number, self._written(reply, None if known is None else added))
         for position, call in enumerate(reply.message.get("tool_calls") or ()):
             function = call["function"]
+            call_id = f"{self._run.run_id}.{number}.{position}"
             step.calls.append(
-                Call(position, call["id"], function["name"], function["arguments"] or "{}")
+                Call(position, call_id, function["name"], function["arguments"] or "{}")
             )
         event = {
             "event": "run_step",
@@ -317,10 +318,11 @@ def tokens_of(steps: Sequence[Step]) -> list[int]:
 
 def _answers(step: Step) -> list[dict[str, Any]]:
     """The messages that tell a model the outcomes of its calls."""
+    asked = step.reply["message"].get("tool_calls") or ()
     return [
         {
             "role": "tool",
-            "tool_call_id": call.call_id,
+            "tool_call_id": asked[call.number]["id"],
             "content": json.dumps(_for_model(call.outcome), ensure_ascii=False),
         }
         for call in step.calls

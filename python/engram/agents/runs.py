@@ -106,8 +106,10 @@ class RunManager:
             body = request.model_dump(mode="json")
             run_id = await self._journal.create(owner, conversation, body, exploration)
             run = await self._journal.load(owner, run_id)
-            await self._journal.tell(run_id, {"event": "run_started"})
+            event = {"event": "run_started"}
+            await self._journal.tell(run_id, event)
             self._begin(run, repeat=False)
+            self._told(run, event)
         return run
 
     async def _beginning(self, request: RunRequest) -> Beginning:
@@ -141,13 +143,14 @@ class RunManager:
                 await self._journal.set_status(run_id, ACTIVE, None, event)
                 run.status, run.result = ACTIVE, None
                 self._begin(run, repeat=repeat)
+                self._told(run, event)
         finally:
             self._resuming.discard(run_id)
         return run
 
     async def cancel(self, owner: str, run_id: str) -> Run:
         """End a run; its tools are ended too.  `RunConflictError` if it does not run."""
-        await self._journal.load(owner, run_id)
+        await self._journal.require(owner, run_id)
         if run_id not in self._active:
             raise RunConflictError(f"run {run_id} is not under way")
         return await self.stop(owner, run_id)
@@ -165,6 +168,10 @@ class RunManager:
         """A run as it stands.  `NotFoundError`."""
         return await self._journal.load(owner, run_id)
 
+    async def require(self, owner: str, run_id: str) -> None:
+        """Raise `NotFoundError` for a run that the owner does not have."""
+        await self._journal.require(owner, run_id)
+
     async def newest(self, owner: str, limit: int) -> list[Run]:
         """An owner's runs, the newest first."""
         return await self._journal.newest(owner, limit)
@@ -175,7 +182,7 @@ class RunManager:
         `NotFoundError`, and `RunConflictError` for one that is under way.
         """
         if run_id in self._active or run_id in self._resuming:
-            await self._journal.load(owner, run_id)
+            await self._journal.require(owner, run_id)
             raise RunConflictError(f"run {run_id} is under way", hint="cancel it first")
         await self._journal.remove(owner, run_id)
 
@@ -188,7 +195,7 @@ class RunManager:
         come ``run_tokens`` besides, which have no number: what was written of a reply since the
         last one.
         """
-        await self._journal.load(owner, run_id)
+        await self.require(owner, run_id)
         seen = Position()
         while True:
             # In this order, so that what happens in between is seen in the next round.

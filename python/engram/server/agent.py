@@ -323,7 +323,7 @@ class _Routes:
                 raise InvalidRequestError(
                     "tokens must be true or false", details={"field": "tokens"}
                 )
-            await self._host.runs.get(owner, run_id)
+            await self._host.runs.require(owner, run_id)
         except EngramError as error:
             return error_response(error)
         events = self._host.runs.stream(owner, run_id, int(last), tokens=tokens == "true")

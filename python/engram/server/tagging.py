@@ -134,7 +134,9 @@ class TaggingMiddleware:
         headers = dict(scope["headers"])
         try:
             body, replay = await _read(receive, headers.get(b"content-length"))
-            tag = OWN_TAG.get() or tag_of(body, headers.get(HEADER))
+            tag = tag_of(body, headers.get(HEADER))
+            if tag is not None:
+                tag = OWN_TAG.get() or tag
             stateful = stateful_in(body, tag, route_of(scope))
             mark = None if stateful else marked_in(body, route_of(scope))
         except EngramError as error:

@@ -194,6 +194,21 @@ def test_a_branch_under_way_is_not_kept_and_is_ended_when_dropped(tmp_path: Path
     using(tmp_path, work)
 
 
+def test_of_two_decisions_at_the_same_time_one_holds(tmp_path: Path) -> None:
+    async def work(server: Server, host: AgentHost, chat: ScriptedChat) -> None:
+        await server.chat("c")
+        found = await explored(host, asking("a", "b"))
+        names = [branch["branch_name"] for branch in found["branches"]]
+        keep = [host.explorations.keep("", found["exploration_id"], name) for name in names]
+        first, second = await asyncio.gather(*keep, return_exceptions=True)
+        assert not isinstance(first, BaseException)
+        assert first.snapshot.branch_name == names[0]
+        assert isinstance(second, RunConflictError)
+        assert await branches_of(server) == {"main": [1], names[0]: [2]}
+
+    using(tmp_path, work)
+
+
 def test_after_a_restart_it_is_kept_as_before(tmp_path: Path) -> None:
     async def first(server: Server, host: AgentHost, chat: ScriptedChat) -> dict[str, Any]:
         await server.chat("c")

@@ -302,6 +302,31 @@ def test_cancelled_and_resumed(tmp_path: Path) -> None:
     using(tmp_path, script, work)
 
 
+def test_calls_are_told_apart_that_the_model_calls_the_same(tmp_path: Path) -> None:
+    """Some models number the calls of a reply, and begin anew with the next one."""
+
+    def script(number: int, body: Mapping[str, Any]) -> dict[str, Any] | str:
+        if number == 2:
+            return "done"
+        message = calling(("careful", {"by": 1}), ("careful", {"by": 1}))
+        for position, call in enumerate(message["tool_calls"]):
+            call["id"] = f"functions.careful:{position}"
+        return message
+
+    async def work(runs: RunManager, chat: ScriptedChat) -> None:
+        run = await over(runs, await runs.create("", request()))
+        ids = [call.call_id for step in run.steps for call in step.calls]
+        assert counted(tmp_path) == ids
+        assert len(set(ids)) == 4
+        told = [one for one in chat.asked[-1]["messages"] if one["role"] == "tool"]
+        assert [one["tool_call_id"] for one in told] == [
+            "functions.careful:0",
+            "functions.careful:1",
+        ] * 2
+
+    using(tmp_path, script, work)
+
+
 def careful_steps(number: int, body: Mapping[str, Any]) -> dict[str, Any] | str:
     first = calling(("careful", {"by": 1}), ("count", {"by": 2}))
     return [first, calling(("careful", {"by": 3})), "done"][number]

@@ -537,7 +537,8 @@ def test_the_commands_of_the_document(agents: World, tmp_path: Path) -> None:
     assert "result" in run["steps"][0]["calls"][0]["outcome"]
     assert "event: run_finished" in said[1]
     assert "opens at seven" in said[2]
-    explored, kept = map(json.loads, said[3].replace("}{", "}\n{").splitlines())
+    explored, end = json.JSONDecoder().raw_decode(said[3])
+    kept = json.loads(said[3][end:])
     assert [branch["status"] for branch in explored["branches"]] == ["completed"] * 2
     assert kept["kept"]["branch_name"] == explored["branches"][0]["branch_name"]
     assert kept["dropped"] == [explored["branches"][1]["branch_name"]]

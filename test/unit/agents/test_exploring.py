@@ -12,7 +12,13 @@ import pytest
 from engram.agents.host import AgentHost
 from engram.agents.requests import ExploreRequest, RunRequest
 from engram.conversation.turns import Tag
-from engram.errors import InvalidRequestError, NotFoundError, RunConflictError, UnsupportedError
+from engram.errors import (
+    InvalidRequestError,
+    NotFoundError,
+    RunConflictError,
+    StoreFullError,
+    UnsupportedError,
+)
 from unit.agents.scripted import END, ScriptedChat, calling, host_of, server_in
 from unit.service.engine import Server
 
@@ -190,6 +196,45 @@ def test_a_branch_under_way_is_not_kept_and_is_ended_when_dropped(tmp_path: Path
         assert kept.dropped == [slow["branch_name"]]
         assert host.runs.active == 0
         assert set(await branches_of(server)) == {"main", quick["branch_name"]}
+
+    using(tmp_path, work)
+
+
+@pytest.mark.parametrize("failing", range(4))
+def test_a_decision_that_fails_in_between_is_made_when_it_is_asked_for_again(
+    tmp_path: Path, failing: int
+) -> None:
+    """Wherever it stops, the branch that is to be kept is there, and so is the exploration."""
+
+    async def work(server: Server, host: AgentHost, chat: ScriptedChat) -> None:
+        await server.chat("c")
+        found = await explored(host, asking("a", "b", "c"))
+        made, names = found["exploration_id"], [b["branch_name"] for b in found["branches"]]
+        places: list[tuple[Any, str]] = [
+            (host.service, "change"),
+            (host.service, "delete_branch"),
+            (host.explorations._journal, "remove"),
+            (host.explorations._journal, "explored_no_more"),
+        ]
+        place, method = places[failing]
+        original, calls = getattr(place, method), []
+
+        async def once(*arguments: Any, **named: Any) -> Any:
+            calls.append(arguments)
+            if len(calls) == 1:
+                raise StoreFullError("full")
+            return await original(*arguments, **named)
+
+        setattr(place, method, once)
+        with pytest.raises(StoreFullError):
+            await host.explorations.keep("", made, names[1])
+        again = await host.explorations.get("", made)
+        assert names[1] in [branch["branch_name"] for branch in again["branches"]]
+        assert names[1] in await branches_of(server)
+        kept = await host.explorations.keep("", made, names[1])
+        assert kept.snapshot.branch_name == names[1]
+        assert await branches_of(server) == {"main": [1], names[1]: [2]}
+        assert [run.run_id for run in await host.runs.newest("", 10)] == [kept.run_id]
 
     using(tmp_path, work)
 

@@ -327,6 +327,10 @@ def test_the_same_for_asyncio(echo: tuple[Live, Echo], tmp_path: Path) -> None:
             assert (await graph.ainvoke({"ask": "x"}, of("t", first)))["answer"] == "<a><x>"
             await saver.adelete_thread("t")
             assert (await client.list_conversations()).conversations == []
+            await graph.ainvoke({"ask": "a"}, of("t"))
+            with EngramClient(client.url) as blocking:
+                await EngramSaver(within, blocking).adelete_thread("t")
+            assert (await client.list_conversations()).conversations == []
 
     asyncio.run(run())
 

@@ -71,6 +71,12 @@ def report(context: ToolContext, steps: Digit = 3) -> dict[str, str | None]:
     return {"conversation_id": context.conversation_id}
 
 
+@tool
+def shout() -> str:
+    """Say much."""
+    return "!" * (1 << 19)
+
+
 @tool(timeout=1.0)
 def hang() -> None:
     """Never end."""

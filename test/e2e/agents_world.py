@@ -1,4 +1,6 @@
-"""A server with agents, killed twice in the middle of a run: between two steps, and in a tool."""
+"""A server with agents, killed in the middle of two runs: between steps of one, in a tool of the
+other.
+"""
 
 from __future__ import annotations
 
@@ -33,13 +35,20 @@ def forced(*names: str) -> list[Any]:
     return [*({"type": "function", "function": {"name": name}} for name in names), "none"]
 
 
-PLAN: dict[str, Any] = {
-    "messages": [{"role": "user", "content": "Count, paint, and count what was painted, please."}],
-    "tools": ["count", "paint", "gated"],
-    "tool_choice": forced("count", "paint", "gated"),
-    "max_tokens": 160,
-    "temperature": 0,
-}
+WHERE = ("between steps", "in a tool")
+"""Where a run is when the server is killed."""
+
+
+def plan(where: str) -> dict[str, Any]:
+    """A run of three tools; other words for each, so that none is helped by what another stored."""
+    ask = f"Count, paint, and count what was painted {where}, please."
+    return {
+        "messages": [{"role": "user", "content": ask}],
+        "tools": ["count", "paint", "gated"],
+        "tool_choice": forced("count", "paint", "gated"),
+        "max_tokens": 160,
+        "temperature": 0,
+    }
 
 
 def agents_world(stage: Stage, folder: Path) -> World:
@@ -64,27 +73,27 @@ def agents_world(stage: Stage, folder: Path) -> World:
     facts["tools"] = tools
 
     (tools / "gate").touch()
-    whole = begin(http, **PLAN, conversation_id="whole", checkpoint=False)
-    facts["whole"] = finished(http, whole)
+    for where in WHERE:
+        whole = begin(http, **plan(where), checkpoint=False)
+        facts[f"whole {where}"] = finished(http, whole)
     facts["counts of whole"] = counts(tools)
     stored(http, key="before", value="kept through a kill", category="facts")
     (tools / "gate").unlink()
     (tools / "gated").unlink()
     (tools / "counts").unlink()
 
-    run_id = begin(http, **PLAN, conversation_id="killed")
-    wait_for(http, run_id, "tool_result")
-    world.server.kill()
-    world.server.start()
-    facts["between"] = get(http, run_id)
-    resumed(http, run_id)
+    killed = {"in a tool": begin(http, **plan("in a tool"), conversation_id="killed")}
     until(tools / "gated")
+    killed["between steps"] = begin(http, **plan("between steps"))
+    wait_for(http, killed["between steps"], "tool_result")
     world.server.kill()
     world.server.start()
-    facts["inside"] = get(http, run_id)
     (tools / "gate").touch()
-    resumed(http, run_id)
-    facts["killed"] = finished(http, run_id)
+    for where, run_id in killed.items():
+        facts[f"killed {where}"] = get(http, run_id)
+        resumed(http, run_id)
+        # One after the other, as those that were not killed had the server to themselves.
+        facts[f"resumed {where}"] = finished(http, run_id)
     facts["counts of killed"] = counts(tools)
     return world
 
@@ -112,13 +121,14 @@ def answered(response: httpx.Response) -> dict[str, Any]:
     return body
 
 
-def events(http: httpx.Client, run_id: str, after: int = 0) -> list[dict[str, Any]]:
+def events(http: httpx.Client, run_id: str, *, tokens: bool = False) -> list[dict[str, Any]]:
     """All events of a run, to its end."""
-    return list(_events(http, run_id, after))
+    return list(_events(http, run_id, tokens=tokens))
 
 
-def _events(http: httpx.Client, run_id: str, after: int = 0) -> Any:
-    with http.stream("GET", f"/v1/agent/runs/{run_id}/stream", params={"after": after}) as reply:
+def _events(http: httpx.Client, run_id: str, *, tokens: bool = False) -> Any:
+    params = {"tokens": tokens}
+    with http.stream("GET", f"/v1/agent/runs/{run_id}/stream", params=params) as reply:
         assert reply.status_code == 200
         for line in reply.iter_lines():
             if line.startswith("data: "):

@@ -133,5 +133,5 @@ def alone(stage: Stage) -> World:
 
 @pytest.fixture
 def agents(stage: Stage) -> World:
-    """float32 with agents: killed twice in the middle of a run, and started again."""
+    """float32 with agents: killed in the middle of two runs, and started again."""
     return stage.world("agents", agents_world)

@@ -24,6 +24,7 @@ from mcp.client.streamable_http import streamable_http_client
 from e2e.agents_world import (
     HEADERS,
     KEY,
+    WHERE,
     answered,
     begin,
     events,
@@ -37,6 +38,7 @@ from e2e.worlds import World
 from fences import blocks
 from refusals import refusal
 
+EXECUTE, MEMORY = "/v1/agent/tools/execute", "/v1/agent/memory/store"
 EVERY_TOOL: dict[str, dict[str, Any]] = {
     "memory_store": {"key": "k", "value": "an old station"},
     "memory_recall": {"key": "k"},
@@ -46,6 +48,8 @@ EVERY_TOOL: dict[str, dict[str, Any]] = {
     "checkpoint_restore": {"conversation_id": "killed"},
     "conversation_branch": {"conversation_id": "killed", "turn_number": 1, "branch_name": "other"},
     "conversation_compare": {"conversation_id": "killed", "other_branch_name": "other"},
+    "conversation_explore": {"conversation_id": "killed", "prompts": ["a", "b"], "max_tokens": 4},
+    "conversation_keep": {},
     "calculator": {"expression": "6 * 7"},
     "count": {"by": 3},
     "paint": {"colour": "red"},
@@ -53,6 +57,7 @@ EVERY_TOOL: dict[str, dict[str, Any]] = {
     "careless": {"part": 1},
     "report": {"steps": 2},
     "misbehave": {"how": "write"},
+    "shout": {},
     "price": {"article": "milk"},
 }
 FAILING = {"hang": {}}
@@ -77,39 +82,47 @@ def said(run: dict[str, Any]) -> list[Any]:
 
 
 def test_a_run_uses_three_tools(agents: World) -> None:
-    run = agents.facts["whole"]
+    run = agents.facts["whole in a tool"]
     assert run["status"] == "completed"
     assert [step["calls"][0]["tool"] for step in run["steps"][:3]] == ["count", "paint", "gated"]
     assert all("result" in step["calls"][0]["outcome"] for step in run["steps"][:3])
     assert run["steps"][3]["calls"] == []
     assert run["result"]["content"] == run["steps"][3]["message"]["content"]
-    assert len(agents.facts["counts of whole"]) == 2
+    assert len(agents.facts["counts of whole"]) == 2 * len(WHERE)
 
 
-def test_a_killed_run_ends_as_one_that_was_not(agents: World) -> None:
-    whole, between, inside, killed = (
-        agents.facts[name] for name in ("whole", "between", "inside", "killed")
-    )
+@pytest.mark.parametrize("where", WHERE)
+def test_a_killed_run_ends_as_one_that_was_not(agents: World, where: str) -> None:
+    whole, resumed = (agents.facts[f"{which} {where}"] for which in ("whole", "resumed"))
+    assert resumed["status"] == "completed"
+    assert said(resumed) == said(whole)
+    assert resumed["result"] == whole["result"]
+
+
+def test_both_were_killed_where_they_should_be(agents: World) -> None:
+    between, inside = (agents.facts[f"killed {where}"] for where in WHERE)
     assert between["status"] == inside["status"] == "interrupted"
     assert between["steps"][0]["calls"][0]["state"] == "done"
+    assert len(between["steps"]) < 3
     assert inside["steps"][2]["calls"][0]["state"] == "started"
-    assert killed["status"] == "completed"
-    assert said(killed) == said(whole)
-    assert killed["result"] == whole["result"]
 
 
 def test_no_side_effect_is_repeated(agents: World) -> None:
     calls = [
         call["call_id"]
-        for step in agents.facts["killed"]["steps"]
+        for where in WHERE
+        for step in agents.facts[f"resumed {where}"]["steps"]
         for call in step["calls"]
         if call["tool"] in ("count", "gated")
     ]
-    assert agents.facts["counts of killed"] == calls
+    counted = agents.facts["counts of killed"]
+    assert len(counted) == len(set(counted)) == 4
+    assert set(counted) == set(calls)
 
 
-def test_what_a_resumed_run_computes_is_only_what_is_new(agents: World) -> None:
-    steps = agents.facts["killed"]["steps"]
+@pytest.mark.parametrize("where", WHERE)
+def test_what_a_resumed_run_computes_is_only_what_is_new(agents: World, where: str) -> None:
+    steps = agents.facts[f"resumed {where}"]["steps"]
     for before, step in itertools.pairwise(steps):
         assert step["snapshot_id"]
         recorded = before["prompt_tokens"] + before["completion_tokens"]
@@ -158,6 +171,98 @@ def test_a_run_ends_at_its_limit(agents: World) -> None:
     run = finished(http, run_id)
     assert run["status"] == "limit_reached", run
     assert [[call["tool"] for call in step["calls"]] for step in run["steps"]] == [["paint"]] * 2
+
+
+def test_a_run_is_seen_while_it_is_written_and_then_forgotten(agents: World) -> None:
+    """Over SSE and over the WebSocket; its parts are the text of the reply."""
+    http = agents.client.http
+    ask: dict[str, Any] = {
+        "messages": [{"role": "user", "content": "Write, please."}],
+        "tools": [],
+        "conversation_id": "written",
+        "max_tokens": 24,
+        "temperature": 0,
+    }
+
+    async def watch() -> tuple[str, str]:
+        async with websockets.connect(ws(agents), additional_headers=HEADERS) as socket:
+            subscribe = {"type": "subscribe", "events": ["run_tokens", "run_event"]}
+            await socket.send(json.dumps(subscribe | {"conversation_ids": ["written"]}))
+            heard: list[dict[str, Any]] = []
+            while not heard or heard[-1]["type"] != "subscription_updated":
+                heard.append(json.loads(await socket.recv()))
+            run_id = await asyncio.to_thread(begin, http, **ask)
+            while heard[-1].get("event") != "run_finished":
+                heard.append(json.loads(await socket.recv()))
+            parts = [one for one in heard if one["type"] == "run_tokens"]
+            assert [one["offset"] for one in parts] == list(
+                itertools.accumulate((len(one["text"]) for one in parts[:-1]), initial=0)
+            )
+            return run_id, "".join(one["text"] for one in parts)
+
+    run_id, text = asyncio.run(watch())
+    content = get(http, run_id)["steps"][0]["message"]["content"]
+    assert text == content
+    again = begin(http, **ask | {"conversation_id": "rewritten"})
+    heard = events(http, again, tokens=True)
+    kinds = [one["event"] for one in heard]
+    assert kinds.index("run_tokens") < kinds.index("run_step")
+    assert "".join(one["text"] for one in heard if one["event"] == "run_tokens") == content
+    assert "run_tokens" not in {one["event"] for one in events(http, again)}
+    answered(http.delete(f"/v1/agent/runs/{again}"))
+    assert http.get(f"/v1/agent/runs/{again}").status_code == 404
+    assert http.delete(f"/v1/agent/runs/{again}").status_code == 404
+
+
+def test_branches_are_explored_and_one_is_kept(agents: World) -> None:
+    """All begin at one turn, whose state none of them computes; the conversation goes on."""
+    http = agents.client.http
+    chat = {"max_tokens": 12, "temperature": 0}
+    where = "/v1/conversations/explored/chat"
+    first = {"messages": [{"role": "user", "content": "Where shall we go?"}], **chat}
+    usage = http.post(where, json=first).json()["usage"]
+    recorded = usage["prompt_tokens"] + usage["completion_tokens"]
+    ways = ["To the sea.", "To the hills.", "Home."]
+    asked = {
+        "conversation_id": "explored",
+        "branches": [
+            {"messages": [{"role": "user", "content": way}], "tools": [], **chat} for way in ways
+        ],
+    }
+    made = answered(http.post("/v1/agent/explorations", json=asked))
+    path = f"/v1/agent/explorations/{made['exploration_id']}"
+    runs = [finished(http, branch["run_id"]) for branch in made["branches"]]
+    assert [run["status"] for run in runs] == ["completed"] * 3
+    for run in runs:
+        assert run["steps"][0]["cached_tokens"] == recorded - 1
+    found = answered(http.get(path))
+    assert found["status"] == "over"
+    assert recorded <= found["common_tokens"] < min(one["tokens"] for one in found["branches"])
+    chosen = found["branches"][1]
+    kept = answered(http.post(path + "/keep", json={"branch_name": chosen["branch_name"]}))
+    assert kept["kept"]["branch_name"] == chosen["branch_name"]
+    listed = answered(http.get("/v1/agent/conversations/explored"))["result"]
+    assert {one["branch_name"] for one in listed} == {"main", chosen["branch_name"]}
+    assert http.get(path).status_code == 404
+    # What was tried on a branch is what a plain chat says there.
+    plain = {"messages": [{"role": "user", "content": ways[1]}], **chat}
+    plain |= {"continue_from": {"turn_number": 1}, "branch_name": "plain"}
+    reply = http.post(where, json=plain).json()
+    assert reply["choices"][0]["message"]["content"] == chosen["result"]["content"]
+    then = {"messages": [{"role": "user", "content": "And then?"}], **chat}
+    then |= {"continue_from": {"branch_name": chosen["branch_name"]}}
+    usage = http.post(where, json=then).json()["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] == chosen["tokens"] - 1
+
+
+def test_a_graph_goes_back_with_its_model(agents: World, tmp_path: Path) -> None:
+    """A fork says what the graph would have said there, and computes only what is new."""
+    pytest.importorskip("langgraph", reason="the extra langgraph is not installed")
+    from e2e.agents_graph import forked
+
+    found = forked(agents.server.url, KEY, tmp_path / "graph.sqlite")
+    assert found["forked"] == found["straight"]
+    assert found["cached"] == found["covered"]
 
 
 # ---- memory ----
@@ -251,10 +356,17 @@ def test_the_official_client_lists_and_calls_every_tool(agents: World, way: Any)
         async with McpClient(way(agents)) as client:
             listed = {tool.name for tool in (await client.list_tools()).tools}
             assert listed == set(EVERY_TOOL) | set(FAILING)
+            last: dict[str, Any] = {}
             for name, arguments in EVERY_TOOL.items():
+                if name == "conversation_keep":
+                    arguments = {
+                        "exploration_id": last["exploration_id"],
+                        "branch_name": last["branches"][0]["branch_name"],
+                    }
                 result = await client.call_tool(name, arguments)
                 assert not result.is_error, (name, result)
                 assert result.structured_content is not None, name
+                last = result.structured_content
             assert (await client.call_tool("calculator", {"expression": "6*7"})).content[
                 0
             ].text == "42"
@@ -368,12 +480,40 @@ def test_32_clients_hear_only_of_their_own(agents: World) -> None:
         assert "tool_progress" in kinds
 
 
+def test_a_client_that_does_not_read_is_bounded(agents: World) -> None:
+    """It is told how much it has missed; the others are served meanwhile."""
+    http = agents.client.http
+
+    async def work() -> dict[str, Any]:
+        sleepy = websockets.connect(
+            ws(agents), additional_headers=HEADERS, max_queue=1, max_size=1 << 22, compression=None
+        )
+        async with sleepy as socket:
+            await socket.send(json.dumps({"type": "subscribe", "conversation_ids": ["loud"]}))
+            while json.loads(await socket.recv())["type"] != "subscription_updated":
+                pass
+            shout = {"tool": "shout", "conversation_id": "loud"}
+            for _ in range(48):  # more than any buffer on the way holds
+                answered(await asyncio.to_thread(http.post, EXECUTE, json=shout))
+            store = {"key": "k", "value": "v", "conversation_id": "loud"}
+            for _ in range(400):
+                answered(await asyncio.to_thread(http.post, MEMORY, json=store))
+            while True:
+                heard: dict[str, Any] = json.loads(await socket.recv())
+                if heard["type"] == "error":
+                    return heard
+
+    told = asyncio.run(asyncio.wait_for(work(), 120))
+    assert told["error"] == "events_lost"
+    assert told["details"]["lost"] > 0
+
+
 # ---- documents ----
 
 
 def test_the_commands_of_the_document(agents: World, tmp_path: Path) -> None:
     found = blocks("agents")
-    assert len(found) == 3
+    assert len(found) == 5
     said = []
     for block in found:
         code = block.code.replace("localhost:30000", f"127.0.0.1:{agents.server.port}")
@@ -398,6 +538,11 @@ def test_the_commands_of_the_document(agents: World, tmp_path: Path) -> None:
     assert "result" in run["steps"][0]["calls"][0]["outcome"]
     assert "event: run_finished" in said[1]
     assert "opens at seven" in said[2]
+    explored, end = json.JSONDecoder().raw_decode(said[3])
+    kept = json.loads(said[3][end:])
+    assert [branch["status"] for branch in explored["branches"]] == ["completed"] * 2
+    assert kept["kept"]["branch_name"] == explored["branches"][0]["branch_name"]
+    assert kept["dropped"] == [explored["branches"][1]["branch_name"]]
 
 
 def test_routes_are_described(agents: World) -> None:
@@ -408,7 +553,7 @@ def test_routes_are_described(agents: World) -> None:
 
 
 def test_no_tool_process_outlives_its_server(agents: World, tmp_path: Path) -> None:
-    """Those of the two servers that were killed are gone."""
+    """Those of the server that was killed are gone."""
     assert agents.server.process is not None
     workers = [
         process
@@ -418,4 +563,5 @@ def test_no_tool_process_outlives_its_server(agents: World, tmp_path: Path) -> N
         and process.status() != psutil.STATUS_ZOMBIE
     ]
     assert {worker.ppid() for worker in workers} <= {agents.server.process.pid}
-    assert get(agents.client.http, agents.facts["killed"]["run_id"])["status"] == "completed"
+    run_id = agents.facts["resumed in a tool"]["run_id"]
+    assert get(agents.client.http, run_id)["status"] == "completed"

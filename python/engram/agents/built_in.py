@@ -146,7 +146,7 @@ class _CheckpointTools:
         """
         result = await self._service.save(
             tenant=DEFAULT_TENANT,
-            conversation_id=_conversation(context, conversation_id),
+            conversation_id=conversation_of(context, conversation_id),
             branch_name=branch_name,
             snapshot_id=snapshot_id,
         )
@@ -168,7 +168,7 @@ class _CheckpointTools:
         Args:
             conversation_id: which conversation; this one if left out.
         """
-        where = _conversation(context, conversation_id)
+        where = conversation_of(context, conversation_id)
         return [shown(row) for row in await self._service.list(DEFAULT_TENANT, where)]
 
     async def checkpoint_restore(
@@ -211,7 +211,7 @@ class _CheckpointTools:
         """
         result = await self._service.save(
             tenant=DEFAULT_TENANT,
-            conversation_id=_conversation(context, conversation_id),
+            conversation_id=conversation_of(context, conversation_id),
             turn_number=turn_number,
             branch_name=branch_name,
         )
@@ -276,7 +276,7 @@ class _CheckpointTools:
     ) -> SnapshotRow:
         return await self._service.find(
             tenant=DEFAULT_TENANT,
-            conversation_id=_conversation(context, conversation),
+            conversation_id=conversation_of(context, conversation),
             branch_name=branch,
             turn_number=turn,
         )
@@ -295,7 +295,8 @@ def shown(row: SnapshotRow) -> dict[str, Any]:
     }
 
 
-def _conversation(context: ToolContext, given: str | None) -> str:
+def conversation_of(context: ToolContext, given: str | None) -> str:
+    """The conversation a call means: the one it names, else the one it belongs to."""
     found = given or context.conversation_id
     if found is None:
         raise InvalidRequestError(

@@ -108,6 +108,21 @@ MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
         )
         """,
     ),
+    (
+        "ALTER TABLE runs ADD COLUMN bytes INTEGER NOT NULL DEFAULT 0",
+        """
+        UPDATE runs SET bytes = length(request)
+            + (SELECT coalesce(sum(length(reply)), 0) FROM steps WHERE steps.run_id = runs.run_id)
+            + (SELECT coalesce(sum(length(event)), 0) FROM events WHERE events.run_id = runs.run_id)
+            + (
+                SELECT coalesce(sum(length(arguments) + coalesce(length(outcome), 0)), 0)
+                FROM calls WHERE calls.run_id = runs.run_id
+            )
+        """,
+        "CREATE INDEX runs_by_age ON runs (updated_at)",
+        "ALTER TABLE runs ADD COLUMN exploration TEXT",
+        "CREATE INDEX runs_by_exploration ON runs (exploration) WHERE exploration IS NOT NULL",
+    ),
 )
 
 

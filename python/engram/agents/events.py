@@ -15,11 +15,13 @@ from typing import Any, Final
 
 MAX_QUEUED: Final = 256
 """Events that wait for one subscriber."""
+MAX_JOINED: Final = 64 << 10
+"""Characters of a reply that wait as one event."""
 
 TOPICS: Final = frozenset(
     {
         *("tool_start", "tool_progress", "tool_result", "tool_error"),
-        *("tier_transition", "memory_update", "run_event"),
+        *("tier_transition", "memory_update", "run_event", "run_tokens"),
     }
 )
 """What can be subscribed to."""
@@ -80,6 +82,8 @@ class Subscriber:
         """Take an event if it is wanted and allowed."""
         if event.owner not in (None, self.owner) or not self.interest.wants(event):
             return
+        if event.type == "run_tokens" and self._queue and _joined(self._queue[-1], event):
+            return
         if len(self._queue) >= self._limit:
             self._lost += 1
         else:
@@ -102,6 +106,17 @@ class Subscriber:
             "hint": "read faster, or subscribe to less",
             "details": {"lost": lost},
         }
+
+
+def _joined(last: dict[str, Any], event: Event) -> bool:
+    """Whether the event that waits last took in another part of the same reply."""
+    if last["type"] != "run_tokens" or last["run_id"] != event.run_id:
+        return False
+    follows = last["step"], last["offset"] + len(last["text"])
+    if follows != (event.data["step"], event.data["offset"]) or len(last["text"]) >= MAX_JOINED:
+        return False
+    last["text"] += event.data["text"]
+    return True
 
 
 class EventBus:

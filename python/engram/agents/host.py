@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -13,21 +14,27 @@ from engram.agents.built_in import built_in_tools
 from engram.agents.database import AgentDatabase
 from engram.agents.events import Event, EventBus, Subscriber
 from engram.agents.execution import MAX_RESULT_BYTES, ToolExecutor, ToolResult
+from engram.agents.exploring import Explorations
+from engram.agents.exploring_tools import exploring_tools
 from engram.agents.journal import Journal
 from engram.agents.loop import Limits
 from engram.agents.memory import MemoryChange, MemoryStore
 from engram.agents.pool import WorkerPool
 from engram.agents.ports import ChatEngine
+from engram.agents.requests import Beginning
 from engram.agents.runs import RunManager
 from engram.agents.tool import ToolContext, ToolSpec
-from engram.core.ids import DEFAULT_TENANT
+from engram.conversation.turns import Tag
+from engram.core.ids import DEFAULT_BRANCH, DEFAULT_TENANT
 from engram.core.settings import Settings
-from engram.errors import EngramError
+from engram.errors import EngramError, NotFoundError
 from engram.service import SnapshotService
 from engram.service.results import TierChange
 
 WORKERS: Final = 4
 """Processes in which an operator's tools run at the same time."""
+SAVE_TIMEOUT_S: Final = 30.0
+"""For the save of a run that is ended; a store that hangs does not keep the server from ending."""
 EVERYBODY: Final = ""
 """The owner on a server without API keys."""
 
@@ -69,17 +76,25 @@ class AgentHost:
         if module is not None:
             pool = WorkerPool(module, size=WORKERS, max_result_bytes=MAX_RESULT_BYTES)
         self.executor = ToolExecutor(
-            built_in_tools(service, self.memory, engine.decode),
+            [
+                *built_in_tools(service, self.memory, engine.decode),
+                *exploring_tools(lambda: self.explorations),
+            ],
             timeout=settings.agent_tool_timeout,
             pool=pool,
         )
+        journal = Journal(self._database)
         self.runs = RunManager(
-            Journal(self._database),
+            journal,
             self.executor,
             engine,
             self.bus,
             self._save_turn,
+            self._find_turn,
             Limits(settings.agent_max_iterations, settings.agent_max_tool_calls_per_iteration),
+        )
+        self.explorations = Explorations(
+            self.runs, journal, service, self._find_turn, engine.decode
         )
 
     async def start(self) -> None:
@@ -140,11 +155,50 @@ class AgentHost:
             "subscribers": len(self.bus),
         }
 
-    async def _save_turn(self, conversation_id: str, rid: str) -> str:
+    async def _save_turn(self, conversation_id: str, rid: str, lasts: float | None) -> str:
+        work = asyncio.ensure_future(self._saved(conversation_id, rid, lasts))
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            # The save goes on whoever waits for it. A run that has ended must have none under way:
+            # it could come to light behind the removal of its branch.
+            await asyncio.wait({work}, timeout=SAVE_TIMEOUT_S)
+            raise
+
+    async def _saved(self, conversation_id: str, rid: str, lasts: float | None) -> str:
         saved = await self.service.save(
             tenant=DEFAULT_TENANT, conversation_id=conversation_id, rid=rid
         )
+        if lasts is not None:
+            await self.service.change(
+                DEFAULT_TENANT, saved.snapshot_id, expires_at=time.time() + lasts
+            )
         return saved.snapshot_id
+
+    async def _find_turn(
+        self, conversation_id: str, branch_name: str | None, turn_number: int | None
+    ) -> Beginning:
+        tag = Tag(conversation_id, branch_name or DEFAULT_BRANCH, DEFAULT_TENANT)
+        turn = await self.service.recorded.find(tag, turn_number)
+        if turn is None:
+            what = "no turn" if turn_number is None else f"no turn {turn_number}"
+            raise NotFoundError(
+                f"{what} is recorded of conversation {conversation_id!r}, branch "
+                f"{tag.branch_name!r}",
+                hint="turns that were not saved are forgotten when the server stops",
+                details={"conversation_id": conversation_id},
+            )
+        saved = await self.service.save(
+            tenant=DEFAULT_TENANT,
+            conversation_id=conversation_id,
+            branch_name=tag.branch_name,
+            turn_number=turn.number,
+        )
+        return Beginning(
+            conversation_id=conversation_id,
+            branch_name=saved.branch_name,
+            turn_number=saved.turn_number,
+        )
 
     def _remembered(self, change: MemoryChange) -> None:
         data = {"key": change.key, "category": change.category, "action": change.action}

@@ -18,19 +18,38 @@ from typing import Any, Final
 from engram.agents.database import AgentDatabase
 from engram.errors import NotFoundError
 
-MAX_RUNS: Final = 10_000
-"""Of one owner; of more the oldest that are over go."""
 MAX_PAGE: Final = 1_000
+MAX_READ_BYTES: Final = 4 << 20
+"""Of events at a time: one may hold a result of a tool."""
 
 ACTIVE: Final = "running"
 INTERRUPTED: Final = "interrupted"
 OVER: Final = ("completed", "limit_reached", "failed", "cancelled")
+
+_COLUMNS: Final = (
+    "run_id, owner, conversation_id, request, status, result, created_at, updated_at, bytes, "
+    "exploration"
+)
+
+
+@dataclass(frozen=True)
+class Retention:
+    """How much of the past a journal keeps; what is past one of the bounds goes, the oldest first.
+
+    `runs` and `bytes` are of one owner and count runs that are over; `seconds` is since a run was
+    last worked on, and holds for interrupted ones too.
+    """
+
+    runs: int = 10_000
+    bytes: int = 1 << 30
+    seconds: float = 30 * 86400.0
 
 
 @dataclass
 class Call:
     """One call of a tool.
 
+    `call_id` is ours, of this run and place: what models call their calls is not always unique.
     `state` is ``waiting``, ``started`` or ``done``; `outcome` is what the tool answered:
     ``{"result": ...}`` or ``{"error": ...}``.
     """
@@ -59,7 +78,10 @@ class Step:
 
 @dataclass
 class Run:
-    """A run as it stands in the journal; times are seconds since the epoch."""
+    """A run as it stands in the journal; times are seconds since the epoch.
+
+    `bytes` is about what it takes up there, `exploration` what it is one branch of.
+    """
 
     run_id: str
     owner: str
@@ -69,31 +91,36 @@ class Run:
     result: dict[str, Any] | None
     created_at: float
     updated_at: float
+    bytes: int = 0
+    exploration: str | None = None
     steps: list[Step] = field(default_factory=list)
 
 
 class Journal:
     """The runs of a server.  What a method has done is durable when it returns."""
 
-    def __init__(self, database: AgentDatabase) -> None:
+    def __init__(self, database: AgentDatabase, retention: Retention | None = None) -> None:
         self._database = database
+        self._retention = retention or Retention()
 
-    async def create(self, owner: str, conversation_id: str, request: dict[str, Any]) -> str:
+    async def create(
+        self,
+        owner: str,
+        conversation_id: str,
+        request: dict[str, Any],
+        exploration: str | None = None,
+    ) -> str:
         """A new run; its id."""
         run_id = f"run-{uuid.uuid4().hex}"
         now = time.time()
 
         def work(db: sqlite3.Connection) -> None:
+            asked = _json(request)
             db.execute(
-                "INSERT INTO runs VALUES (?, ?, ?, ?, ?, NULL, ?, ?)",
-                (run_id, owner, conversation_id, _json(request), ACTIVE, now, now),
+                f"INSERT INTO runs ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, NULL, ?, ?, ?, ?)",
+                (run_id, owner, conversation_id, asked, ACTIVE, now, now, len(asked), exploration),
             )
-            marks = ", ".join("?" * len(OVER))
-            db.execute(
-                f"DELETE FROM runs WHERE owner = ? AND status IN ({marks}) AND run_id NOT IN "
-                "(SELECT run_id FROM runs WHERE owner = ? ORDER BY created_at DESC LIMIT ?)",
-                (owner, *OVER, owner, MAX_RUNS),
-            )
+            self._prune(db, owner, now)
 
         await self._database.run(work)
         return run_id
@@ -103,7 +130,7 @@ class Journal:
 
         def work(db: sqlite3.Connection) -> Run | None:
             row = db.execute(
-                "SELECT * FROM runs WHERE run_id = ? AND owner = ?", (run_id, owner)
+                f"SELECT {_COLUMNS} FROM runs WHERE run_id = ? AND owner = ?", (run_id, owner)
             ).fetchone()
             if row is None:
                 return None
@@ -123,20 +150,64 @@ class Journal:
 
         found = await self._database.run(work)
         if found is None:
-            raise NotFoundError(f"no run {run_id[:100]!r}", details={"run_id": run_id[:100]})
+            raise _unknown(run_id)
         return found
 
+    async def remove(self, owner: str, run_id: str) -> None:
+        """Forget a run with all that is known of it.  `NotFoundError`, for another owner's too."""
+
+        def work(db: sqlite3.Connection) -> int:
+            gone = db.execute("DELETE FROM runs WHERE run_id = ? AND owner = ?", (run_id, owner))
+            return gone.rowcount
+
+        if not await self._database.run(work):
+            raise _unknown(run_id)
+
+    async def require(self, owner: str, run_id: str) -> None:
+        """Raise what `load` raises, without reading the run."""
+
+        def work(db: sqlite3.Connection) -> bool:
+            known = "SELECT 1 FROM runs WHERE run_id = ? AND owner = ?"
+            return db.execute(known, (run_id, owner)).fetchone() is not None
+
+        if not await self._database.run(work):
+            raise _unknown(run_id)
+
     async def newest(self, owner: str, limit: int = 100) -> list[Run]:
-        """An owner's runs without their steps, the newest first."""
+        """An owner's runs without their steps and requests, the newest first."""
+        # A request has as much as a body may have, and a page has many.
+        columns = _COLUMNS.replace("request", "'{}'")
 
         def work(db: sqlite3.Connection) -> list[Run]:
             rows = db.execute(
-                "SELECT * FROM runs WHERE owner = ? ORDER BY created_at DESC LIMIT ?",
+                f"SELECT {columns} FROM runs WHERE owner = ? ORDER BY created_at DESC LIMIT ?",
                 (owner, min(limit, MAX_PAGE)),
             )
             return [_run(row) for row in rows]
 
         return await self._database.run(work)
+
+    async def explored(self, owner: str, exploration: str) -> list[str]:
+        """The runs of an exploration, the first begun first."""
+
+        def work(db: sqlite3.Connection) -> list[str]:
+            rows = db.execute(
+                "SELECT run_id FROM runs WHERE owner = ? AND exploration = ? ORDER BY rowid",
+                (owner, exploration),
+            )
+            return [run_id for (run_id,) in rows]
+
+        return await self._database.run(work)
+
+    async def explored_no_more(self, run_id: str) -> None:
+        """The exploration that a run was a branch of is over, and the run is kept."""
+        await self._database.run(
+            lambda db: (
+                db.execute(
+                    "UPDATE runs SET exploration = NULL WHERE run_id = ?", (run_id,)
+                ).rowcount
+            )
+        )
 
     async def interrupt(self) -> list[tuple[str, str]]:
         """Mark what was running when the last server ended; the owners and ids of those runs."""
@@ -145,10 +216,32 @@ class Journal:
             found = db.execute(
                 "SELECT owner, run_id FROM runs WHERE status = ?", (ACTIVE,)
             ).fetchall()
-            db.execute("UPDATE runs SET status = ? WHERE status = ?", (INTERRUPTED, ACTIVE))
+            now = time.time()
+            db.execute(
+                "UPDATE runs SET status = ?, updated_at = ? WHERE status = ?",
+                (INTERRUPTED, now, ACTIVE),
+            )
+            for (owner,) in db.execute("SELECT DISTINCT owner FROM runs").fetchall():
+                self._prune(db, owner, now)
             return found
 
         return await self._database.run(work)
+
+    def _prune(self, db: sqlite3.Connection, owner: str, now: float) -> None:
+        """Let go of what nobody has room or time for any more."""
+        keep = self._retention
+        db.execute(
+            "DELETE FROM runs WHERE status != ? AND updated_at < ?", (ACTIVE, now - keep.seconds)
+        )
+        marks = ", ".join("?" * len(OVER))
+        db.execute(
+            "DELETE FROM runs WHERE run_id IN (SELECT run_id FROM (SELECT run_id, "
+            "row_number() OVER newest AS runs, sum(bytes) OVER newest AS total FROM runs "
+            f"WHERE owner = ? AND status IN ({marks}) "
+            "WINDOW newest AS (ORDER BY updated_at DESC, run_id)) "
+            "WHERE runs > 1 AND (runs > ? OR total > ?))",
+            (owner, *OVER, keep.runs, keep.bytes),
+        )
 
     async def set_status(
         self, run_id: str, status: str, result: dict[str, Any] | None, event: dict[str, Any]
@@ -157,8 +250,8 @@ class Journal:
 
         def work(db: sqlite3.Connection) -> None:
             db.execute(
-                "UPDATE runs SET status = ?, result = ?, updated_at = ? WHERE run_id = ?",
-                (status, None if result is None else _json(result), time.time(), run_id),
+                "UPDATE runs SET status = ?, result = ? WHERE run_id = ?",
+                (status, None if result is None else _json(result), run_id),
             )
             _tell(db, run_id, event)
 
@@ -166,12 +259,13 @@ class Journal:
 
     async def add_step(self, run_id: str, step: Step, event: dict[str, Any]) -> None:
         """A reply, and the calls it asks for, none of which has begun."""
-        now = time.time()
+        now, reply = time.time(), _json(step.reply)
+        size = len(reply) + sum(len(call.arguments) for call in step.calls)
 
         def work(db: sqlite3.Connection) -> None:
             db.execute(
                 "INSERT INTO steps VALUES (?, ?, ?, ?)",
-                (run_id, step.number, _json(step.reply), now),
+                (run_id, step.number, reply, now),
             )
             db.executemany(
                 "INSERT INTO calls VALUES (?, ?, ?, ?, ?, ?, ?, NULL, ?)",
@@ -180,7 +274,7 @@ class Journal:
                     for c in step.calls
                 ],
             )
-            _tell(db, run_id, event)
+            _tell(db, run_id, event, size)
 
         await self._database.run(work)
 
@@ -206,7 +300,7 @@ class Journal:
                 "WHERE run_id = ? AND step = ? AND number = ?",
                 (call.state, outcome, time.time(), run_id, step, call.number),
             )
-            _tell(db, run_id, event)
+            _tell(db, run_id, event, len(outcome or ""))
 
         await self._database.run(work)
 
@@ -217,32 +311,49 @@ class Journal:
     async def events(
         self, run_id: str, after: int, limit: int = 256
     ) -> Sequence[tuple[int, dict[str, Any]]]:
-        """Events past number `after`, the oldest first, with their numbers."""
+        """Events past number `after`, the oldest first, with their numbers.
+
+        Not more than about `MAX_READ_BYTES` of them, but at least one if there is one.
+        """
 
         def work(db: sqlite3.Connection) -> list[tuple[int, dict[str, Any]]]:
-            rows = db.execute(
+            found: list[tuple[int, dict[str, Any]]] = []
+            size = 0
+            for seq, event in db.execute(
                 "SELECT seq, event FROM events WHERE run_id = ? AND seq > ? ORDER BY seq LIMIT ?",
                 (run_id, after, limit),
-            )
-            return [(seq, json.loads(event)) for seq, event in rows]
+            ):
+                found.append((seq, json.loads(event)))
+                size += len(event)
+                if size >= MAX_READ_BYTES:
+                    break
+            return found
 
         return await self._database.run(work)
 
 
-def _tell(db: sqlite3.Connection, run_id: str, event: dict[str, Any]) -> None:
-    told = {**event, "run_id": run_id, "timestamp": time.time()}
+def _tell(db: sqlite3.Connection, run_id: str, event: dict[str, Any], more: int = 0) -> None:
+    """Write an event down, with the `more` bytes that were written with it."""
+    now = time.time()
+    told = _json({**event, "run_id": run_id, "timestamp": now})
     db.execute(
         "INSERT INTO events SELECT ?, coalesce(max(seq), 0) + 1, ? FROM events WHERE run_id = ?",
-        (run_id, _json(told), run_id),
+        (run_id, told, run_id),
     )
+    db.execute(
+        "UPDATE runs SET bytes = bytes + ?, updated_at = ? WHERE run_id = ?",
+        (len(told) + more, now, run_id),
+    )
+
+
+def _unknown(run_id: str) -> NotFoundError:
+    return NotFoundError(f"no run {run_id[:100]!r}", details={"run_id": run_id[:100]})
 
 
 def _run(row: tuple[Any, ...]) -> Run:
-    run_id, owner, conversation_id, request, status, result, created_at, updated_at = row
+    run_id, owner, conversation_id, request, status, result, *numbers = row
     known = None if result is None else json.loads(result)
-    return Run(
-        run_id, owner, conversation_id, json.loads(request), status, known, created_at, updated_at
-    )
+    return Run(run_id, owner, conversation_id, json.loads(request), status, known, *numbers)
 
 
 def _json(value: Any) -> str:

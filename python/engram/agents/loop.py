@@ -13,20 +13,29 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from engram.agents.continuing import tokens_after
+from engram.agents.draft import Draft
 from engram.agents.execution import ToolExecutor
 from engram.agents.journal import Call, Journal, Run, Step
 from engram.agents.ports import ChatEngine, ChatReply
 from engram.agents.requests import RunRequest
 from engram.agents.tool import ToolContext
-from engram.errors import EngramError, InvalidRequestError, OutcomeUnknownError
+from engram.conversation.turns import Tag
+from engram.core.ids import DEFAULT_BRANCH
+from engram.errors import (
+    EngramError,
+    InvalidRequestError,
+    OutcomeUnknownError,
+    UnsupportedError,
+)
 
-SaveTurn = Callable[[str, str], Awaitable[str]]
-"""Makes the turn of a conversation that a request was durable; the snapshot's id."""
+SaveTurn = Callable[[str, str, float | None], Awaitable[str]]
+"""Makes the turn of a conversation that a request was durable, for so many seconds or for as long
+as retention says; the snapshot's id."""
 Told = Callable[[dict[str, Any]], None]
 
 
@@ -36,6 +45,10 @@ class Limits:
 
     max_iterations: int
     max_tool_calls_per_iteration: int
+
+
+EXPLORED_SECONDS: Final = 7 * 86400.0
+"""How long the snapshots of a branch last of which nobody has said that it is to be kept."""
 
 
 class RunLoop:
@@ -50,6 +63,7 @@ class RunLoop:
         save_turn: SaveTurn,
         limits: Limits,
         told: Told,
+        draft: Draft | None = None,
     ) -> None:
         self._run = run
         self._journal = journal
@@ -57,6 +71,7 @@ class RunLoop:
         self._engine = engine
         self._save_turn = save_turn
         self._told = told
+        self._draft = draft or Draft()
         self._request = RunRequest.model_validate(run.request)
         asked = self._request
         self._max_iterations = asked.max_iterations or limits.max_iterations
@@ -114,12 +129,18 @@ class RunLoop:
         known, added = self._known_prompt()
         if known is not None:
             body["input_ids"] = [*known, *added]
-        reply = await self._engine.complete(body)
+        elif self._request.continue_from is not None:
+            body |= self._beginning(number)
+        self._draft.begin(number)
+        # A stateful request finds out by itself which turn it is.
+        turn = None if "stateful" in body else self._turn(number)
+        reply = await self._engine.complete(body, turn, self._write)
         step = Step(number, self._written(reply, None if known is None else added))
         for position, call in enumerate(reply.message.get("tool_calls") or ()):
             function = call["function"]
+            call_id = f"{self._run.run_id}.{number}.{position}"
             step.calls.append(
-                Call(position, call["id"], function["name"], function["arguments"] or "{}")
+                Call(position, call_id, function["name"], function["arguments"] or "{}")
             )
         event = {
             "event": "run_step",
@@ -137,6 +158,39 @@ class RunLoop:
             await self._checkpoint(step)
         return step
 
+    def _beginning(self, number: int) -> dict[str, Any]:
+        """How the first reply of a run goes on from a recorded turn."""
+        if number:
+            raise UnsupportedError(
+                "this model's chat template writes a message in another way once others follow it, "
+                "and the messages before the turn that the run goes on from are not known",
+                hint="begin the run with the whole history, without continue_from",
+                details={"field": "continue_from"},
+            )
+        assert self._request.continue_from is not None
+        return {
+            "stateful": True,
+            "branch_name": self._request.branch_name,
+            "continue_from": self._request.continue_from.model_dump(exclude_none=True),
+        }
+
+    def _turn(self, number: int) -> Tag | None:
+        """Which turn a reply is, where it is not just the next one of `main`."""
+        asked = self._request
+        if asked.branch_name is None and asked.continue_from is None:
+            return None
+        # Turns that were not saved are not counted any more after a restart.
+        begun = 0 if asked.continue_from is None else (asked.continue_from.turn_number or 0)
+        return Tag(
+            self._conversation,
+            asked.branch_name or DEFAULT_BRANCH,
+            after_turn=begun + number if begun else 0,
+        )
+
+    def _write(self, text: str) -> None:
+        at = self._draft.add(text)
+        self._told({"event": "run_tokens", "step": at.step, "offset": at.offset, "text": text})
+
     def _written(self, reply: ChatReply, added: list[int] | None) -> dict[str, Any]:
         return {
             "rid": reply.rid,
@@ -153,7 +207,8 @@ class RunLoop:
     async def _checkpoint(self, step: Step) -> None:
         """Make the state at the end of a reply durable; a run whose state is not goes on."""
         try:
-            snapshot = await self._save_turn(self._conversation, step.reply["rid"])
+            lasts = None if self._run.exploration is None else EXPLORED_SECONDS
+            snapshot = await self._save_turn(self._conversation, step.reply["rid"], lasts)
             step.reply["snapshot_id"] = snapshot
             event = {"event": "run_checkpoint", "step": step.number, "snapshot_id": snapshot}
         except EngramError as error:
@@ -173,15 +228,9 @@ class RunLoop:
         """The tokens up to the end of the last reply, and those that follow; None if not known."""
         if not self._run.steps:
             return None, []
-        tokens: list[int] = []
-        for step in self._run.steps:
-            if step.reply["rendered"]:
-                tokens = []
-            tokens += step.reply["prompt_ids"]
-            tokens += step.reply["output_ids"]
         last = self._run.steps[-1]
         added = tokens_after(self._engine, last.reply["output_ids"], _answers(last), self._tools)
-        return (None, []) if added is None else (tokens, added)
+        return (None, []) if added is None else (tokens_of(self._run.steps), added)
 
     # ---- calls ----
 
@@ -256,12 +305,24 @@ class RunLoop:
         )
 
 
+def tokens_of(steps: Sequence[Step]) -> list[int]:
+    """All tokens of a run, prompt and replies, up to the end of its last reply."""
+    tokens: list[int] = []
+    for step in steps:
+        if step.reply["rendered"]:
+            tokens = []
+        tokens += step.reply["prompt_ids"]
+        tokens += step.reply["output_ids"]
+    return tokens
+
+
 def _answers(step: Step) -> list[dict[str, Any]]:
     """The messages that tell a model the outcomes of its calls."""
+    asked = step.reply["message"].get("tool_calls") or ()
     return [
         {
             "role": "tool",
-            "tool_call_id": call.call_id,
+            "tool_call_id": asked[call.number]["id"],
             "content": json.dumps(_for_model(call.outcome), ensure_ascii=False),
         }
         for call in step.calls

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from engram.conversation.turns import Tag
+
 Message = Mapping[str, Any]
+OnWritten = Callable[[str], None]
+"""Told the text of a reply while it is written, part after part, before calls are told from it."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,13 @@ class ChatEngine(Protocol):
     def parses_tool_calls(self) -> bool:
         """Whether a parser of tool calls is configured."""
 
-    async def complete(self, body: Mapping[str, Any]) -> ChatReply:
+    async def complete(
+        self, body: Mapping[str, Any], turn: Tag | None = None, on_written: OnWritten | None = None
+    ) -> ChatReply:
         """Answer a request to ``/v1/chat/completions``, as a client would be answered.
+
+        `turn` says which turn of its conversation the reply is, where that is not the next one of
+        the branch that the body names.
 
         Raises `InvalidRequestError` for what the route refuses, `GenerationAbortedError` for what
         fails otherwise. Cancelled, it ends the generation.

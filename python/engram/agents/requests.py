@@ -12,6 +12,8 @@ from engram.errors import InvalidIdError
 MAX_MESSAGES: Final = 10_000
 MAX_TOOLS: Final = 128
 MAX_CHOICES: Final = 100
+MAX_BRANCHES: Final = 16
+"""Of one exploration."""
 
 
 def _id(value: str) -> str:
@@ -44,8 +46,21 @@ class NamedChoice(BaseModel):
 Choice = Literal["auto", "required", "none"] | NamedChoice
 
 
-class RunRequest(BaseModel):
-    """`POST /v1/agent/runs`.
+class Beginning(BaseModel):
+    """The recorded turn that a run goes on from.
+
+    What is left out: the run's own conversation, the branch `main`, its newest turn.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    conversation_id: Id | None = None
+    branch_name: Id | None = None
+    turn_number: Annotated[int, Strict(), Field(ge=1, lt=2**63)] | None = None
+
+
+class RunTask(BaseModel):
+    """What a run is to do, wherever it begins.
 
     `tool_choice` may be a list: one choice for each reply, the last for all that follow. `tools`
     are names, none for all; what is left out of the limits is what the server's flags say.
@@ -54,7 +69,6 @@ class RunRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_MESSAGES)]
-    conversation_id: Id | None = None
     tools: Annotated[list[str], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Choice | Annotated[list[Choice], Field(min_length=1, max_length=MAX_CHOICES)] = (
         "auto"
@@ -80,6 +94,41 @@ class RunRequest(BaseModel):
         """The fields that go into every request for a reply."""
         names = ("model", "max_tokens", "temperature", "top_p", "seed")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+class RunRequest(RunTask):
+    """`POST /v1/agent/runs`.
+
+    With `continue_from` the messages are only what is new: the run goes on from the tokens of that
+    turn. `branch_name` is the branch that its replies are turns of, `main` if left out.
+    """
+
+    conversation_id: Id | None = None
+    branch_name: Id | None = None
+    continue_from: Beginning | None = None
+
+
+class ExploreRequest(BaseModel):
+    """`POST /v1/agent/explorations`: several runs from one turn, each on a branch of its own.
+
+    The turn is the one of `turn_number`, the newest if left out, of `branch_name`, `main` if left
+    out.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    conversation_id: Id
+    branch_name: Id | None = None
+    turn_number: Annotated[int, Strict(), Field(ge=1, lt=2**63)] | None = None
+    branches: Annotated[list[RunTask], Field(min_length=2, max_length=MAX_BRANCHES)]
+
+
+class KeepBody(BaseModel):
+    """`POST /v1/agent/explorations/{exploration_id}/keep`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    branch_name: Id
 
 
 class ResumeBody(BaseModel):

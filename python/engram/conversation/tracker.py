@@ -208,6 +208,11 @@ class ConversationTracker:
         for key in [k for k in self._branches if k[:2] == (tenant, conversation_id)]:
             self._forget_branch(key)
 
+    def forget_branch(self, tag: Tag) -> None:
+        """Drop what is remembered of a branch (it was deleted)."""
+        if self.knows_branch(tag):
+            self._forget_branch(tag.branch)
+
     def _append(self, tag: Tag, finished: FinishedRequest) -> Turn:
         branch = self._branch(tag)
         branch.newest = max(branch.newest, tag.after_turn) + 1

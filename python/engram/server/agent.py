@@ -13,9 +13,10 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel
 
+from engram.agents.built_in import shown
 from engram.agents.host import AgentHost
 from engram.agents.journal import Run
-from engram.agents.requests import ResumeBody, RunRequest
+from engram.agents.requests import ExploreRequest, KeepBody, ResumeBody, RunRequest
 from engram.core.ids import DEFAULT_TENANT, check_id
 from engram.errors import EngramError, InvalidRequestError
 from engram.server.agent_schemas import (
@@ -57,12 +58,17 @@ def agent_router(host: AgentHost) -> APIRouter:
         ("POST", "conversations/restore", routes.restore, RestorePlace),
         ("POST", "conversations/branch", routes.branch, BranchBody),
         ("POST", "conversations/compare", routes.compare, CompareBody),
+        ("POST", "explorations", routes.explore, ExploreRequest),
+        ("GET", "explorations/{exploration_id}", routes.exploration, None),
+        ("DELETE", "explorations/{exploration_id}", routes.drop_exploration, None),
+        ("POST", "explorations/{exploration_id}/keep", routes.keep_branch, KeepBody),
         ("GET", "tiers", routes.tiers, None),
         ("POST", "tiers/promote", routes.restore, RestorePlace),
         ("POST", "tiers/demote", routes.demote, RestorePlace),
         ("POST", "runs", routes.create_run, RunRequest),
         ("GET", "runs", routes.runs, None),
         ("GET", "runs/{run_id}", routes.run, None),
+        ("DELETE", "runs/{run_id}", routes.remove_run, None),
         ("POST", "runs/{run_id}/cancel", routes.cancel_run, None),
         ("POST", "runs/{run_id}/resume", routes.resume_run, ResumeBody),
     ):
@@ -258,6 +264,12 @@ class _Routes:
         """Describe a run with its replies and calls."""
         return _shown(await self._host.runs.get(self._owner(request), _run_id(request)))
 
+    async def remove_run(self, request: Request) -> Reply:
+        """Forget a run; the snapshots of its conversation stay."""
+        run_id = _run_id(request)
+        await self._host.runs.remove(self._owner(request), run_id)
+        return {"success": True, "message": f"forgot {run_id}"}
+
     async def cancel_run(self, request: Request) -> Reply:
         """End a run, and the tools it has at work."""
         return _shown(await self._host.runs.cancel(self._owner(request), _run_id(request)))
@@ -270,22 +282,60 @@ class _Routes:
         )
         return _shown(run)
 
+    async def explore(self, request: Request) -> Reply:
+        """Begin several runs from one turn, each on a branch of its own."""
+        body = await read_body(request, ExploreRequest)
+        owner = self._owner(request)
+        made = await self._host.explorations.create(owner, body)
+        return {"success": True, **await self._host.explorations.get(owner, made)}
+
+    async def exploration(self, request: Request) -> Reply:
+        """Compare the branches of an exploration."""
+        name = _exploration_id(request)
+        return {"success": True, **await self._host.explorations.get(self._owner(request), name)}
+
+    async def keep_branch(self, request: Request) -> Reply:
+        """Keep one branch of an exploration, and drop the others."""
+        body = await read_body(request, KeepBody)
+        name = _exploration_id(request)
+        kept = await self._host.explorations.keep(self._owner(request), name, body.branch_name)
+        return {
+            "success": True,
+            "kept": shown(kept.snapshot),
+            "run_id": kept.run_id,
+            "dropped": kept.dropped,
+        }
+
+    async def drop_exploration(self, request: Request) -> Reply:
+        """Drop all branches of an exploration."""
+        name = _exploration_id(request)
+        dropped = await self._host.explorations.drop(self._owner(request), name)
+        return {"success": True, "dropped": dropped}
+
     async def stream_run(self, request: Request) -> Response:
-        """The events of a run as server-sent events, from the first or past after=NUMBER."""
+        """The events of a run as server-sent events, from the first or past after=NUMBER.
+
+        With tokens=true comes the text of replies while it is written.
+        """
         owner, run_id = self._owner(request), _run_id(request)
         try:
             last = request.headers.get("last-event-id") or request.query_params.get("after", "0")
             if not (last.isdecimal() and len(last) < 18):
                 raise InvalidRequestError("after must be a number", details={"field": "after"})
-            await self._host.runs.get(owner, run_id)
+            tokens = request.query_params.get("tokens", "false")
+            if tokens not in ("true", "false"):
+                raise InvalidRequestError(
+                    "tokens must be true or false", details={"field": "tokens"}
+                )
+            await self._host.runs.require(owner, run_id)
         except EngramError as error:
             return error_response(error)
-        events = self._host.runs.stream(owner, run_id, int(last))
+        events = self._host.runs.stream(owner, run_id, int(last), tokens=tokens == "true")
         return StreamingResponse(_sent(events), media_type="text/event-stream")
 
 
-async def _sent(events: AsyncIterator[tuple[int, dict[str, Any]]]) -> AsyncIterator[str]:
-    coming: asyncio.Future[tuple[int, dict[str, Any]]] | None = None
+async def _sent(events: AsyncIterator[tuple[int | None, dict[str, Any]]]) -> AsyncIterator[str]:
+    coming: asyncio.Future[tuple[int | None, dict[str, Any]]] | None = None
     try:
         while True:
             coming = coming or asyncio.ensure_future(anext(events))
@@ -298,7 +348,9 @@ async def _sent(events: AsyncIterator[tuple[int, dict[str, Any]]]) -> AsyncItera
             except StopAsyncIteration:
                 return
             coming = None
-            yield f"id: {number}\nevent: {event['event']}\ndata: {json.dumps(event)}\n\n"
+            # Without a number a client that comes back still names the last one that counts.
+            line = "" if number is None else f"id: {number}\n"
+            yield f"{line}event: {event['event']}\ndata: {json.dumps(event)}\n\n"
     finally:
         if coming is not None:
             coming.cancel()
@@ -306,6 +358,10 @@ async def _sent(events: AsyncIterator[tuple[int, dict[str, Any]]]) -> AsyncItera
 
 def _run_id(request: Request) -> str:
     return check_id("run_id", request.path_params["run_id"])
+
+
+def _exploration_id(request: Request) -> str:
+    return check_id("exploration_id", request.path_params["exploration_id"])
 
 
 def _number(request: Request, name: str, default: int, most: int) -> int:

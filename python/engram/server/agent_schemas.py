@@ -88,6 +88,7 @@ class CompareBody(_Closed):
 Topic = Literal[
     "memory_update",
     "run_event",
+    "run_tokens",
     "tier_transition",
     "tool_error",
     "tool_progress",

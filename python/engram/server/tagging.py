@@ -51,6 +51,10 @@ HELD: Final = "engram.held"
 CURRENT_TAG: ContextVar[Tag | None] = ContextVar("CURRENT_TAG", default=None)
 """The tag of the request that is being served in this task."""
 
+OWN_TAG: ContextVar[Tag | None] = ContextVar("OWN_TAG", default=None)
+"""The tag of a request that the server itself makes in this task, in place of what its body says:
+no client can say which branch a request is of that brings its own tokens."""
+
 
 class _Fields(msgspec.Struct):
     """What tagging needs of a body; the rest is skipped while decoding."""
@@ -131,6 +135,8 @@ class TaggingMiddleware:
         try:
             body, replay = await _read(receive, headers.get(b"content-length"))
             tag = tag_of(body, headers.get(HEADER))
+            if tag is not None:
+                tag = OWN_TAG.get() or tag
             stateful = stateful_in(body, tag, route_of(scope))
             mark = None if stateful else marked_in(body, route_of(scope))
         except EngramError as error:

@@ -283,6 +283,21 @@ class SnapshotService:
         await context.conversations.set_priority(tenant, conversation_id, DEFAULT_PRIORITY)
         return removed
 
+    async def delete_branch(self, tag: Tag) -> int:
+        """Remove all of a branch, saved or not; the number of snapshots that went."""
+        context = self.context
+        removed = 0
+        while True:
+            page = await self.page(tag.tenant, tag.conversation_id, tag.branch_name, 500, None)
+            for row in page.snapshots:
+                await self._remover.remove(row)
+                removed += 1
+            if page.after is None:
+                break
+        await self._pinner.unpin(tag)
+        context.tracker.forget_branch(tag)
+        return removed
+
     async def branch(
         self,
         row: SnapshotRow,

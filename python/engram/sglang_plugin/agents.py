@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -15,7 +16,8 @@ from fastapi import WebSocket
 from starlette.routing import Route
 
 from engram.agents.host import AgentHost
-from engram.agents.ports import ChatReply, Message
+from engram.agents.ports import ChatReply, Message, OnWritten
+from engram.conversation.turns import Tag
 from engram.core.settings import Settings
 from engram.errors import (
     GenerationAbortedError,
@@ -24,7 +26,10 @@ from engram.errors import (
 )
 from engram.server.agent import agent_router
 from engram.server.agent_socket import AgentSocket
+from engram.server.tagging import OWN_TAG
 from engram.service import SnapshotService
+
+logger = logging.getLogger(__name__)
 
 POLL_S: Final = 0.2
 AGENT_FILE: Final = "agents.sqlite"
@@ -49,13 +54,17 @@ class SglangChat:
             headers=headers,
             timeout=None,
         )
+        self._watched: dict[str, OnWritten] = {}
+        self._watch_replies()
 
     @property
     def parses_tool_calls(self) -> bool:
         """Whether the server was started with --tool-call-parser."""
         return self._args.tool_call_parser is not None
 
-    async def complete(self, body: Mapping[str, Any]) -> ChatReply:
+    async def complete(
+        self, body: Mapping[str, Any], turn: Tag | None = None, on_written: OnWritten | None = None
+    ) -> ChatReply:
         """Answer a chat completion."""
         rid = uuid.uuid4().hex
         asked = {
@@ -65,6 +74,9 @@ class SglangChat:
             "return_input_ids_in_sglext": True,
             "return_output_ids_in_sglext": True,
         }
+        token = OWN_TAG.set(turn)
+        if on_written is not None:
+            self._watched[rid] = on_written
         try:
             response = await self._client.post("/v1/chat/completions", json=asked)
         except asyncio.CancelledError:
@@ -72,6 +84,9 @@ class SglangChat:
             raise
         except ValueError as error:
             raise InvalidRequestError(f"the messages are not JSON: {error}") from error
+        finally:
+            self._watched.pop(rid, None)
+            OWN_TAG.reset(token)
         reply = _json(response)
         if response.status_code != 200:
             raise _refusal(response.status_code, reply)
@@ -89,6 +104,44 @@ class SglangChat:
             tokens["output_ids"][0],
             details.get("cached_tokens", 0),
         )
+
+    def _watch_replies(self) -> None:
+        """Hear of replies while they are written, which are asked for and answered as a whole.
+
+        SGLang's ranks tell of every token only if a request is streamed. Said to them alone, it
+        changes nothing else: the reply is put together and read as one that is not.
+        """
+        manager = self._manager
+        send, handle = manager._send_one_request, manager._handle_batch_output
+
+        async def send_one_request(tokenized: Any) -> None:
+            if tokenized.rid in self._watched:
+                tokenized.stream = True
+            await send(tokenized)
+
+        async def handle_batch_output(received: Any) -> None:
+            if self._watched:
+                self._tell(received)
+            await handle(received)
+
+        manager._send_one_request = send_one_request
+        manager._handle_batch_output = handle_batch_output
+
+    def _tell(self, received: Any) -> None:
+        """Whatever goes wrong here costs what is seen of a reply, never the server: this is called
+        inside the engine's receive loop."""
+        texts = getattr(received, "output_strs", None)
+        if texts is None:
+            return
+        for rid, text in zip(received.rids, texts, strict=False):
+            watcher = self._watched.get(rid)
+            if watcher is None or not text:
+                continue
+            try:
+                watcher(text)
+            except Exception:
+                self._watched.pop(rid, None)
+                logger.exception("Engram: the reply %s is not shown while it is written", rid)
 
     def render(self, messages: Sequence[Message], tools: Sequence[Message], *, more: bool) -> str:
         """The text of messages under the model's own template."""

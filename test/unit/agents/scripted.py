@@ -6,6 +6,7 @@ What it is asked is kept, so that a test can look at the prompts.  Its template 
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,9 +14,10 @@ from random import Random
 from typing import Any
 
 from engram.agents.host import AgentHost
-from engram.agents.ports import ChatReply, Message
+from engram.agents.ports import ChatReply, Message, OnWritten
 from engram.conversation.turns import RunningRequest, Tag
 from engram.core.tokens import to_tokens
+from engram.service.recorded import Place
 from unit.service.engine import Server
 
 END = 256
@@ -50,20 +52,36 @@ class ScriptedChat:
         self.forgetful = False
         """Whether the template drops replies that are not the last."""
 
-    async def complete(self, body: Mapping[str, Any]) -> ChatReply:
+    async def complete(
+        self, body: Mapping[str, Any], turn: Tag | None = None, on_written: OnWritten | None = None
+    ) -> ChatReply:
         self.asked.append(dict(body))
         number = sum(message["role"] == "assistant" for message in body["messages"])
         said = self._script(number, body)
         message = {"role": "assistant", "content": said} if isinstance(said, str) else said
         prompt = body.get("input_ids")
-        if prompt is None:
+        tag = turn or Tag(body["conversation_id"])
+        if body.get("stateful"):
+            assert turn is None
+            place = Place(**body["continue_from"])
+            start = await self._server.service.recorded.start(
+                "", body["conversation_id"], body["branch_name"], place
+            )
+            assert start.source is not None
+            new = self.encode(self.render(body["messages"], (), more=True))
+            prompt, tag = [*start.source.tokens.tolist(), *new], start.tag
+        elif prompt is None:
             prompt = self.encode(self.render(body["messages"], (), more=True))
-        output = [*json.dumps(message).encode(), END]
+        written = json.dumps(message)
+        output = [*written.encode(), END]
         rid = f"reply-{len(self.asked)}-{self._server.requests}"
         self._server.requests += 1
         gate = self._server.service.gate
-        tag = Tag(body["conversation_id"])
         await gate.admit(RunningRequest(rid, to_tokens(prompt), tag))
+        if on_written is not None:
+            for part in range(0, len(written), 5):
+                on_written(written[part : part + 5])
+                await asyncio.sleep(0)
         self._server.engine.computed([*prompt, *output])
         gate.finished(rid, output)
         reason = "tool_calls" if message.get("tool_calls") else "stop"

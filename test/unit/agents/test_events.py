@@ -2,7 +2,7 @@
 
 import asyncio
 
-from engram.agents.events import TOPICS, Event, EventBus, Interest
+from engram.agents.events import MAX_JOINED, TOPICS, Event, EventBus, Interest
 
 
 def test_who_hears_what() -> None:
@@ -57,5 +57,34 @@ def test_a_slow_reader_is_bounded_and_told() -> None:
         )
         bus.publish(Event("tool_start", "o", data={"number": 10}))
         assert (await reader.next())["number"] == 10
+
+    asyncio.run(run())
+
+
+def test_parts_of_a_reply_are_joined_for_a_slow_reader() -> None:
+    async def run() -> None:
+        bus = EventBus()
+        reader = bus.subscribe("o", limit=4)
+        reader.interest = Interest(TOPICS)
+
+        def write(run_id: str, step: int, offset: int, text: str) -> None:
+            data = {"step": step, "offset": offset, "text": text}
+            bus.publish(Event("run_tokens", "o", "c", run_id, data))
+
+        for offset in range(0, 1000, 2):
+            write("r", 0, offset, "ab")
+        write("s", 0, 0, "other run")
+        write("r", 1, 0, "next reply")
+        heard = [await reader.next() for _ in range(3)]
+        assert heard[0]["text"] == "ab" * 500
+        assert [(one["run_id"], one["step"], one["text"]) for one in heard[1:]] == [
+            ("s", 0, "other run"),
+            ("r", 1, "next reply"),
+        ]
+        for offset in range(0, 8 * MAX_JOINED, 1024):
+            write("r", 2, offset, "x" * 1024)
+        heard = [await reader.next() for _ in range(5)]
+        assert all(len(one["text"]) <= MAX_JOINED for one in heard[:4])
+        assert heard[4]["error"] == "events_lost"
 
     asyncio.run(run())

@@ -13,7 +13,7 @@ import pytest
 
 from engram.agents.database import AgentDatabase
 from engram.agents.execution import ToolExecutor
-from engram.agents.journal import Run
+from engram.agents.journal import Retention, Run
 from engram.agents.requests import RunRequest
 from engram.agents.runs import RunManager
 from engram.agents.tool import ToolContext, make_tool
@@ -84,7 +84,7 @@ def using(
         host.runs._executor = host.executor
         if save is not None:
 
-            async def failing(conversation_id: str, rid: str) -> str:
+            async def failing(conversation_id: str, rid: str, lasts: float | None) -> str:
                 raise save
 
             host.runs._save_turn = failing
@@ -302,6 +302,31 @@ def test_cancelled_and_resumed(tmp_path: Path) -> None:
     using(tmp_path, script, work)
 
 
+def test_calls_are_told_apart_that_the_model_calls_the_same(tmp_path: Path) -> None:
+    """Some models number the calls of a reply, and begin anew with the next one."""
+
+    def script(number: int, body: Mapping[str, Any]) -> dict[str, Any] | str:
+        if number == 2:
+            return "done"
+        message = calling(("careful", {"by": 1}), ("careful", {"by": 1}))
+        for position, call in enumerate(message["tool_calls"]):
+            call["id"] = f"functions.careful:{position}"
+        return message
+
+    async def work(runs: RunManager, chat: ScriptedChat) -> None:
+        run = await over(runs, await runs.create("", request()))
+        ids = [call.call_id for step in run.steps for call in step.calls]
+        assert counted(tmp_path) == ids
+        assert len(set(ids)) == 4
+        told = [one for one in chat.asked[-1]["messages"] if one["role"] == "tool"]
+        assert [one["tool_call_id"] for one in told] == [
+            "functions.careful:0",
+            "functions.careful:1",
+        ] * 2
+
+    using(tmp_path, script, work)
+
+
 def careful_steps(number: int, body: Mapping[str, Any]) -> dict[str, Any] | str:
     first = calling(("careful", {"by": 1}), ("count", {"by": 2}))
     return [first, calling(("careful", {"by": 3})), "done"][number]
@@ -391,3 +416,105 @@ def test_a_call_of_unknown_outcome_is_repeated_if_asked(tmp_path: Path) -> None:
         await runs.cancel("", run.run_id)
 
     using(tmp_path, script, work)
+
+
+def test_a_reply_is_seen_while_it_is_written(tmp_path: Path) -> None:
+    async def work(runs: RunManager, chat: ScriptedChat) -> None:
+        async def read(tokens: bool) -> list[tuple[int | None, dict[str, Any]]]:
+            return [one async for one in runs.stream("", run.run_id, tokens=tokens)]
+
+        run = await runs.create("", request(conversation_id="c"))
+        *watching, quiet = await asyncio.gather(read(True), read(True), read(False))
+        for heard in watching:
+            assert [one for one in heard if one[0] is not None] == quiet
+            steps = {}
+            for number, event in heard:
+                if event["event"] == "run_tokens":
+                    assert number is None
+                    assert event["run_id"] == run.run_id
+                    text = steps.get(event["step"], "")
+                    assert event["offset"] == len(text)
+                    steps[event["step"]] = text + event["text"]
+                elif event["event"] == "run_step":
+                    # All of a reply goes before what says that it is complete.
+                    assert json.loads(steps[event["step"]]) == _message(event["message"])
+            assert set(steps) == {0, 1, 2}
+        assert "run_tokens" not in {event["event"] for _, event in quiet}
+        # They are in no journal.
+        assert [one async for one in runs.stream("", run.run_id, tokens=True)] == quiet
+
+    using(tmp_path, two_steps, work)
+
+
+def _message(message: dict[str, Any]) -> dict[str, Any]:
+    return {"role": "assistant", **message}
+
+
+def test_a_run_is_forgotten(tmp_path: Path) -> None:
+    async def work(runs: RunManager, chat: ScriptedChat) -> None:
+        run = await over(runs, await runs.create("", request()))
+        with pytest.raises(NotFoundError):
+            await runs.remove("somebody", run.run_id)
+        await runs.remove("", run.run_id)
+        for action in (runs.get, runs.cancel, runs.remove):
+            with pytest.raises(NotFoundError):
+                await action("", run.run_id)
+        hanging = await runs.create("", request(tools=["hang"]))
+        while not (tmp_path / "hanging").exists():
+            await asyncio.sleep(0)
+        with pytest.raises(RunConflictError, match="under way"):
+            await runs.remove("", hanging.run_id)
+        await runs.cancel("", hanging.run_id)
+        await runs.remove("", hanging.run_id)
+        assert await runs.newest("", 10) == []
+
+        def left(db: Any) -> list[int]:
+            tables = ("runs", "steps", "calls", "events")
+            return [db.execute(f"SELECT count(*) FROM {one}").fetchone()[0] for one in tables]
+
+        assert await runs._journal._database.run(left) == [0, 0, 0, 0]
+
+    def script(number: int, body: Mapping[str, Any]) -> dict[str, Any] | str:
+        names = [tool["function"]["name"] for tool in body["tools"]]
+        return calling(("hang", {})) if names == ["hang"] else two_steps(number, body)
+
+    using(tmp_path, script, work)
+
+
+def test_the_past_does_not_grow_for_ever(tmp_path: Path) -> None:
+    async def work(runs: RunManager, chat: ScriptedChat) -> None:
+        async def made(count: int) -> list[str]:
+            for _ in range(count):
+                last = await over(runs, await runs.create("", request()))
+            assert last.bytes > 0
+            return [run.run_id for run in await runs.newest("", 100)]
+
+        def write(statement: str, *values: Any) -> Awaitable[Any]:
+            return runs._journal._database.run(lambda db: db.execute(statement, values).rowcount)
+
+        runs._journal._retention = Retention(runs=3)
+        # One more is there while it is under way: nothing of it can go.
+        assert len(await made(6)) == 4
+        runs._journal._retention = Retention(bytes=1)
+        assert len(await made(2)) == 2
+        runs._journal._retention = Retention(seconds=600.0)
+        new, old = await runs.newest("", 2)
+        change = "UPDATE runs SET updated_at = 0, status = 'interrupted' WHERE run_id = ?"
+        await write(change, old.run_id)
+        found = await made(1)
+        assert old.run_id not in found
+        assert new.run_id in found
+        # What is written is what is counted.
+        size = (await runs.get("", found[0])).bytes
+        counted = await runs._journal._database.run(
+            lambda db: db.execute(
+                "SELECT length(request) + (SELECT sum(length(event)) FROM events e WHERE "
+                "e.run_id = r.run_id) + (SELECT sum(length(outcome) + length(arguments)) "
+                "FROM calls c WHERE c.run_id = r.run_id) FROM runs r WHERE run_id = ?",
+                (found[0],),
+            ).fetchone()[0]
+        )
+        replies = (await runs.get("", found[0])).steps
+        assert 0 < size - counted <= sum(len(json.dumps(step.reply)) for step in replies)
+
+    using(tmp_path, two_steps, work)

@@ -35,6 +35,7 @@ BUILT_IN = {
     *("memory_store", "memory_recall", "memory_search"),
     *("checkpoint_save", "checkpoint_list", "checkpoint_restore"),
     *("conversation_branch", "conversation_compare", "calculator"),
+    *("conversation_explore", "conversation_keep"),
 }
 
 
@@ -233,6 +234,71 @@ def test_a_run_over_rest_as_a_stream(tmp_path: Path) -> None:
             ]
 
     using(tmp_path, work)
+
+
+def test_a_run_over_rest_with_its_tokens_and_its_end(tmp_path: Path) -> None:
+    async def work(server: Server, host: AgentHost, chat: ScriptedChat) -> None:
+        async with client_of(host) as client:
+            body = {"messages": [{"role": "user", "content": "x"}]}
+            created = await ok(client.post("/v1/agent/runs", json=body))
+            path = f"/v1/agent/runs/{created['run_id']}"
+            response = await client.get(path + "/stream?tokens=true")
+            parts = [part.splitlines() for part in response.text.strip().split("\n\n")]
+            shown = [lines for lines in parts if lines[0] == "event: run_tokens"]
+            assert shown
+            # Without a number: a client that comes back names the last event that counts.
+            assert all(lines[0].startswith("id: ") for lines in parts if lines not in shown)
+            texts: dict[int, str] = {}
+            for lines in shown:
+                told = json.loads(lines[1].removeprefix("data: "))
+                assert told["offset"] == len(texts.get(told["step"], ""))
+                texts[told["step"]] = texts.get(told["step"], "") + told["text"]
+            assert json.loads(texts[1])["content"] == "done"
+            await refused(client.get(path + "/stream?tokens=maybe"), 422, "invalid_request")
+            await ok(client.delete(path))
+            await refused(client.delete(path), 404, "not_found")
+            await refused(client.get(path + "/stream"), 404, "not_found")
+
+    using(tmp_path, work)
+
+
+def test_explorations_over_rest(tmp_path: Path) -> None:
+    async def work(server: Server, host: AgentHost, chat: ScriptedChat) -> None:
+        await server.chat("c")
+        base = "/v1/agent/explorations"
+        async with client_of(host, "one") as one, client_of(host, "two") as two:
+            task = {"messages": [{"role": "user", "content": "x"}], "tools": ["calculator"]}
+            body = {"conversation_id": "c", "branches": [task, task]}
+            for wrong in (
+                {**body, "branches": [task]},
+                {**body, "branches": [task] * 17},
+                {**body, "branches": [task, {**task, "conversation_id": "d"}]},
+                {**body, "extra": 1},
+                {"branches": [task, task]},
+            ):
+                await refused(one.post(base, json=wrong), 422, "invalid_request")
+            unknown = {**body, "conversation_id": "unknown"}
+            await refused(one.post(base, json=unknown), 404, "not_found")
+            made = await ok(one.post(base, json=body))
+            path = f"{base}/{made['exploration_id']}"
+            for branch in made["branches"]:
+                await host.runs.ended(branch["run_id"])
+            keep = {"branch_name": made["branches"][1]["branch_name"]}
+            await refused(two.get(path), 404, "not_found")
+            await refused(two.delete(path), 404, "not_found")
+            await refused(two.post(path + "/keep", json=keep), 404, "not_found")
+            await refused(one.post(path + "/keep", json={}), 422, "invalid_request")
+            assert (await ok(one.get(path)))["status"] == "over"
+            kept = await ok(one.post(path + "/keep", json=keep))
+            assert kept["kept"]["branch_name"] == keep["branch_name"]
+            assert kept["dropped"] == [made["branches"][0]["branch_name"]]
+            await refused(one.get(path), 404, "not_found")
+            again = await ok(one.post(base, json=body))
+            gone = await ok(one.delete(f"{base}/{again['exploration_id']}"))
+            assert gone["dropped"] == [branch["branch_name"] for branch in again["branches"]]
+            assert host.runs.active == 0
+
+    using(tmp_path, work, keyed=True)
 
 
 def test_everything_is_described(tmp_path: Path) -> None:

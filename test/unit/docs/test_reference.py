@@ -12,6 +12,7 @@ from typer.core import TyperGroup, TyperOption
 
 from engram.agents.built_in import built_in_tools
 from engram.agents.events import TOPICS
+from engram.agents.exploring_tools import exploring_tools
 from engram.agents.host import AgentHost
 from engram.agents.requests import RunRequest
 from engram.cli.main import SERVER_COMMANDS, STORE_COMMANDS, app
@@ -152,6 +153,7 @@ def test_every_message_of_the_socket_is_documented() -> None:
 def test_every_built_in_tool_is_documented() -> None:
     text = (DOCS / "agents.md").read_text()
     tools = built_in_tools(cast(SnapshotService, None), cast(Any, None), cast(Any, None))
+    tools += exploring_tools(cast(Any, None))
     assert [tool.spec.name for tool in tools if f"`{tool.spec.name}" not in text] == []
 
 

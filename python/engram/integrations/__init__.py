@@ -1,0 +1,1 @@
+"""Engram inside the frameworks of others; each needs an extra dependency of its name."""

@@ -15,6 +15,8 @@ from engram.errors import NotFoundError
 from engram.retention import Reason, Removal
 from engram.service.collecting import drop_segments
 from engram.service.context import ServiceContext
+from engram.snapshot.listing import manifest_name
+from engram.upkeep.collect import mentioned_segments
 
 BATCH: Final = 64
 """Snapshots that a policy removes while saves wait."""
@@ -115,6 +117,8 @@ class Remover:
                 context.deleted(row, own)
         if not self._swept:
             orphans = await context.in_catalog(context.catalog.unreferenced_segments)
+        if orphans:
+            orphans = await context.in_store(self._unmentioned, orphans, rows)
         self._swept = False
         await context.with_engine(lambda engine: drop_segments(context, engine, orphans))
         self._swept = True
@@ -136,3 +140,16 @@ class Remover:
             finally:
                 orphans = catalog.remove_snapshots([(r.snapshot_id, r.tenant) for r in gone])
         return orphans
+
+    def _unmentioned(
+        self, orphans: Sequence[UnreferencedSegment], rows: Sequence[SnapshotRow]
+    ) -> list[UnreferencedSegment]:
+        """Those that no manifest may still need that the catalog does not have: one that is newer,
+        or damaged and not of these `rows` (blocks: it reads them)."""
+        store, catalog = self._context.store, self._context.catalog
+        mentioned = mentioned_segments(
+            store,
+            [found.name for found in catalog.report.damaged if found.quarantined_to is None],
+            but={manifest_name(row.snapshot_id, row.tenant) for row in rows},
+        )
+        return [orphan for orphan in orphans if orphan.segment_id not in mentioned]

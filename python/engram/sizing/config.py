@@ -10,6 +10,10 @@ from typing import Final
 from engram.errors import InvalidRequestError, NotFoundError
 
 MAX_CONFIG_BYTES: Final = 16 << 20
+MAX_COUNT: Final = 2**32
+"""Far above any dimension of a model."""
+MAX_LAYERS: Final = 10_000
+"""Each takes memory here: a number from somewhere else must not take all of it."""
 
 
 class Config:
@@ -48,7 +52,24 @@ class Config:
             raise InvalidRequestError(
                 f"{self.source}: {names[0]!r} must be a whole number above 0, not {value!r}"
             )
+        if value > MAX_COUNT:
+            raise InvalidRequestError(f"{self.source}: {names[0]!r} is above {MAX_COUNT}")
         return value
+
+    @property
+    def layers(self) -> range:
+        """The layers, ``num_hidden_layers`` of them."""
+        count = self.count("num_hidden_layers")
+        self.check_layers(count)
+        return range(count)
+
+    def check_layers(self, count: int) -> None:
+        """Raise `InvalidRequestError` for more layers than a model can have."""
+        if count > MAX_LAYERS:
+            raise InvalidRequestError(
+                f"{self.source} describes {count} layers, {MAX_LAYERS} are allowed",
+                hint="take the config.json as it was published",
+            )
 
     def strings(self, name: str) -> Sequence[str] | None:
         """A list of words; None if it is not there."""

@@ -115,7 +115,7 @@ def _mamba2(layout: Layout) -> list[Buffer]:
         kernel=config.count("conv_kernel", default=4),
         ranks=layout.ranks,
     )
-    return layout.states(range(config.count("num_hidden_layers")), state)
+    return layout.states(config.layers, state)
 
 
 def _mamba1(layout: Layout) -> list[Buffer]:
@@ -126,7 +126,7 @@ def _mamba1(layout: Layout) -> list[Buffer]:
         kernel=config.count("conv_kernel", default=4),
         ranks=layout.ranks,
     )
-    return layout.states(range(config.count("num_hidden_layers")), state)
+    return layout.states(config.layers, state)
 
 
 def _nemotron_h(layout: Layout) -> list[Buffer]:
@@ -156,7 +156,7 @@ def _nemotron_h(layout: Layout) -> list[Buffer]:
 
 def _falcon_h1(layout: Layout) -> list[Buffer]:
     config = layout.config
-    layers = range(config.count("num_hidden_layers"))
+    layers = config.layers
     heads = config.count("mamba_n_heads")
     channels = config.count("mamba_d_ssm")
     state = mamba2_state(
@@ -197,7 +197,7 @@ def _kimi_linear(layout: Layout) -> list[Buffer]:
     if numbered_from_one is None:
         raise InvalidRequestError(f"{linear.source} has no 'kda_layers'")
     recurrent = {n - 1 for n in numbered_from_one}
-    layers = range(config.count("num_hidden_layers"))
+    layers = config.layers
     state = kda_state(
         heads=linear.count("num_heads"),
         head_dim=linear.count("head_dim"),
@@ -223,7 +223,7 @@ def _lfm2(layout: Layout) -> list[Buffer]:
             raise InvalidRequestError(
                 f"{config.source} has neither 'layer_types' nor 'full_attn_idxs'"
             )
-        layers = range(config.count("num_hidden_layers"))
+        layers = config.layers
         names = ["full_attention" if n in full else "conv" for n in layers]
     recurrent, attention = _kinds(config, names)
     state = short_conv_state(
@@ -235,7 +235,7 @@ def _lfm2(layout: Layout) -> list[Buffer]:
 
 
 def _attention_only(layout: Layout) -> list[Buffer]:
-    return layout.attention(range(layout.config.count("num_hidden_layers")))
+    return layout.attention(layout.config.layers)
 
 
 @dataclass(frozen=True)
@@ -331,12 +331,12 @@ def _interval_or_types(config: Config) -> Sequence[str]:
                 f"{config.source} has neither 'full_attention_interval' nor 'layer_types'"
             )
         return names
-    layers = range(1, config.count("num_hidden_layers") + 1)
-    return ["linear_attention" if n % interval else "full_attention" for n in layers]
+    return ["linear_attention" if (n + 1) % interval else "full_attention" for n in config.layers]
 
 
 def _kinds(config: Config, names: Sequence[str]) -> tuple[list[int], list[int]]:
     """The layers with a recurrent state, and those with a KV cache."""
+    config.check_layers(len(names))
     for layer, name in enumerate(names):
         if name not in _RECURRENT | _ATTENTION | _NEITHER:
             raise InvalidRequestError(f"{config.source}: layer {layer} is of unknown kind {name!r}")

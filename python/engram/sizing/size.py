@@ -67,7 +67,7 @@ def size_of(config: Config, *, ranks: int = 1, precision: Precision | None = Non
     configuration that is incomplete, or a number of ranks that does not divide its heads.
     """
     layout, buffers = layout_of(config, ranks, precision or Precision())
-    if not buffers:
+    if not any(buffer.bytes for buffer in buffers):
         raise InvalidRequestError(f"{config.source} describes a model without a state")
     return ModelSize(
         architecture=config.architecture,

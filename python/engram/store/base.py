@@ -11,7 +11,7 @@ processes at once; manifests are written by the one process that holds the store
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -212,9 +212,12 @@ class Store(SegmentStore, NamespaceStore, ManifestStore, ConversationStore):
     """All of them: what a server keeps its snapshots in."""
 
     @abstractmethod
-    def remains_of_manifests(self, names: Iterable[str] = ()) -> Iterator[bytes]:
-        """What can be read of the manifests in quarantine, and of the stored ones of these names:
-        however damaged, at most `MAX_MANIFEST_BYTES` of each."""
+    def remains_of_manifests(
+        self, names: Iterable[str] = (), *, but: Container[str] = ()
+    ) -> Iterator[bytes]:
+        """What can be read of the manifests in quarantine, but for those that had the names
+        ``but``, and of the stored ones of these ``names``: however damaged, at most
+        `MAX_MANIFEST_BYTES` of each."""
 
     @abstractmethod
     def remove_abandoned_temps(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,8 +157,14 @@ class DiskStore(DiskSegments, DiskNamespaces, DiskManifests, DiskConversations, 
             self.free_bytes(),
         )
 
-    def remains_of_manifests(self, names: Iterable[str] = ()) -> Iterator[bytes]:
-        held = [q.path for q in self._quarantine.entries() if q.name.endswith(MANIFEST_SUFFIX)]
+    def remains_of_manifests(
+        self, names: Iterable[str] = (), *, but: Container[str] = ()
+    ) -> Iterator[bytes]:
+        held = [
+            held.path
+            for held in self._quarantine.entries()
+            if held.name.endswith(MANIFEST_SUFFIX) and held.name not in but
+        ]
         for path in [*held, *(self._layout.manifest(name) for name in names)]:
             data = read_small_file(path, MAX_MANIFEST_BYTES, self._fs)
             if data is not None:

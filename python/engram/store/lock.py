@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -43,9 +44,11 @@ class StoreLock:
         except OSError as error:
             os.close(fd)
             raise store_error("lock", path, error) from error
-        # Only for the message above; the lock itself is the kernel's.
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        # Only for the message above, which a full disk may do without: the lock itself is the
+        # kernel's. Written before what is too much is cut off, to stay in the block it has.
+        name = f"process {os.getpid()} on {socket.gethostname()}\n".encode()
+        with contextlib.suppress(OSError):
+            os.truncate(fd, os.pwrite(fd, name, 0))
         return cls(fd) if directory is None else cls(fd, directory)
 
     def release(self) -> None:

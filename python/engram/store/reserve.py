@@ -14,12 +14,14 @@ from engram.store.filesystem import FileSystem
 
 RESERVE_BYTES: Final = 1 << 20
 """Some times what the catalog's log grows by in one deletion."""
+BLOCK_BYTES: Final = 512
+"""What `st_blocks` counts in."""
 
 
 class Reserve:
     """A file whose blocks are given back when the disk is full, and taken again when it is not.
 
-    Only its length on disk matters: it holds nothing, may be lost, and is never read.
+    Only the blocks it takes matter: it holds nothing, may be lost, and is never read.
     """
 
     def __init__(self, path: Path, fs: FileSystem) -> None:
@@ -46,8 +48,11 @@ class Reserve:
                 self._keep()
 
     def _keep(self) -> None:
-        if self._path.exists():
-            return
+        # Not whether it is there: a crash may have come before its blocks, and a copy of the
+        # directory may have left them out.
+        with contextlib.suppress(OSError):
+            if self._path.stat().st_blocks * BLOCK_BYTES >= RESERVE_BYTES:
+                return
         try:
             self._fs.allocate(self._path, RESERVE_BYTES)
         except OSError:

@@ -89,11 +89,14 @@ class NamedSegments(Container[SegmentKey]):
         )
 
 
-def mentioned_segments(store: Store, names: Iterable[str] = ()) -> set[str]:
-    """Every digest in what is left of the manifests in quarantine, and of those of these names."""
+def mentioned_segments(
+    store: Store, names: Iterable[str] = (), *, but: Container[str] = ()
+) -> set[str]:
+    """Every digest in what is left of the manifests in quarantine, ``but`` for some that had these
+    names, and of the stored ones of these ``names``."""
     return {
         digest.decode()
-        for remains in store.remains_of_manifests(names)
+        for remains in store.remains_of_manifests(names, but=but)
         for digest in _DIGEST.findall(remains)
     }
 

@@ -15,6 +15,7 @@ from engram.core.namespace import Namespace
 from engram.core.tokens import to_tokens
 from engram.errors import (
     EngramError,
+    ManifestCorruptError,
     NamespaceMismatchError,
     NotFoundError,
     RamTierFullError,
@@ -23,6 +24,8 @@ from engram.errors import (
 )
 from engram.service.boundaries import BoundaryIndex
 from engram.service.restores import Continuation
+from engram.snapshot.envelope import open_record, seal_record
+from engram.snapshot.listing import manifest_name
 from engram.snapshot.manifest import SegmentRef
 from unit.service.engine import Server, on_a_loop
 
@@ -222,6 +225,41 @@ async def test_deleting_takes_what_no_other_snapshot_shares(server: Server) -> N
     after = server.restart()
     assert after.catalog.counts().snapshots == 0, "what was deleted does not come back"
     after.stop()
+
+
+@pytest.mark.parametrize("newer", [True, False], ids=["newer", "damaged"])
+@on_a_loop
+async def test_deleting_leaves_what_a_manifest_names_that_cannot_be_read(
+    server: Server, newer: bool
+) -> None:
+    """It may be repaired, or be of an Engram that will use this store again."""
+    await save_all(server, "c", 2)
+    first, second = await server.service.list("", "c")
+    path = next(server.root.rglob(manifest_name(second.snapshot_id, "")))
+    chains = server.store.get_manifest(second.snapshot_id).segments
+    named = {(rank, ref.segment_id) for rank, chain in enumerate(chains) for ref in chain}
+    whole = path.read_bytes()
+    changed = {**open_record(whole), "version": 2} if newer else None
+    path.write_bytes(seal_record(changed) if changed else whole.replace(b"main", b"mail"))
+    server.stop()
+    (server.root / "catalog.sqlite").unlink()
+    after = Server.start(server.root, server.rng)
+    assert [row.snapshot_id for row in await after.service.list("", "c")] == [first.snapshot_id]
+    await after.service.delete(first)
+    assert after.files() == named
+    after.stop()
+
+
+@on_a_loop
+async def test_a_damaged_snapshot_is_deleted_with_its_files(server: Server) -> None:
+    await save_all(server, "c", 1)
+    (row,) = await server.service.list("", "c")
+    path = next(server.root.rglob(manifest_name(row.snapshot_id, "")))
+    path.write_bytes(path.read_bytes().replace(b"main", b"mail"))
+    with pytest.raises(ManifestCorruptError):
+        server.store.get_manifest(row.snapshot_id)
+    await server.service.delete(row)
+    assert server.files() == set()
 
 
 @on_a_loop

@@ -177,6 +177,28 @@ def test_a_wrong_field_is_named(change: dict[str, object], message: str) -> None
         sized_fields(fields("granite-4.0-h-tiny") | change)
 
 
+def test_heads_wider_than_the_model_are_no_model() -> None:
+    values = {"hidden_size": 1, "num_attention_heads": 2, "head_dim": None}
+    with pytest.raises(InvalidRequestError, match="without a state"):
+        sized_fields(fields("llama-3.1-8b") | values)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("falcon-mamba-7b", {"num_hidden_layers": 10**9}, "1000000000 layers"),
+        ("llama-3.1-8b", {"num_hidden_layers": 10**400}, "'num_hidden_layers' is above"),
+        ("granite-4.0-h-tiny", {"layer_types": ["mamba"] * 10_001}, "10001 layers"),
+        ("granite-4.0-h-tiny", {"mamba_d_state": 10**400}, "'mamba_d_state' is above"),
+    ],
+)
+def test_numbers_that_no_model_has_take_no_memory(
+    name: str, change: dict[str, object], message: str
+) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        sized_fields(fields(name) | change)
+
+
 @pytest.mark.parametrize(
     ("name", "ranks", "message"),
     [

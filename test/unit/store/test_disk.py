@@ -155,6 +155,19 @@ class TestLock:
             assert f"process {os.getpid()}" in (root / "lock").read_text()
         assert lock_holder(root) is None
 
+    def test_a_full_disk_leaves_the_holder_unnamed_and_the_store_usable(
+        self, root: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(*_: object) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "pwrite", full)
+            store = DiskStore.open(root)
+        with store, pytest.raises(StoreBusyError, match="unknown"):
+            DiskStore.open(root)
+        DiskStore.open(root).close()
+
     def test_a_failed_open_gives_the_lock_back(self, root: Path) -> None:
         with pytest.raises(StoreError):
             DiskStore.open(root, fs=FaultyFileSystem().fail("rename"))

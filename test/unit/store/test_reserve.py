@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,16 @@ def test_the_room_is_given_back_only_when_it_is_needed(
     with kept.at_hand():
         assert (blocks(tmp_path / "reserve") == 0) is given
     assert blocks(tmp_path / "reserve") >= RESERVE_BYTES, "taken again"
+
+
+@pytest.mark.parametrize("length", [0, RESERVE_BYTES], ids=["a crash", "a sparse copy"])
+def test_a_file_without_its_blocks_keeps_no_room(tmp_path: Path, length: int) -> None:
+    path = tmp_path / "reserve"
+    path.touch()
+    os.truncate(path, length)
+    assert blocks(path) < RESERVE_BYTES
+    Reserve(path, FileSystem()).keep()
+    assert blocks(path) >= RESERVE_BYTES
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EOPNOTSUPP])

@@ -10,8 +10,10 @@ from typing import Final
 from engram.conversation.turns import RunningRequest, Tag
 from engram.errors import DeadlineError, NotFoundError, SnapshotCorruptError
 from engram.service.automatic import AutomaticSaver
+from engram.service.boundaries import StoredBoundary
 from engram.service.context import ServiceContext
 from engram.service.ports import EngineInfo
+from engram.snapshot.manifest import SegmentRef
 
 logger = logging.getLogger(__name__)
 
@@ -167,10 +169,9 @@ class RequestGate:
         context.stats.held_requests += stored is not None
         damage: SnapshotCorruptError | None = None
         while stored is not None:
+            chains: list[list[SegmentRef]] = []
             try:
-                chains = await context.in_catalog(
-                    context.catalog.chains, engine.namespace.id, engine.world_size, stored.key
-                )
+                chains = await self._chains(engine, stored)
                 await context.ranks.promote(
                     engine.namespace.id,
                     chains,
@@ -180,6 +181,8 @@ class RequestGate:
                     timeout=timeout,
                 )
             except SnapshotCorruptError as error:
+                if not await self._still(engine, stored, chains):
+                    continue  # removed while it was read: no damage
                 # Where it is damaged, an earlier state of the conversation may be whole.
                 damage = error
                 boundaries.forget(stored.key)
@@ -192,3 +195,18 @@ class RequestGate:
                 break
         if damage is not None:
             raise damage
+
+    async def _chains(self, engine: EngineInfo, stored: StoredBoundary) -> list[list[SegmentRef]]:
+        catalog = self._context.catalog
+        return await self._context.in_catalog(
+            catalog.chains, engine.namespace.id, engine.world_size, stored.key
+        )
+
+    async def _still(
+        self, engine: EngineInfo, stored: StoredBoundary, chains: list[list[SegmentRef]]
+    ) -> bool:
+        """Whether these chains are the ones to read for a boundary, as they were before."""
+        try:
+            return await self._chains(engine, stored) == chains
+        except NotFoundError:
+            return False

@@ -444,6 +444,33 @@ async def test_an_earlier_state_serves_where_a_later_one_is_damaged(server: Serv
 
 
 @on_a_loop
+async def test_a_prefix_removed_while_it_is_read_is_not_called_damaged(server: Server) -> None:
+    """Another conversation has stored the same tokens by itself: its bytes are as good."""
+    tokens = await save_all(server, "first", 1)
+    server.engine.durable.clear()
+    await server.service.gate.admit(RunningRequest("again", to_tokens(tokens[:4]), Tag("second")))
+    server.engine.computed(tokens)
+    server.service.gate.finished("again", tokens[4:])
+    await server.service.save(tenant="", conversation_id="second")
+    after = server.restart()
+    after.engine.promote_gate.shut()
+    request = RunningRequest("next", to_tokens([*tokens, 5]))
+    admitting = asyncio.ensure_future(after.service.gate.admit(request))
+    while not after.engine.promoted:
+        await asyncio.sleep(0)
+    await after.service.delete(await newest(after, "second"))
+    after.engine.promote_gate.open.set()
+    await admitting
+    assert after.service.context.stats.hold_failures == 0
+    kept = after.store.get_manifest((await newest(after, "first")).snapshot_id)
+    assert [p["chains"][0][-1] == kept.segments[0][-1] for p in after.engine.promoted] == [
+        False,
+        True,
+    ]
+    after.stop()
+
+
+@on_a_loop
 async def test_a_rid_and_a_conversation_that_do_not_belong_together(server: Server) -> None:
     await server.chat("c")
     saved = await server.service.save(tenant="", conversation_id="c")

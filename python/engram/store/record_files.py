@@ -139,19 +139,16 @@ class DiskManifests(ManifestStore):
     def manifest_entry(self, name: str) -> ManifestEntry | None:
         """One manifest as `list_manifests` has it; None if there is none."""
         try:
-            return ManifestEntry(name, _stamp(self._layout.manifest(name).stat()))
+        path = self._layout.manifest(name)
+            return ManifestEntry(name, _stamp(path.stat()))
         except FileNotFoundError:
             return None
 
+        except OSError as error:
+            raise store_error("look at", path, error) from error
     def list_manifests(self) -> list[ManifestEntry]:
-        entries = []
-        for directory, _, _ in os.walk(self._layout.manifests):
-            with os.scandir(directory) as found:
-                for file in found:
-                    if file.name.endswith(".json") and not file.name.startswith("."):
-                        with contextlib.suppress(FileNotFoundError):
-                            entries.append(ManifestEntry(file.name, _stamp(file.stat())))
-        return sorted(entries, key=lambda entry: entry.name)
+        entries = (self.manifest_entry(name) for name in sorted(self.manifest_names()))
+        return [entry for entry in entries if entry is not None]
 
     def load_manifest(self, entry: ManifestEntry) -> Manifest | DamagedManifest:
         path = self._layout.manifest(entry.name)

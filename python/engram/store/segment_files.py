@@ -34,6 +34,7 @@ from engram.store.durable import (
     store_error,
     sync_directory,
     unlink_durable,
+    walk_names,
     write_durable,
 )
 from engram.store.encryption import (
@@ -157,15 +158,21 @@ class DiskSegments(SegmentStore):
         unlink_durable(self._layout.segment(shard, segment_id), self._fs)
 
     def iter_segments(self) -> Iterator[StoredSegment]:
-        for shard, path in self._layout.shards():
-            for directory, _, names in os.walk(path):
+        try:
+            shards = list(self._layout.shards())
+        except OSError as error:
+            raise store_error("list", self._layout.segments, error) from error
+        for shard, path in shards:
+            for directory, names in walk_names(path):
                 for name in names:
                     segment_id = name.removesuffix(SEGMENT_SUFFIX)
                     if name.endswith(SEGMENT_SUFFIX) and is_digest(segment_id):
                         try:
-                            status = Path(directory, name).stat()
+                            status = os.stat(directory / name)
                         except FileNotFoundError:
                             continue
+                        except OSError as error:
+                            raise store_error("look at", directory / name, error) from error
                         yield StoredSegment(shard, segment_id, status.st_size, status.st_mtime)
 
     def _is_intact(self, header: SegmentHeader, segment_id: str) -> bool:

@@ -241,12 +241,13 @@ class DiskSegments(SegmentStore):
 
     def _quarantine_open(self, fd: int, path: Path, reason: str) -> Path | None:
         """Quarantine what ``fd`` has open, unless another process has replaced it meanwhile."""
+        found = os.fstat(fd)
         try:
-            if not os.path.samestat(os.fstat(fd), path.stat()):
+            if not os.path.samestat(found, path.stat()):
                 return None
         except OSError:
             return None
-        return self._quarantine.take(path, reason)
+        return self._quarantine.take(path, reason, found)
 
 
 def _read_header(read: ReadExactly, size: int, shard: Shard, segment_id: str) -> SegmentHeader:

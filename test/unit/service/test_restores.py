@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from dataclasses import replace
 from random import Random
 from typing import Any
@@ -374,6 +375,41 @@ async def test_a_snapshot_deleted_while_it_is_restored_is_not_called_damaged(
     with pytest.raises(NotFoundError):
         await restoring
     after.stop()
+
+
+@on_a_loop
+async def test_a_snapshot_that_is_being_removed_is_not_called_damaged(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its manifest is gone before its row is: with a batch on a slow disk, seconds before."""
+    await save_all(server, "c", 1)
+    row = await newest(server)
+    unlinked, read, go_on = (threading.Event() for _ in range(3))
+    remove, get = server.catalog.remove_snapshots, server.store.get_manifest
+
+    def late(names: Any) -> Any:
+        unlinked.set()
+        go_on.wait(60)
+        return remove(names)
+
+    def told(*args: Any) -> Any:
+        read.set()
+        return get(*args)
+
+    monkeypatch.setattr(server.catalog, "remove_snapshots", late)
+    monkeypatch.setattr(server.store, "get_manifest", told)
+    deleting = asyncio.ensure_future(server.service.delete(row))
+    await asyncio.to_thread(unlinked.wait, 60)
+    asked = [server.service.restore(row), server.service.tokens(row)]
+    asking = [asyncio.ensure_future(work) for work in asked]
+    await asyncio.to_thread(read.wait, 60)
+    await asyncio.wait(asking, timeout=0.1)
+    go_on.set()
+    await deleting
+    for work in asking:
+        with pytest.raises(NotFoundError):
+            await work
+    assert server.service.context.stats.corrupt == 0
 
 
 @on_a_loop

@@ -230,7 +230,7 @@ class TurnSaver:
         # So that `reached` below meets a branch that is known.
         await context.learn(found.tag)
         recomputed = False
-        async with self._standing(found), self._room(found) as again, context.guard.shared():
+        async with self._standing(found), self._room(found) as again:
             if found.turn is not None:
                 request = found.turn.request
                 engine, stored, recomputed = await context.with_engine(
@@ -252,18 +252,26 @@ class TurnSaver:
 
     @contextlib.asynccontextmanager
     async def _room(self, found: Found) -> AsyncIterator[bool]:
-        """Room on the disk within; whether the state had to be computed again to know how much."""
-        if found.turn is None or self._context.quota.limit is None:
-            yield False
+        """Within, nothing is removed and there is room on the disk; whether the state had to be
+        computed again to know how much."""
+        guard, quota = self._context.guard, self._context.quota
+        if found.turn is None or quota.limit is None:
+            async with guard.shared():
+                yield False
             return
-        needed, again = await self._needed(found.turn.request)
+        reserved, recomputed = 0, False
         async with contextlib.AsyncExitStack() as stack:
-            quota, more = self._context.quota, needed
-            # What was removed may have shared rows with it, which it then has to write itself.
-            while await stack.enter_async_context(quota.reserved(more)):
-                now, lost = await self._needed(found.turn.request)
-                more, needed, again = max(0, now - needed), max(now, needed), again or lost
-            yield again
+            while True:
+                async with guard.shared():
+                    # Whatever was removed until now may have shared rows with it.
+                    needed, again = await self._needed(found.turn.request)
+                    recomputed = recomputed or again
+                    if needed <= reserved:
+                        yield recomputed
+                        return
+                # Making room is a removal, for which the guard must be free.
+                await stack.enter_async_context(quota.reserved(needed - reserved))
+                reserved = needed
 
     @contextlib.asynccontextmanager
     async def _standing(self, found: Found) -> AsyncIterator[None]:

@@ -113,12 +113,20 @@ class Catalog(
             self._db.check()
         except CatalogDamagedError as damage:
             self.report.suspect = str(damage)
-            _suspect(self._db.path).touch()
             logger.error(
                 "Engram: the catalog is damaged (%s): no segment is removed, and the next start "
                 "rebuilds it",
                 damage,
             )
+            mark = _suspect(self._db.path)
+            try:
+                mark.touch()
+            except OSError as error:
+                raise StoreError(
+                    f"cannot write {mark}: {error.strerror}",
+                    hint="make the file, or the next start finds the damage only while it serves",
+                    details={"file": str(mark)},
+                ) from error
             return
         with self.atomic():
             self._refresh(self._source)

@@ -56,13 +56,14 @@ class InventoryTable:
         """All snapshots and their segments, without reading a manifest.
 
         Read in pages, without holding the lock in between: a snapshot that comes or goes meanwhile
-        may or may not be there. One whose segments are not all there is left out.
+        may or may not be there. One whose segments are not all there is left out. One that is
+        changed meanwhile, which gives it another row, is there once, as it was read last.
         """
-        snapshots = list(self._kept_snapshots())
+        snapshots = {(one.tenant, one.snapshot_id): one for one in self._kept_snapshots()}
         segments, files = self._kept_segments()
         whole = [
             replace(one, tips=tuple([files[tip] for tip in one.tips]))
-            for one in snapshots
+            for one in snapshots.values()
             if all(tip in files for tip in one.tips)
         ]
         return KeptInventory(whole, segments)

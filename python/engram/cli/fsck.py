@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from engram.cli.failing import told
-from engram.cli.keys import KeyFileOption, key_of
+from engram.cli.keys import KeyFileOption, key_of, key_of_store
 from engram.cli.options import JsonOption, StoreOption, progress
 from engram.cli.size import shown
 from engram.errors import NotFoundError
@@ -58,12 +58,12 @@ def fsck(
             raise NotFoundError(f"{root} is no snapshot store", hint="name a --snapshot-dir")
         marker = check_marker(Layout(root), FileSystem()).value
         meter = Meter()
-        key = key_of(key_file)
         if repair:
+            key = key_of_store(root, key_file)
             with DiskStore.open(root, fs=SweepingFileSystem(meter), key=key) as store:
                 check = _run(StoreChecker(store, repair=True, marker=marker), meter)
         else:
-            store = open_for_reading(root, meter, key=key)
+            store = open_for_reading(root, meter, key=key_of(key_file))
             check = _run(StoreChecker(store, repair=False, marker=marker), meter)
     if as_json:
         typer.echo(json.dumps({"healthy": check.healthy, **asdict(check)}, indent=2))

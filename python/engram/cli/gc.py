@@ -15,7 +15,7 @@ import typer
 from engram.catalog.catalog import Catalog
 from engram.catalog.inspection import copied_catalog
 from engram.cli.failing import told
-from engram.cli.keys import KeyFileOption, key_of
+from engram.cli.keys import KeyFileOption, key_of, key_of_store
 from engram.cli.options import JsonOption, StoreOption
 from engram.cli.size import shown
 from engram.errors import NotFoundError
@@ -42,8 +42,10 @@ def gc(
 ) -> None:
     """Remove what no snapshot names; a running server does the same by itself."""
     with told():
-        key = key_of(key_file)
-        done = _dry(directory, grace, key) if dry_run else _collect(directory, grace, key)
+        if dry_run:
+            done = _dry(directory, grace, key_of(key_file))
+        else:
+            done = _collect(directory, grace, key_file)
     if as_json:
         typer.echo(json.dumps({"dry_run": dry_run, **asdict(done)}, indent=2))
         return
@@ -57,10 +59,11 @@ def gc(
         )
 
 
-def _collect(directory: Path, grace: float, key: Key | None) -> StoreCollection:
+def _collect(directory: Path, grace: float, key_file: Path | None) -> StoreCollection:
     root = directory.absolute()
     if not root.is_dir() or not is_store(root):
         raise NotFoundError(f"{root} is no snapshot store", hint="name a --snapshot-dir")
+    key = key_of_store(root, key_file)
     with DiskStore.open(root, key=key) as store, _opened(store) as catalog:
         return collect_store(store, catalog, time.time(), grace)
 

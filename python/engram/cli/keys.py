@@ -1,6 +1,7 @@
 """`engram key`: make a key for encryption at rest, and put a store under another one.
 
-Commands that read a store's segments take `KeyFileOption` and give it to `key_of`.
+Commands that read a store's segments take `KeyFileOption` and give it to `key_of`; those that
+change a store and store nothing in it, to `key_of_store`.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from typing import Annotated
 import typer
 
 from engram.cli.failing import told
-from engram.store.keyring import rotate
+from engram.store.filesystem import FileSystem
+from engram.store.keyring import rotate, sealed_by
 from engram.store.keys import Key, find_key, new_key, read_key_file, write_key_file
+from engram.store.layout import Layout
 
 KeyFileOption = Annotated[
     Path | None,
@@ -30,6 +33,16 @@ def key_of(key_file: Path | None) -> Key | None:
     Raises `EncryptionKeyError`.
     """
     return find_key(key_file)
+
+
+def key_of_store(root: Path, key_file: Path | None) -> Key | None:
+    """`key_of`, for a command that only looks after a store: None for one that is in the clear.
+
+    Opened with a key, that one would be encrypted from then on, which nothing takes back.
+    Raises as `key_of` and `sealed_by`.
+    """
+    key = key_of(key_file)
+    return key if sealed_by(Layout(root), FileSystem()) is not None else None
 
 
 @app.command("new")

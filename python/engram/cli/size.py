@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 from rich.console import Console
@@ -17,7 +17,10 @@ from engram.sizing import ModelSize, Precision, read_config, size_of
 ModelOption = Annotated[
     Path, typer.Option("--model", help="A model directory, or its config.json.")
 ]
-TokensOption = Annotated[int, typer.Option("--tokens", min=1, help="Tokens of a snapshot.")]
+MAX_TOKENS: Final = 2**40
+TokensOption = Annotated[
+    int, typer.Option("--tokens", min=1, max=MAX_TOKENS, help="Tokens of a snapshot.")
+]
 RanksOption = Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel ranks.")]
 ConvOption = Annotated[
     str | None,

@@ -14,7 +14,7 @@ from engram.cli.keys import KeyFileOption, key_of
 from engram.cli.options import JsonOption, StoreOption, TenantOption, progress
 from engram.cli.size import shown
 from engram.core.ids import check_id, check_tenant
-from engram.errors import InvalidRequestError, NotFoundError
+from engram.errors import InvalidRequestError, NotFoundError, SnapshotCorruptError
 from engram.snapshot.manifest import Manifest
 from engram.store.disk import DiskStore
 from engram.store.inspection import is_store
@@ -59,10 +59,14 @@ def export(
     with told():
         store = open_for_reading(directory, key=key_of(key_file))
         manifests = _chosen(store, check_tenant(tenant), snapshot, conversation, branch)
-        archive = plan_export(store, manifests)
-        total = sum(segment.header.payload_length for segment in archive.segments)
-        with progress("exporting", total) as on_bytes:
-            write_archive(output, store, archive, replace=force, on_bytes=on_bytes)
+        try:
+            archive = plan_export(store, manifests)
+            total = sum(segment.header.payload_length for segment in archive.segments)
+            with progress("exporting", total) as on_bytes:
+                write_archive(output, store, archive, replace=force, on_bytes=on_bytes)
+        except SnapshotCorruptError:
+            _require_listed(store, manifests)
+            raise
     report = {
         "file": str(output),
         "bytes": archive.file_length,
@@ -145,6 +149,20 @@ def _chosen(
         return [store.get_manifest(check_id("SNAPSHOT", snapshot), tenant)]
     conversation = check_id("--conversation", conversation)
     return snapshots_of(store, tenant, conversation, _checked("--branch", branch))
+
+
+def _require_listed(store: ReadOnlyStore, manifests: list[Manifest]) -> None:
+    """Raise `NotFoundError` for a snapshot that the server has removed meanwhile: whoever reads its
+    files takes it for damaged."""
+    for manifest in manifests:
+        try:
+            store.get_manifest(manifest.snapshot_id, manifest.tenant)
+        except NotFoundError as error:
+            raise NotFoundError(
+                f"snapshot {manifest.snapshot_id!r} was removed while it was exported",
+                hint="export again",
+                details=error.details,
+            ) from None
 
 
 def _checked(option: str, value: str | None) -> str | None:

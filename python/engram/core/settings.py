@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+Gigabytes = Annotated[float, Field(gt=0, le=1e9)]
+"""An exabyte at most, so that it is a number of bytes."""
 
 
 class Settings(BaseModel):
@@ -35,7 +37,7 @@ class Settings(BaseModel):
     snapshot_health_failure_policy: Literal["skip_snapshot", "log_and_continue"] = "skip_snapshot"
     enable_memory_tiers: bool = True
     max_warm_conversations: Count = 100
-    max_warm_memory_gb: Positive = 10.0
+    max_warm_memory_gb: Gigabytes = 10.0
     conversation_active_timeout: Positive = 300.0
     conversation_warm_timeout: Positive = 1800.0
     conversation_cold_retention: Positive = 604_800.0
@@ -47,8 +49,8 @@ class Settings(BaseModel):
     agent_max_iterations: Count = 10
     agent_max_tool_calls_per_iteration: Count = 5
     snapshot_durability: Literal["sync", "async"] = "async"
-    snapshot_disk_quota_gb: Positive | None = None
-    snapshot_pin_budget_gb: Positive | None = None
+    snapshot_disk_quota_gb: Gigabytes | None = None
+    snapshot_pin_budget_gb: Gigabytes | None = None
     snapshot_promote_timeout: NotNegative = 10.0
     snapshot_encryption_key_file: str | None = None
     snapshot_link_by_prefix: bool = False

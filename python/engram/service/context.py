@@ -181,10 +181,6 @@ class ServiceContext:
         """Something about snapshots is another than it was."""
         self.changes += 1
 
-    def freed(self, nbytes: int) -> None:
-        """Segments of so many bytes are gone."""
-        self.quota.wrote(-nbytes)
-
     def deleted(self, row: SnapshotRow, keys: list[str]) -> None:
         """A snapshot is gone."""
         self.changed()

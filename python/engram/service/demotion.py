@@ -93,7 +93,9 @@ class Demoter:
         for row in rows:
             if row.namespace != engine.namespace.id:
                 continue
-            context.ranks.abandon(restore_owner(row))
+            if (row.tenant, row.snapshot_id) not in context.in_use:
+                # Else it would end a restore that waits for its turn.
+                context.ranks.abandon(restore_owner(row))
             manifest = await context.in_store(
                 context.store.get_manifest, row.snapshot_id, row.tenant
             )

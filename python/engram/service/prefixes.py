@@ -152,7 +152,7 @@ class PrefixKeeper:
             tokens.tolist(), {"max_new_tokens": 1, "ignore_eos": True}
         )
         request = FinishedRequest(generation.rid, tokens, time.time())
-        async with self._saver.room(request, len(tokens)), context.guard.shared():
+        async with self._saver.room(request, len(tokens)):
             stored = await context.ranks.persist(namespace, request, len(tokens))
             manifest = make_manifest(
                 snapshot_id=new_snapshot_id(),

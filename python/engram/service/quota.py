@@ -27,47 +27,53 @@ class DiskQuota:
         self.make_room: MakeRoom | None = None
         self._context = context
         self._used: int | None = None
+        self._changes = 0
         self._reserved = 0
         self._lock = asyncio.Lock()
 
     async def used(self) -> int:
-        """Bytes of the segments that snapshots name."""
-        if self._used is None:
+        """Bytes of the segments that snapshots name; never too few."""
+        while self._used is None:
+            changes = self._changes
             counts = await self._context.in_catalog(self._context.catalog.counts)
-            self._used = counts.segment_bytes
+            # Of a save that has ended meanwhile it is not known whether it was counted.
+            if changes == self._changes:
+                self._used = counts.segment_bytes
         return self._used
 
     def wrote(self, nbytes: int) -> None:
-        """A save has stored so many bytes, or, below 0, a removal has freed them."""
+        """A save has stored so many bytes."""
+        self._changes += 1
         if self._used is not None:
-            self._used = max(0, self._used + nbytes)
+            self._used += nbytes
 
     def recount(self) -> None:
-        """Count again before it matters."""
+        """Something was removed: count again before it matters.
+
+        What it has freed is not subtracted: it may have been missing when it was counted last.
+        """
+        self._changes += 1
         self._used = None
 
     @asynccontextmanager
-    async def reserved(self, needed: int) -> AsyncIterator[bool]:
-        """Have room for `needed` bytes within; whether something was removed for it.
-
-        `StoreFullError` if none can be made.
-        """
+    async def reserved(self, needed: int) -> AsyncIterator[None]:
+        """Have room for `needed` bytes within.  `StoreFullError` if none can be made."""
         if self.limit is None:
-            yield False
+            yield
             return
         async with self._lock:
-            made = await self._have(needed)
+            await self._have(needed)
             self._reserved += needed
         try:
-            yield made
+            yield
         finally:
             self._reserved -= needed
 
-    async def _have(self, needed: int) -> bool:
+    async def _have(self, needed: int) -> None:
         assert self.limit is not None
         allowed = self.limit - self._reserved - needed
         if await self.used() <= allowed:
-            return False
+            return
         if allowed >= 0 and self.make_room is not None:
             await self.make_room(allowed)
             self.recount()
@@ -76,4 +82,3 @@ class DiskQuota:
             raise StoreFullError.over_quota(
                 needed=needed, used=used + self._reserved, quota=self.limit
             )
-        return True

@@ -115,6 +115,7 @@ class Remover:
         finally:
             for row, own in zip(gone, keys, strict=False):
                 context.deleted(row, own)
+            context.quota.recount()
         if not self._swept:
             orphans = await context.in_catalog(context.catalog.unreferenced_segments)
         if orphans:
@@ -122,9 +123,7 @@ class Remover:
         self._swept = False
         await context.with_engine(lambda engine: drop_segments(context, engine, orphans))
         self._swept = True
-        freed = sum(orphan.bytes for orphan in orphans)
-        context.freed(freed)
-        return freed
+        return sum(orphan.bytes for orphan in orphans)
 
     def _take_out(
         self, rows: Sequence[SnapshotRow], gone: list[SnapshotRow]

@@ -10,10 +10,12 @@ from typing import Final
 from engram.conversation.turns import RunningRequest, Tag
 from engram.errors import DeadlineError, NotFoundError, SnapshotCorruptError
 from engram.service.automatic import AutomaticSaver
+from engram.service.boundaries import StoredBoundary
 from engram.service.context import ServiceContext
 from engram.service.explaining import ServedRequests
 from engram.service.ports import EngineInfo
 from engram.service.results import TierChange
+from engram.snapshot.manifest import SegmentRef
 
 logger = logging.getLogger(__name__)
 
@@ -172,10 +174,9 @@ class RequestGate:
         context.stats.held_requests += stored is not None
         damage: SnapshotCorruptError | None = None
         while stored is not None:
+            chains: list[list[SegmentRef]] = []
             try:
-                chains = await context.in_catalog(
-                    context.catalog.chains, engine.namespace.id, engine.world_size, stored.key
-                )
+                chains = await self._chains(engine, stored)
                 brought = await context.ranks.promote(
                     engine.namespace.id,
                     chains,
@@ -185,6 +186,8 @@ class RequestGate:
                     timeout=timeout,
                 )
             except SnapshotCorruptError as error:
+                if not await self._still(engine, stored, chains):
+                    continue  # removed while it was read: no damage
                 # Where it is damaged, an earlier state of the conversation may be whole.
                 damage = error
                 boundaries.forget(stored.key)
@@ -203,3 +206,18 @@ class RequestGate:
                 break
         if damage is not None:
             raise damage
+
+    async def _chains(self, engine: EngineInfo, stored: StoredBoundary) -> list[list[SegmentRef]]:
+        catalog = self._context.catalog
+        return await self._context.in_catalog(
+            catalog.chains, engine.namespace.id, engine.world_size, stored.key
+        )
+
+    async def _still(
+        self, engine: EngineInfo, stored: StoredBoundary, chains: list[list[SegmentRef]]
+    ) -> bool:
+        """Whether these chains are the ones to read for a boundary, as they were before."""
+        try:
+            return await self._chains(engine, stored) == chains
+        except NotFoundError:
+            return False

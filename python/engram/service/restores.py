@@ -64,8 +64,7 @@ class Restorer:
         except EngramError as error:
             context.stats.restore_failures += 1
             if isinstance(error, SnapshotCorruptError):
-                # To who reads its files, a snapshot deleted meanwhile looks damaged.
-                await context.in_catalog(context.catalog.get, row.snapshot_id, row.tenant)
+                await self._check_listed(row)
             raise
         context.stats.restores += 1
         context.conversations.used(row.tenant, row.conversation_id)
@@ -138,17 +137,26 @@ class Restorer:
         """All recorded tokens of a snapshot, and how many of them are its turn's prompt."""
         return await self._reading(self._recorded_of, row)
 
-    async def _reading(self, work: Callable[..., T], *args: Any) -> T:
-        """Read files on a thread; damage that is found there is counted."""
+    async def _reading(self, work: Callable[..., T], row: SnapshotRow, *args: Any) -> T:
+        """Read a snapshot's files on a thread; damage that is found there is counted."""
         try:
-            return await self._context.in_store(work, *args)
+            return await self._context.in_store(work, row, *args)
         except SnapshotCorruptError:
+            await self._check_listed(row)
             self._context.stats.corrupt += 1
             raise
 
     def _recorded_of(self, row: SnapshotRow) -> tuple[TokenArray, int | None]:
         manifest = self._manifest(row)
         return self._tokens(manifest), manifest.prompt_count
+
+    async def _check_listed(self, row: SnapshotRow) -> None:
+        """Raise `NotFoundError` for a snapshot that is being removed, or was: to who reads its
+        files it looks damaged."""
+        context = self._context
+        # Files go before the row does. By the time this can be shared, a removal is over.
+        async with context.guard.shared():
+            await context.in_catalog(context.catalog.get, row.snapshot_id, row.tenant)
 
     def _tokens_of(self, row: SnapshotRow) -> TokenArray:
         return self._tokens(self._manifest(row))

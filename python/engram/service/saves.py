@@ -230,7 +230,8 @@ class TurnSaver:
         # So that `reached` below meets a branch that is known.
         await context.learn(found.tag)
         recomputed = False
-        async with self._standing(found), self._room(found) as again, context.guard.shared():
+        request = None if found.turn is None else found.turn.request
+        async with self._standing(found), self.room(request) as again:
             if found.turn is not None:
                 request = found.turn.request
                 engine, stored, recomputed = await context.with_engine(
@@ -252,30 +253,32 @@ class TurnSaver:
 
     @contextlib.asynccontextmanager
     async def room(
-        self, request: FinishedRequest, boundary: int | None = None
+        self, request: FinishedRequest | None, boundary: int | None = None
     ) -> AsyncIterator[bool]:
-        """Room on the disk for a request's state within; whether it had to be computed again to
-        know how much.
+        """Within, nothing is removed and there is room on the disk for a request's state; whether
+        it had to be computed again to know how much.
 
-        `boundary` is where the state stands, the end of the request unless given.
+        `boundary` is where the state stands, the end of the request unless given.  Without a
+        request nothing is written but a manifest.
         """
-        quota = self._context.quota
-        if quota.limit is None:
-            yield False
+        guard, quota = self._context.guard, self._context.quota
+        if request is None or quota.limit is None:
+            async with guard.shared():
+                yield False
             return
-        needed, again = await self._needed(request, boundary)
+        reserved, recomputed = 0, False
         async with contextlib.AsyncExitStack() as stack:
-            more = needed
-            # What was removed may have shared rows with it, which it then has to write itself.
-            while await stack.enter_async_context(quota.reserved(more)):
-                now, lost = await self._needed(request, boundary)
-                more, needed, again = max(0, now - needed), max(now, needed), again or lost
-            yield again
-
-    def _room(self, found: Found) -> contextlib.AbstractAsyncContextManager[bool]:
-        if found.turn is None:
-            return contextlib.nullcontext(False)
-        return self.room(found.turn.request)
+            while True:
+                async with guard.shared():
+                    # Whatever was removed until now may have shared rows with it.
+                    needed, again = await self._needed(request, boundary)
+                    recomputed = recomputed or again
+                    if needed <= reserved:
+                        yield recomputed
+                        return
+                # Making room is a removal, for which the guard must be free.
+                await stack.enter_async_context(quota.reserved(needed - reserved))
+                reserved = needed
 
     @contextlib.asynccontextmanager
     async def _standing(self, found: Found) -> AsyncIterator[None]:

@@ -96,11 +96,14 @@ def walk_names(root: Path) -> Iterator[tuple[Path, list[str]]]:
 
     Our directories have no dot in their names and our files have one, but for a few at the top: so
     hundreds of thousands of names need no look at what each one is.
+    Raises `StoreError` for a directory that cannot be read: what is in it must not pass for gone.
     """
     try:
         names = os.listdir(root)
     except (FileNotFoundError, NotADirectoryError):
         return
+    except OSError as error:
+        raise store_error("list", root, error) from error
     yield root, names
     for name in names:
         if "." not in name:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import secrets
 import time
 from dataclasses import dataclass
@@ -53,11 +54,12 @@ class Quarantine:
         self._directories = directories
         self._fs = fs
 
-    def take(self, path: Path, reason: str) -> Path | None:
+    def take(self, path: Path, reason: str, found: os.stat_result | None = None) -> Path | None:
         """Move ``path`` here and write ``<name>.reason.json`` beside it; where it is now.
 
         None if it could not be moved (a read-only disk, or another process was faster): the damage
-        itself is what the caller has to report, so that this never raises.
+        itself is what the caller has to report, so that this never raises. None too if it is no
+        longer the file ``found`` damaged: whoever has put another there relies on it.
         """
         target = (
             self._layout.quarantine / f"{time.time_ns():020d}-{secrets.token_hex(4)}-{path.name}"
@@ -72,6 +74,10 @@ class Quarantine:
         try:
             self._directories.ensure(self._layout.quarantine)
             self._fs.rename(path, target)
+            # Looked at afterwards: before, it could still be replaced until it is moved.
+            if found is not None and not os.path.samestat(found, target.stat()):
+                self._fs.rename(target, path)
+                return None
         except (OSError, StoreError):
             logger.warning("Engram: %s is damaged (%s) and cannot be moved aside", path, reason)
             return None

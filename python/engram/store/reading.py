@@ -77,7 +77,7 @@ class ReadOnlyStore(DiskStore):
 
 
 class _NothingIsMoved(Quarantine):
-    def take(self, path: Path, reason: str) -> Path | None:
+    def take(self, path: Path, reason: str, found: os.stat_result | None = None) -> Path | None:
         return None
 
 

@@ -110,10 +110,7 @@ class DiskManifests(ManifestStore):
     def get_manifest(self, snapshot_id: str, tenant: str = "") -> Manifest:
         path = self._layout.manifest(manifest_name(snapshot_id, tenant))
         try:
-            return self._read(path)
-        except ManifestCorruptError as error:
-            moved_to = self._quarantine.take(path, error.message)
-            raise _corrupt(snapshot_id, path, f"damaged: {error.message}", moved_to) from None
+            found = self._read_or_move(path)
         except NotFoundError:
             moved_to = self._quarantine.find(path.name)
             if moved_to is not None:
@@ -122,6 +119,10 @@ class DiskManifests(ManifestStore):
                 f"no snapshot {snapshot_id!r}",
                 details={"snapshot_id": snapshot_id, "file": str(path)},
             ) from None
+        if isinstance(found, DamagedManifest):
+            moved = None if found.quarantined_to is None else Path(found.quarantined_to)
+            raise _corrupt(snapshot_id, path, f"damaged: {found.reason}", moved)
+        return found
 
     def delete_manifest(self, snapshot_id: str, tenant: str = "") -> None:
         with self._writing_manifests():
@@ -138,29 +139,21 @@ class DiskManifests(ManifestStore):
 
     def manifest_entry(self, name: str) -> ManifestEntry | None:
         """One manifest as `list_manifests` has it; None if there is none."""
+        path = self._layout.manifest(name)
         try:
-            return ManifestEntry(name, _stamp(self._layout.manifest(name).stat()))
+            return ManifestEntry(name, _stamp(path.stat()))
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise store_error("look at", path, error) from error
 
     def list_manifests(self) -> list[ManifestEntry]:
-        entries = []
-        for directory, _, _ in os.walk(self._layout.manifests):
-            with os.scandir(directory) as found:
-                for file in found:
-                    if file.name.endswith(".json") and not file.name.startswith("."):
-                        with contextlib.suppress(FileNotFoundError):
-                            entries.append(ManifestEntry(file.name, _stamp(file.stat())))
-        return sorted(entries, key=lambda entry: entry.name)
+        entries = (self.manifest_entry(name) for name in sorted(self.manifest_names()))
+        return [entry for entry in entries if entry is not None]
 
     def load_manifest(self, entry: ManifestEntry) -> Manifest | DamagedManifest:
-        path = self._layout.manifest(entry.name)
         try:
-            return self._read(path)
-        except ManifestCorruptError as error:
-            moved_to = self._quarantine.take(path, error.message)
-            moved = None if moved_to is None else str(moved_to)
-            return DamagedManifest(entry.name, error.message, moved)
+            return self._read_or_move(self._layout.manifest(entry.name))
         except (StoreFormatError, NotFoundError) as error:
             return DamagedManifest(entry.name, error.message, None)
 
@@ -174,6 +167,19 @@ class DiskManifests(ManifestStore):
             if self._lock is None:
                 raise InternalError("manifests are written by the process that holds the lock only")
             yield
+
+    def _read_or_move(self, path: Path) -> Manifest | DamagedManifest:
+        """A manifest; a damaged one is quarantined."""
+        with contextlib.suppress(ManifestCorruptError):
+            return self._read(path)
+        # Once more, while nobody writes: what has been put there since is not to be moved.
+        with self._manifest_lock:
+            try:
+                return self._read(path)
+            except ManifestCorruptError as error:
+                moved_to = self._quarantine.take(path, error.message)
+                moved = None if moved_to is None else str(moved_to)
+                return DamagedManifest(path.name, error.message, moved)
 
     def _read(self, path: Path) -> Manifest:
         data = read_small_file(path, MAX_MANIFEST_BYTES, self._fs)

@@ -34,6 +34,7 @@ from engram.store.durable import (
     store_error,
     sync_directory,
     unlink_durable,
+    walk_names,
     write_durable,
 )
 from engram.store.encryption import (
@@ -157,15 +158,21 @@ class DiskSegments(SegmentStore):
         unlink_durable(self._layout.segment(shard, segment_id), self._fs)
 
     def iter_segments(self) -> Iterator[StoredSegment]:
-        for shard, path in self._layout.shards():
-            for directory, _, names in os.walk(path):
+        try:
+            shards = list(self._layout.shards())
+        except OSError as error:
+            raise store_error("list", self._layout.segments, error) from error
+        for shard, path in shards:
+            for directory, names in walk_names(path):
                 for name in names:
                     segment_id = name.removesuffix(SEGMENT_SUFFIX)
                     if name.endswith(SEGMENT_SUFFIX) and is_digest(segment_id):
                         try:
-                            status = Path(directory, name).stat()
+                            status = os.stat(directory / name)
                         except FileNotFoundError:
                             continue
+                        except OSError as error:
+                            raise store_error("look at", directory / name, error) from error
                         yield StoredSegment(shard, segment_id, status.st_size, status.st_mtime)
 
     def _is_intact(self, header: SegmentHeader, segment_id: str) -> bool:
@@ -234,12 +241,13 @@ class DiskSegments(SegmentStore):
 
     def _quarantine_open(self, fd: int, path: Path, reason: str) -> Path | None:
         """Quarantine what ``fd`` has open, unless another process has replaced it meanwhile."""
+        found = os.fstat(fd)
         try:
-            if not os.path.samestat(os.fstat(fd), path.stat()):
+            if not os.path.samestat(found, path.stat()):
                 return None
         except OSError:
             return None
-        return self._quarantine.take(path, reason)
+        return self._quarantine.take(path, reason, found)
 
 
 def _read_header(read: ReadExactly, size: int, shard: Shard, segment_id: str) -> SegmentHeader:

@@ -50,7 +50,7 @@ class Persister:
             file = None
             # What is to stand on a file that is yet to be written has none itself.
             if stands:
-                file = self._file_of(node, parent) or self._copied_twin_of(node, parent)
+                file = self._file_of(node, parent) or self._shared_with_twin(node, parent)
             if file is not None:
                 parent = file[0]
                 continue
@@ -59,13 +59,19 @@ class Persister:
             nbytes += planned.file_length
         return nbytes
 
-    def _copied_twin_of(self, node: Segment, parent: str | None) -> tuple[str, int] | None:
-        """`_twin_of`, once the segment has been copied; none if it has not been in time."""
+    def _shared_with_twin(self, node: Segment, parent: str | None) -> tuple[str, int] | None:
+        """`_twin_of`, once the segment has been copied; none if it has not been in time.
+
+        From now on it is in that file: the twin may have left RAM when the save's turn comes.
+        """
         try:
             node.filled.result(COPY_WAIT_S)
         except Exception:
             return None  # It is written in full, or its save says what became of it.
-        return self._twin_of(node, parent)
+        file = self._twin_of(node, parent)
+        if file is not None:
+            self._share(node, file, parent)
+        return file
 
     def drop(self, segment_ids: Sequence[str]) -> Future[int]:
         """See `TierManager.drop`."""
@@ -149,8 +155,10 @@ class Persister:
         return None
 
     def _share(self, rows: Segment, file: tuple[str, int], parent: str | None) -> None:
-        """From now on the file of their twin is that of these rows."""
+        """From now on the file of their twin is that of these rows, if they have none there."""
         with self._ram.lock:
+            if rows.durable and rows.file_parent == parent:
+                return
             self._ram.mark_durable(rows, *file, parent)
             self._ram.twins.remove(rows)  # whoever is their twin is the other's too
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -86,6 +88,23 @@ def test_damage_is_found_and_the_next_start_rebuilds(store: DiskStore, sql: str)
         assert {row.snapshot_id for row in catalog.all_snapshots()} == {"s-1", "s-2"}
     with opened(store) as catalog:
         assert catalog.report.rebuilt_because is None
+
+
+def test_damage_that_cannot_be_noted_is_told(
+    store: DiskStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_sql(store, "UPDATE segments SET bytes = bytes + 1 WHERE id = 2")
+
+    def full(self: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "touch", full)
+    with opened(store) as catalog:
+        with pytest.raises(StoreError, match=r"catalog\.sqlite-suspect"):
+            catalog.check()
+        assert catalog.report.suspect
+        assert not catalog.checked
+    assert "the catalog is damaged" in caplog.text
 
 
 def test_a_damaged_row_is_never_shown(store: DiskStore) -> None:

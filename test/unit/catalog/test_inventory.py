@@ -10,10 +10,11 @@ import pytest
 
 from engram.catalog import inventory as inventory_module
 from engram.catalog.catalog import Catalog
+from engram.catalog.inventory import KeptSnapshot
 from engram.retention import Snapshot
 from engram.retention.inventory import snapshots_in, snapshots_of
 from engram.snapshot.listing import ManifestEntry, manifest_name
-from engram.snapshot.manifest import Manifest
+from engram.snapshot.manifest import Manifest, change_manifest
 from engram.store.disk import DiskStore
 from engram.testing.samples import sample_chain, sample_manifest, seeded_random
 
@@ -98,6 +99,29 @@ def test_rows_that_do_not_fit_together_end(catalog: Catalog, rng: Random) -> Non
     found.segments[number] = type(segment)(number, 0, 1, False)
     found.segments[0] = type(segment)(number, 0, 1, False)
     assert len(snapshots_in(found, used_at={}, priorities={})) == len(found.snapshots)
+
+
+def test_a_snapshot_that_is_pinned_while_it_is_read_is_there_once(
+    catalog: Catalog, rng: Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifests = fill(catalog, rng, 4)
+    monkeypatch.setattr(inventory_module, "_PAGE_ROWS", 1)
+    first = next(catalog._kept_snapshots())
+    (manifest,) = [m for m in manifests if m.snapshot_id == first.snapshot_id]
+    read = catalog._kept_snapshots
+
+    def pinned_meanwhile() -> Iterator[KeptSnapshot]:
+        reading = read()
+        yield next(reading)
+        changed = change_manifest(manifest, pinned=not first.pinned)
+        catalog.replace(changed, ManifestEntry(manifest_name(first.snapshot_id, ""), "t"))
+        yield from reading
+
+    monkeypatch.setattr(catalog, "_kept_snapshots", pinned_meanwhile)
+    found = catalog.inventory().snapshots
+    assert sorted(one.snapshot_id for one in found) == sorted(m.snapshot_id for m in manifests)
+    (again,) = [one for one in found if one.snapshot_id == first.snapshot_id]
+    assert again.pinned is not first.pinned
 
 
 def test_use_is_the_newest_that_is_known(catalog: Catalog, rng: Random) -> None:

@@ -67,7 +67,10 @@ def test_what_a_person_reads() -> None:
         (["--model", TINY, "--tp", "5"], "cannot be divided among 5 ranks"),
         (["--model", TINY, "--kv-dtype", "int3"], "one of float32, bfloat16, float16"),
         (["--model", TINY, "--max-warm-memory-gb", "0"], "--max-warm-memory-gb: Input should be"),
+        (["--model", TINY, "--max-warm-memory-gb", "1e305"], "--max-warm-memory-gb: Input"),
+        (["--model", TINY, "--snapshot-disk-quota-gb", "1e305"], "--snapshot-disk-quota-gb: Input"),
         (["--model", TINY, "--tokens", "0"], "--tokens"),
+        (["--model", TINY, "--tokens", "9" * 400], "--tokens"),
     ],
 )
 def test_what_cannot_be_answered_is_said(arguments: list[str], message: str) -> None:

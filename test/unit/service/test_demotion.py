@@ -10,6 +10,7 @@ import pytest
 
 from engram.conversation.turns import Tag
 from engram.errors import NotFoundError, PinBudgetError
+from engram.service.demotion import restore_owner
 from engram.service.ports import ResidentSegment
 from unit.service.engine import Server, on_a_loop
 from unit.service.test_housekeeping import later, saved, start  # noqa: F401
@@ -102,6 +103,22 @@ async def test_by_request(start: Any) -> None:  # noqa: F811
     # The lease of the restore is over.
     assert f"snapshot:/{rows[-1].snapshot_id}" in server.engine.abandoned
     assert await server.service.demote(rows) == 0
+
+
+@on_a_loop
+async def test_by_request_a_restore_under_way_goes_on(start: Any) -> None:  # noqa: F811
+    server = start()
+    await saved(server, "a")
+    row = await server.service.find(tenant="", conversation_id="a")
+    server.engine.promote_gate.shut()
+    restoring = asyncio.ensure_future(server.service.restore(row))
+    await server.engine.promote_gate.reached.wait()
+    await server.service.demote([row])
+    assert server.engine.abandoned == []
+    server.engine.promote_gate.open.set()
+    assert (await restoring).snapshot == row
+    await server.service.demote([row])
+    assert server.engine.abandoned == [restore_owner(row)]
 
 
 @on_a_loop

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -438,6 +439,67 @@ async def test_the_quota_holds_where_room_is_made_of_what_a_save_shares(
     assert base.snapshot_id not in {row.snapshot_id for row in server.catalog.all_snapshots()}
     assert server.catalog.counts().segment_bytes <= server.service.context.quota.limit
     check_store(server)
+
+
+@on_a_loop
+async def test_a_save_has_room_for_what_was_removed_after_it_was_measured(
+    start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client may remove what a save counts on: no policy holds that back."""
+    server = start(snapshot_disk_quota_gb=1.0)
+    tokens = await saved(server, "a")
+    await server.chat("b", 1, tokens)
+    row = await server.service.find(tenant="", conversation_id="a")
+    unlinked, go_on = threading.Event(), threading.Event()
+    remove = server.catalog.remove_snapshots
+
+    def late(names: Any) -> Any:
+        unlinked.set()
+        go_on.wait(60)
+        return remove(names)
+
+    monkeypatch.setattr(server.catalog, "remove_snapshots", late)
+    deleting = asyncio.ensure_future(server.service.delete(row))
+    await asyncio.to_thread(unlinked.wait, 60)
+    server.engine.persist_gate.shut()
+    saving = asyncio.ensure_future(server.service.save(tenant="", conversation_id="b"))
+    await asyncio.wait([saving], timeout=0.1)
+    go_on.set()
+    await deleting
+    await server.engine.persist_gate.reached.wait()
+    reserved = server.service.context.quota._reserved
+    server.engine.persist_gate.open.set()
+    assert (await saving).unique_bytes == reserved
+    check_store(server)
+
+
+@on_a_loop
+async def test_what_is_saved_while_the_bytes_are_counted_is_not_missed(
+    start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start(snapshot_disk_quota_gb=1.0)
+    quota, count = server.service.context.quota, server.catalog.counts
+    await saved(server, "a")
+    await server.chat("b")
+    server.engine.persist_gate.shut()
+    saving = asyncio.ensure_future(server.service.save(tenant="", conversation_id="b"))
+    await server.engine.persist_gate.reached.wait()
+    counted, go_on = threading.Event(), threading.Event()
+
+    def late() -> Any:
+        found = count()
+        counted.set()
+        go_on.wait(60)
+        return found
+
+    monkeypatch.setattr(server.catalog, "counts", late)
+    quota.recount()
+    counting = asyncio.ensure_future(quota.used())
+    await asyncio.to_thread(counted.wait, 60)
+    server.engine.persist_gate.open.set()
+    await saving
+    go_on.set()
+    assert await counting == count().segment_bytes
 
 
 @on_a_loop

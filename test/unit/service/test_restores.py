@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from dataclasses import replace
 from random import Random
 from typing import Any
@@ -377,6 +378,41 @@ async def test_a_snapshot_deleted_while_it_is_restored_is_not_called_damaged(
 
 
 @on_a_loop
+async def test_a_snapshot_that_is_being_removed_is_not_called_damaged(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its manifest is gone before its row is: with a batch on a slow disk, seconds before."""
+    await save_all(server, "c", 1)
+    row = await newest(server)
+    unlinked, read, go_on = (threading.Event() for _ in range(3))
+    remove, get = server.catalog.remove_snapshots, server.store.get_manifest
+
+    def late(names: Any) -> Any:
+        unlinked.set()
+        go_on.wait(60)
+        return remove(names)
+
+    def told(*args: Any) -> Any:
+        read.set()
+        return get(*args)
+
+    monkeypatch.setattr(server.catalog, "remove_snapshots", late)
+    monkeypatch.setattr(server.store, "get_manifest", told)
+    deleting = asyncio.ensure_future(server.service.delete(row))
+    await asyncio.to_thread(unlinked.wait, 60)
+    asked = [server.service.restore(row), server.service.tokens(row)]
+    asking = [asyncio.ensure_future(work) for work in asked]
+    await asyncio.to_thread(read.wait, 60)
+    await asyncio.wait(asking, timeout=0.1)
+    go_on.set()
+    await deleting
+    for work in asking:
+        with pytest.raises(NotFoundError):
+            await work
+    assert server.service.context.stats.corrupt == 0
+
+
+@on_a_loop
 async def test_a_client_that_goes_while_its_prefix_is_read_leaves_no_lease(server: Server) -> None:
     tokens = await save_all(server, "c", 1)
     after = server.restart()
@@ -440,6 +476,33 @@ async def test_an_earlier_state_serves_where_a_later_one_is_damaged(server: Serv
     assert asked == [chain[-1].end for chain in reversed(chains)]
     assert chains[1][-1].segment_id in after.service.context.stats.last_failures[0]
     assert after.engine.abandoned == []
+    after.stop()
+
+
+@on_a_loop
+async def test_a_prefix_removed_while_it_is_read_is_not_called_damaged(server: Server) -> None:
+    """Another conversation has stored the same tokens by itself: its bytes are as good."""
+    tokens = await save_all(server, "first", 1)
+    server.engine.durable.clear()
+    await server.service.gate.admit(RunningRequest("again", to_tokens(tokens[:4]), Tag("second")))
+    server.engine.computed(tokens)
+    server.service.gate.finished("again", tokens[4:])
+    await server.service.save(tenant="", conversation_id="second")
+    after = server.restart()
+    after.engine.promote_gate.shut()
+    request = RunningRequest("next", to_tokens([*tokens, 5]))
+    admitting = asyncio.ensure_future(after.service.gate.admit(request))
+    while not after.engine.promoted:
+        await asyncio.sleep(0)
+    await after.service.delete(await newest(after, "second"))
+    after.engine.promote_gate.open.set()
+    await admitting
+    assert after.service.context.stats.hold_failures == 0
+    kept = after.store.get_manifest((await newest(after, "first")).snapshot_id)
+    assert [p["chains"][0][-1] == kept.segments[0][-1] for p in after.engine.promoted] == [
+        False,
+        True,
+    ]
     after.stop()
 
 

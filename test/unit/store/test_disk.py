@@ -25,7 +25,7 @@ from engram.errors import (
 )
 from engram.snapshot.envelope import seal_record
 from engram.snapshot.listing import DamagedManifest
-from engram.snapshot.manifest import change_manifest, encode_manifest
+from engram.snapshot.manifest import Manifest, change_manifest, encode_manifest
 from engram.snapshot.segment import Shard
 from engram.store import quarantine
 from engram.store.disk import DiskStore
@@ -324,21 +324,31 @@ class TestQuarantine:
             held = [path.name for path in (root / "quarantine").iterdir()]
             assert len(held) == 2, "notes go with their files"
 
+    @pytest.mark.parametrize("late", [False, True])
     def test_a_file_put_back_meanwhile_is_not_moved_away(
-        self, root: Path, segment: SampleSegment
+        self, root: Path, segment: SampleSegment, late: bool
     ) -> None:
         layout = Layout(root)
 
+        def replace(path: Path) -> None:
+            replacement = path.with_name("replacement")
+            replacement.write_bytes(segment.file)
+            replacement.replace(path)
+
         class Healing(FileSystem):
-            """Another process replaces the damaged file while it is open here."""
+            """Another process replaces the damaged file while it is open here, or as it is moved
+            away."""
 
             def open_read(self, path: Path) -> int:
                 fd = super().open_read(path)
-                if path.suffix == ".seg":
-                    replacement = path.with_name("replacement")
-                    replacement.write_bytes(segment.file)
-                    replacement.replace(path)
+                if path.suffix == ".seg" and not late:
+                    replace(path)
                 return fd
+
+            def rename(self, source: Path, target: Path) -> None:
+                if source.suffix == ".seg" and target.parent == layout.quarantine and late:
+                    replace(source)
+                super().rename(source, target)
 
         with DiskStore.open(root) as store:
             put(store, segment)
@@ -347,6 +357,34 @@ class TestQuarantine:
         with pytest.raises(SegmentCorruptError):
             read(DiskStore.open(root, lock=False, fs=Healing()), segment)
         assert read(DiskStore.open(root, lock=False), segment)[1] == segment.payload
+        assert not layout.quarantine.exists() or not list(layout.quarantine.iterdir())
+
+    @pytest.mark.parametrize("listed", [False, True])
+    def test_a_manifest_written_again_meanwhile_is_not_moved_away(
+        self, root: Path, segment: SampleSegment, listed: bool
+    ) -> None:
+        """Whoever is told that a snapshot is damaged may delete it and save the turn again."""
+        manifest = sample_manifest([[segment]])
+        again: list[Manifest] = []
+
+        class Saving(FileSystem):
+            def open_read(self, path: Path) -> int:
+                fd = super().open_read(path)
+                if again:
+                    store.delete_manifest(manifest.snapshot_id)
+                    store.put_manifest(again.pop())
+                return fd
+
+        with DiskStore.open(root, fs=Saving()) as store:
+            entry = store.put_manifest(manifest)
+            path = Layout(root).manifest(entry.name)
+            path.write_bytes(path.read_bytes()[:-1])
+            again.append(manifest)
+            if listed:
+                assert store.load_manifest(entry) == manifest
+            else:
+                assert store.get_manifest(manifest.snapshot_id) == manifest
+            assert path.exists()
 
     def test_a_segment_in_the_directory_of_another_shard(
         self, root: Path, segment: SampleSegment

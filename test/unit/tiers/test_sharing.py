@@ -366,6 +366,15 @@ def test_what_a_save_would_write_is_foreseen(talks: Talks) -> None:
     assert shared > 0
 
 
+def test_what_a_save_would_write_stays_though_its_twin_leaves_ram(talks: Talks) -> None:
+    tokens = talks.tokens(20)
+    refs = talks.save([*tokens, *talks.tokens(5)])
+    boundary = talks.capture([*tokens, *talks.tokens(7)])
+    foreseen = talks.manager.unsaved_bytes(boundary)
+    assert talks.manager.ram.demote(frozenset(ref.segment_id for ref in refs)) > 0
+    assert talks.manager.persist(boundary).result(WAIT_S).written == foreseen
+
+
 def test_what_a_save_would_write_counts_what_stands_on_a_lost_file(talks: Talks) -> None:
     tokens = talks.tokens(20)
     talks.save(tokens)

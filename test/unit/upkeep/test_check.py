@@ -1,5 +1,6 @@
 """Whatever is wrong with a store is found, and told with who suffers; nothing is changed."""
 
+import errno
 import json
 import os
 import shutil
@@ -73,6 +74,31 @@ def path_of(root: Path, snapshot_id: str) -> Path:
 
 def segment_path(root: Path, manifest: Manifest, number: int) -> Path:
     return Layout(root).segment(*segments_of(manifest)[number])
+
+
+@pytest.mark.parametrize("folder", ["manifests", "segments"])
+@pytest.mark.parametrize("command", ["fsck", "gc"])
+def test_a_directory_that_cannot_be_read_does_not_pass_for_an_empty_one(
+    root: Path, monkeypatch: pytest.MonkeyPatch, folder: str, command: str
+) -> None:
+    lost = next((root / folder).rglob("*.*")).parent
+
+    def failing(listing: Any) -> Any:
+        def listed(path: Any = ".") -> Any:
+            if Path(path) == lost:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return listing(path)
+
+        return listed
+
+    before = contents(root)
+    with monkeypatch.context() as patched:
+        for name in ("listdir", "scandir"):
+            patched.setattr(os, name, failing(getattr(os, name)))
+        done = CliRunner().invoke(app, [command, "--dir", str(root)])
+    assert done.exit_code == 2, done.output
+    assert f"cannot list {lost}" in done.output
+    assert {path: data for path, data in contents(root).items() if path in before} == before
 
 
 def test_a_whole_store_is_healthy(root: Path, manifests: list[Manifest]) -> None:

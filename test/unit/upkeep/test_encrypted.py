@@ -212,3 +212,17 @@ def test_a_flipped_bit_anywhere_in_an_encrypted_segment_ends_an_export(
         *("export", "--dir", root, "talk-main-3", "-o", tmp_path / "file", "--key-file", key_file)
     )
     assert again.exit_code == 0, again.output
+
+
+@pytest.mark.parametrize("command", [("gc", "--grace", "0"), ("fsck", "--repair")])
+def test_a_key_that_lies_about_encrypts_no_store_in_the_clear(
+    tmp_path: Path, key_file: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    """It may be meant for another store, and there is no way back."""
+    root = tmp_path / "clear"
+    with DiskStore.open(root) as store:
+        add_conversation(store, seeded_random())
+    monkeypatch.setenv(KEY_VARIABLE, key_file.read_text())
+    result = run(*command, "--dir", root)
+    assert result.exit_code == 0, result.output
+    DiskStore.open(root).close()

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from typer.testing import CliRunner, Result
 
 from engram.catalog.catalog import Catalog
+from engram.cli import transfer
 from engram.cli.main import app
 from engram.core.namespace import Namespace
 from engram.errors import (
@@ -445,6 +446,23 @@ def test_a_damaged_segment_is_not_exported(damage: str, root: Path, tmp_path: Pa
     assert not (tmp_path / "file").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
     assert contents(root) == before
+
+
+def test_a_snapshot_removed_while_it_is_exported_is_not_called_damaged(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(store: DiskStore, manifests: list[Manifest]) -> Export:
+        with DiskStore.open(root) as server:
+            server.delete_manifest(manifests[0].snapshot_id)
+            server.delete_segment(*segments_of(manifests[0])[-1])
+        return plan_export(store, manifests)
+
+    monkeypatch.setattr(transfer, "plan_export", late)
+    arguments = ["--dir", root, "--conversation", "talk", "-o", tmp_path / "archive"]
+    result = CliRunner().invoke(app, ["export", *map(str, arguments)])
+    assert result.exit_code == 2
+    assert "was removed while it was exported" in result.output
+    assert not (tmp_path / "archive").exists()
 
 
 def test_a_file_that_is_there_is_not_overwritten(root: Path, file: Path) -> None:

@@ -214,8 +214,8 @@ def test_runs_are_interrupted_before_the_server_ends(tmp_path: Path) -> None:
             assert manager.ended
             path = f"/v1/agent/runs/{run['run_id']}"
             assert (await client.get(path)).json()["status"] == "interrupted"
-            refusal = await client.post("/v1/agent/runs", json=body)
-            assert (refusal.status_code, refusal(refusal)["error"]) == (503, "agents_busy")
+            refused = await client.post("/v1/agent/runs", json=body)
+            assert (refused.status_code, refusal(refused)["error"]) == (503, "agents_busy")
 
     asyncio.run(work())
     server.stop()

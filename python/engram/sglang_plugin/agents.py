@@ -23,6 +23,7 @@ from engram.errors import (
     GenerationAbortedError,
     InvalidRequestError,
     UnsupportedError,
+    error_from_dict,
 )
 from engram.server.agent import agent_router
 from engram.server.agent_socket import AgentSocket
@@ -269,6 +270,9 @@ def _json(response: httpx.Response) -> Any:
 
 
 def _refusal(status: int, body: Any) -> Exception:
+    """What a request was refused with: by Engram in its own words, else by SGLang."""
+    if isinstance(body, dict) and body.get("success") is False:
+        return error_from_dict(body)
     inner = body.get("error") if isinstance(body, dict) else None
     told = inner if isinstance(inner, dict) else body
     message = told.get("message") if isinstance(told, dict) else None

@@ -9,10 +9,12 @@ from typing import Any, TypeVar
 
 import pytest
 
+from engram.agents import runs
 from engram.agents.host import AgentHost
 from engram.agents.requests import ExploreRequest, RunRequest
 from engram.conversation.turns import Tag
 from engram.errors import (
+    AgentsBusyError,
     InvalidRequestError,
     NotFoundError,
     RunConflictError,
@@ -169,6 +171,22 @@ def test_what_cannot_be_explored(tmp_path: Path) -> None:
         )
         with pytest.raises(InvalidRequestError, match="conversation_id"):
             await host.runs.create("", request)
+
+    using(tmp_path, work)
+
+
+def test_what_cannot_begin_as_a_whole_does_not_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work(server: Server, host: AgentHost, chat: ScriptedChat) -> None:
+        await server.chat("c")
+        monkeypatch.setattr(runs, "MAX_ACTIVE_RUNS", 2)
+        with pytest.raises(AgentsBusyError):
+            await host.explorations.create("", asking("a", "b", "c"))
+        assert host.runs.active == 0
+        assert await host.runs.newest("", 10) == []
+        assert await branches_of(server) == {"main": [1]}
+        assert (await explored(host, asking("a", "b")))["status"] == "over"
 
     using(tmp_path, work)
 

@@ -296,6 +296,16 @@ def test_a_deleted_conversation_is_forgotten_for_its_tenant_alone(
     assert tracker.newest(Tag("c", tenant="t")) == 1
 
 
+def test_a_branch_is_forgotten_alone(tracker: ConversationTracker) -> None:
+    for number, tag in enumerate((Tag("c"), Tag("c", "b"), Tag("c", "b", "t"))):
+        serve(tracker, f"r{number}", tag)
+    tracker.forget_branch(Tag("c", "b"))
+    tracker.forget_branch(Tag("c", "unknown"))
+    known = [tracker.turn_of(f"r{number}") is not None for number in range(3)]
+    assert known == [True, False, True]
+    assert tracker.newest(Tag("c", "b")) == 0
+
+
 def test_turns_of_a_branch_that_is_not_known_wait_for_their_numbers(
     clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

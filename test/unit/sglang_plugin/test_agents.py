@@ -25,7 +25,14 @@ from mcp import Client, StdioServerParameters
 from mcp.client.streamable_http import streamable_http_client
 from sglang.srt.utils.auth import add_api_key_middleware
 
-from engram.errors import GenerationAbortedError, InvalidRequestError, UnsupportedError
+from engram.conversation.turns import Tag
+from engram.errors import (
+    ConversationBusyError,
+    GenerationAbortedError,
+    InvalidRequestError,
+    UnsupportedError,
+)
+from engram.server.tagging import CURRENT_TAG, OWN_TAG, TaggingMiddleware
 from engram.sglang_plugin.agents import SglangChat, mount_agents
 from engram.testing.tiny_tokenizer import build_tokenizer
 from refusals import refusal
@@ -44,12 +51,20 @@ class Manager:
     gracefully_exit: bool = False
     served_model_name: str = "tiny"
     ended: bool = False
+    sent: list[Any] = field(default_factory=list)
+    handled: list[Any] = field(default_factory=list)
 
     async def sigterm_watchdog(self) -> None:
         self.ended = True
 
     def abort_request(self, rid: str) -> None:
         self.aborted.append(rid)
+
+    async def _send_one_request(self, tokenized: Any) -> None:
+        self.sent.append(tokenized)
+
+    async def _handle_batch_output(self, received: Any) -> None:
+        self.handled.append(received)
 
 
 def args(**more: Any) -> Any:
@@ -72,6 +87,15 @@ def chat_app(manager: Manager) -> FastAPI:
             return JSONResponse({"error": {"message": "broken"}}, status_code=500)
         if said == "wait":
             await asyncio.sleep(600)
+        if said == "busy":
+            told = ConversationBusyError("later", hint="wait", details={"branch_name": "b"})
+            return JSONResponse(told.to_dict() | {"success": False}, status_code=409)
+        await manager._send_one_request(SimpleNamespace(rid=body["rid"], stream=False))
+        for part in ("one ", "", "two"):
+            texts = ["not mine", part]
+            batch = SimpleNamespace(rids=["other", body["rid"]], output_strs=texts)
+            await manager._handle_batch_output(batch)
+        await manager._handle_batch_output(SimpleNamespace(rids=[body["rid"]]))
         message = {"role": "assistant", "content": body["model"], "reasoning_content": None}
         return JSONResponse(
             {
@@ -243,8 +267,50 @@ def test_replies_and_refusals_of_the_route() -> None:
         asyncio.run(engine(Manager()).complete(ask("bad")))
     with pytest.raises(GenerationAbortedError, match="broken"):
         asyncio.run(engine(Manager()).complete(ask("broken")))
+    with pytest.raises(ConversationBusyError, match="later") as busy:
+        asyncio.run(engine(Manager()).complete(ask("busy")))
+    assert (busy.value.hint, busy.value.details) == ("wait", {"branch_name": "b"})
     with pytest.raises(InvalidRequestError, match="JSON"):
         asyncio.run(engine(Manager()).complete(ask("x") | {"temperature": float("nan")}))
+
+
+def test_a_reply_is_told_while_it_is_written() -> None:
+    manager = Manager()
+    chat = engine(manager)
+    heard: list[str] = []
+    asyncio.run(chat.complete(ask("hello"), None, heard.append))
+    assert heard == ["one ", "two"]
+    assert len(manager.handled) == 4
+
+    def broken(text: str) -> None:
+        heard.append(text)
+        raise RuntimeError("no bread")
+
+    # What goes wrong there costs what is seen, not the reply.
+    asyncio.run(chat.complete(ask("hello"), None, broken))
+    assert heard == ["one ", "two", "one "]
+    asyncio.run(chat.complete(ask("hello")))
+    assert [one.stream for one in manager.sent] == [True, True, False]
+    assert chat._watched == {}
+
+
+def test_the_turn_of_a_reply_is_not_the_bodys_to_say() -> None:
+    seen: list[Tag | None] = []
+    manager = Manager()
+    app = chat_app(manager)
+
+    async def watched(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(CURRENT_TAG.get())
+        await app(scope, receive, send)
+
+    chat = SglangChat(TaggingMiddleware(watched), manager, SimpleNamespace(), args())
+    turn = Tag("c", "b", after_turn=4)
+    body = {**ask("hello"), "conversation_id": "c", "branch_name": "other"}
+    asyncio.run(chat.complete(body, turn))
+    asyncio.run(chat.complete(body))
+    asyncio.run(chat.complete(ask("hello"), turn))
+    assert seen == [turn, Tag("c"), None]
+    assert OWN_TAG.get() is None
 
 
 def test_a_reply_nobody_waits_for_is_aborted() -> None:

@@ -88,6 +88,11 @@ BAD_OF_AGENTS: dict[str, tuple[dict[str, Any], str]] = {
     "GET runs/{run_id}/stream": ({"params": {"after": "x"}}, "invalid_request"),
     "POST runs/{run_id}/cancel": (NOTHING, "not_found"),
     "POST runs/{run_id}/resume": ({"json": {}}, "not_found"),
+    "DELETE runs/{run_id}": (NOTHING, "not_found"),
+    "POST explorations": (SURPRISE, "invalid_request"),
+    "GET explorations/{exploration_id}": (NOTHING, "not_found"),
+    "POST explorations/{exploration_id}/keep": (SURPRISE, "invalid_request"),
+    "DELETE explorations/{exploration_id}": (NOTHING, "not_found"),
 }
 
 
@@ -110,7 +115,8 @@ def routes_of(app: FastAPI) -> set[str]:
 
 async def ask(app: FastAPI, route: str, given: dict[str, Any], code: str) -> None:
     method, path = route.split()
-    names = dict.fromkeys(("snapshot_id", "conversation_id", "name", "rid", "run_id"), "none")
+    fields = ("snapshot_id", "conversation_id", "name", "rid", "run_id", "exploration_id")
+    names = dict.fromkeys(fields, "none")
     async with client_of(app) as client:
         response = await client.request(method, path.format(**names), **given)
     assert refusal(response)["error"] == code, route

@@ -233,7 +233,7 @@ def test_the_radix_cache_cannot_be_switched_off(
 REFUSALS = [
     ("--tokenizer-worker-num", "2"),
     ("--pp-size", "2"),
-    ("--dp-size", "2"),
+    ("--enable-dp-attention",),
     ("--attn-dp-size", "2"),
     ("--attn-cp-size", "2"),
     ("--dcp-size", "2"),
@@ -247,7 +247,6 @@ REFUSALS = [
     ("--radix-cache-backend", "another"),
     ("--enable-unified-cache-external-linker",),
     ("--enable-lora",),
-    ("--lora-paths", "adapter"),
     ("--enable-linear-replayssm",),
     ("--enable-session-radix-cache",),
     ("--grpc-mode",),
@@ -274,7 +273,7 @@ def test_what_persistence_cannot_work_with_is_refused_by_name(
 
 
 def test_every_refusal_is_tested() -> None:
-    fields = {field for field, *_ in args_module.REFUSED} | {"strip_thinking_cache"}
+    fields = {field for field, *_ in args_module.REFUSED} | {"strip_thinking_cache", "enable_lora"}
     assert {options[0][2:].replace("-", "_") for options in REFUSALS} == fields
 
 

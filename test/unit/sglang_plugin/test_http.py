@@ -34,10 +34,12 @@ from engram.sglang_plugin.http import (
     _watch_requests,
     _watch_weights,
 )
+from engram.sglang_plugin.replicas import Replicas
 from engram.testing.samples import seeded_random
 from unit.service.engine import Server, on_a_loop
 
 OUTPUT = [7, 8, 9]
+ADAPTER = "adapter"
 
 
 class Manager:
@@ -47,6 +49,8 @@ class Manager:
         self.rid_to_state: dict[str, Any] = {}
         self.ended: dict[str, asyncio.Event] = {}
         self.dispatched: list[Any] = []
+        adapter = SimpleNamespace(lora_id=ADAPTER)
+        self.server_args = SimpleNamespace(enable_lora=True, lora_paths=[adapter])
 
     async def generate_request(self, request: Any, *_: Any) -> AsyncIterator[dict[str, Any]]:
         if request.rid in self.rid_to_state:
@@ -105,7 +109,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 @pytest.fixture
 def manager(server: Server) -> Manager:
     manager = Manager()
-    _watch_requests(manager, server.service)
+    _watch_requests(manager, server.service, Replicas(1))
     return manager
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +23,7 @@ from e2e.exactness import (
     exactness_world,
 )
 from e2e.helpers import Reply, assert_close
+from e2e.matrix import Recorder
 from e2e.reference import assert_as_expected
 from e2e.talks import KeyedTalk
 from e2e.worlds import TURNS, Stage, World, next_turn_is_exact
@@ -29,8 +31,10 @@ from engram.sglang_plugin.adapters import content_id
 
 
 @pytest.fixture
-def world(stage: Stage, variant: Variant) -> World:
-    return stage.world(variant.name, partial(exactness_world, variant=variant))
+def world(stage: Stage, variant: Variant, recorder: Recorder) -> World:
+    world = stage.world(variant.name, partial(exactness_world, variant=variant))
+    recorder.saw(variant.name, Path(world.server.model), world.store)
+    return world
 
 
 def each(variants: Sequence[Variant] = VARIANTS) -> pytest.MarkDecorator:

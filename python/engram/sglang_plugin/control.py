@@ -318,6 +318,7 @@ class RankControl:
     def _stats(self, request: StatsRequest) -> Result:
         ram = self._tiers.ram
         return {
+            "replica": self._replica,
             "ram_bytes": ram.used,
             "ram_capacity": ram.capacity,
             "ram_held_bytes": ram.held,

@@ -219,7 +219,15 @@ class SglangRanks:
             cache_salt=request.cache_salt,
             owner=owner,
         )
-        return all(answer["resident"] for answer in answers)
+        resident = all(answer["resident"] for answer in answers)
+        if resident:
+            # Where the conversation was served before, it is not wanted any longer.
+            for other in range(self.replicas.count):
+                if other != replica:
+                    await self._client.ask(
+                        UnpinRequest, timeout=ANSWER_TIMEOUT_S, replica=other, owner=owner
+                    )
+        return resident
 
     async def unpin(self, owner: str) -> bool:
         """Let go of what `owner` has pinned."""

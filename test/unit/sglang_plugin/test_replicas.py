@@ -110,3 +110,20 @@ async def test_a_turn_is_saved_where_it_is_and_restored_anywhere(
     there = [one.segment_id for one in residents[0]]
     # Rows and state, in both by now.
     assert sorted(there) == sorted([ref.segment_id for ref in stored.chains[0]] * 2)
+
+
+@on_a_loop
+async def test_a_pin_follows_its_conversation(new_rank: NewRank, rng: Any) -> None:
+    first, second = new_rank(), new_rank()
+    wire, replicas = Replicated(first, second), Replicas(2)
+    ranks = SglangRanks(wire.client, replicas)
+    namespace = (await ranks.describe()).namespace.id
+    tokens = random_tokens(rng, 60)
+    for replica, rank in enumerate((first, second)):
+        request = finished(tokens, f"rid-{replica}")
+        rank.serve(tokens, rid=request.rid)
+        replicas.served(request.rid, replica)
+        assert await ranks.pin(namespace, request, len(tokens) - 1, "owner")
+        pinned = [answer["vram"]["pinned"] for answer in await ranks.stats()]
+        assert [list(one) for one in pinned] == [["owner"] * (n == replica) for n in range(2)]
+    assert await ranks.unpin("owner")

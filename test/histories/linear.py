@@ -28,10 +28,10 @@ SAVED = 0.15
 UNTIL_AGAIN = 3
 """Requests of others between a reply that is broken off and the same request again, at most."""
 
-OPENINGS = range(len(SPECIALS), len(SPECIALS) + len(CHARACTERS) + len(BYTES))
+OPENINGS = range(len(SPECIALS) + len(CHARACTERS), len(SPECIALS) + len(CHARACTERS) + len(BYTES))
+"""First tokens of histories without a key: no other conversation of the tests begins with one."""
 PLAIN = len(OPENINGS) // 2
-"""Histories without a key of their own in one block: those of two are on a server at a time, and
-no two may begin with the same token."""
+"""How many of those a block has: those of two blocks are on a server at a time."""
 
 
 @dataclass(frozen=True)

@@ -217,8 +217,9 @@ def _prepare_cpu(args: argparse.Namespace) -> None:
     if args.mamba_radix_cache_strategy == "no_buffer" and not args.disable_overlap_schedule:
         args.disable_overlap_schedule = True
         chosen["overlap scheduling"] = "off"
-    if args.tp_size > 1 and CORES_OF_RANKS not in os.environ:
-        os.environ[CORES_OF_RANKS] = _share_cores(args.tp_size)
+    processes = args.tp_size * args.dp_size
+    if processes > 1 and CORES_OF_RANKS not in os.environ:
+        os.environ[CORES_OF_RANKS] = _share_cores(processes)
         chosen["cores of each rank"] = os.environ[CORES_OF_RANKS]
     # A scheduler that polls takes a whole core, which is what computes here.
     args.sleep_on_idle = True

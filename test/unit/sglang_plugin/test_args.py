@@ -456,6 +456,12 @@ def test_ranks_on_a_cpu_share_its_cores(
     assert args_module.CORES_OF_RANKS not in os.environ
     apply_flags(parse(parser, "--tp-size", str(ranks)))
     assert os.environ[args_module.CORES_OF_RANKS] == shares
+    monkeypatch.delenv(args_module.CORES_OF_RANKS)
+    apply_flags(parse(parser, "--dp-size", str(ranks)))  # replicas are processes as well
+    assert os.environ[args_module.CORES_OF_RANKS] == shares
+    monkeypatch.delenv(args_module.CORES_OF_RANKS)
+    apply_flags(parse(parser, "--dp-size", "2", "--tp-size", str(ranks)))
+    assert len(os.environ[args_module.CORES_OF_RANKS].split("|")) == 2 * ranks
 
 
 def test_agents_are_refused_with_encryption_and_need_persistence(

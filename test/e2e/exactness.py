@@ -227,13 +227,12 @@ def write_adapters(folder: Path, model: Path, seeds: Mapping[str, int]) -> None:
 
 
 def _adapted(client: Client, numbers: random.Random) -> dict[str, Case]:
-    """The same messages under each adapter."""
-    messages = [random_ids(numbers, length) for length in LENGTHS]
+    """A conversation under each adapter."""
     cases = {}
     for name in ADAPTERS:
         talk = KeyedTalk(lora_path=name)
-        for message in messages:
-            talk.say(client, message, name)
+        for length in LENGTHS:
+            talk.say(client, random_ids(numbers, length), name)
         cases[name] = save_and_peek(client, numbers, name, talk)
     return cases
 

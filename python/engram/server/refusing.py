@@ -21,6 +21,8 @@ REFUSED_ROUTES: Final = {
     "tells when they are right again",
     "/load_lora_adapter": LORA,
     "/load_lora_adapter_from_tensors": LORA,
+    "/unload_lora_adapter": "a request for the adapter would have SGLang read its files again, "
+    "under the id of what they held at launch",
 }
 """Route -> why it is refused."""
 

@@ -57,8 +57,9 @@ def seed_of(extra_key: str | None, lora_id: str | None, served: Iterable[str]) -
     return extra_key
 
 
-def served_by(server_args: Any) -> tuple[str, ...]:
-    """The ids of the adapters of a server."""
-    if not server_args.enable_lora:
-        return ()
-    return tuple(adapter.lora_id for adapter in server_args.lora_paths)
+def served_by(tokenizer_manager: Any) -> tuple[str, ...]:
+    """The ids of the adapters of a server, which are those it was launched with.
+
+    Not from the arguments: SGLang keeps what it makes of `--lora-paths` apart from them.
+    """
+    return tuple(adapter.lora_id for adapter in tokenizer_manager.lora_ref_cache.values())

@@ -279,6 +279,8 @@ REFUSED: Final = (
         "another external linker",
         "drop --enable-unified-cache-external-linker",
     ),
+    # An adapter that had to make room is read again later, under the id of its files at launch.
+    ("max_loaded_loras", None, "--max-loaded-loras", "drop it: all adapters stay loaded"),
     ("enable_linear_replayssm", False, "ReplaySSM", "drop --enable-linear-replayssm"),
     (
         "enable_session_radix_cache",

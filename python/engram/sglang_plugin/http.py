@@ -248,7 +248,7 @@ def _watch_requests(manager: Any, service: SnapshotService, replicas: Replicas) 
     """Wrap the three places of the tokenizer manager that every request passes."""
     send_one, send_batch = manager._send_one_request, manager._send_batch_request
     handle_batch, generate = manager._handle_batch_output, manager.generate_request
-    gate, adapters = service.gate, served_by(manager.server_args)
+    gate, adapters = service.gate, served_by(manager)
 
     async def send_one_request(tokenized: Any) -> None:
         await _admit(service, tokenized, adapters, replicas)

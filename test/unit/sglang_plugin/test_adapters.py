@@ -113,8 +113,8 @@ def test_no_extra_key_may_read_as_an_adapter(extra_key: str) -> None:
     assert seed_of(extra_key, None, []) == extra_key
 
 
-def test_the_adapters_served_are_those_of_the_arguments() -> None:
+def test_the_adapters_served_are_those_that_sglang_has() -> None:
     refs = [LoRARef(lora_id=FIRST, lora_name="one"), LoRARef(lora_id=SECOND, lora_name="two")]
-    assert served_by(SimpleNamespace(enable_lora=True, lora_paths=refs)) == (FIRST, SECOND)
-    # SGLang ignores them then.
-    assert served_by(SimpleNamespace(enable_lora=False, lora_paths=["one"])) == ()
+    manager = SimpleNamespace(lora_ref_cache={ref.lora_name: ref for ref in refs})
+    assert served_by(manager) == (FIRST, SECOND)
+    assert served_by(SimpleNamespace(lora_ref_cache={})) == ()

@@ -247,6 +247,7 @@ REFUSALS = [
     ("--radix-cache-backend", "another"),
     ("--enable-unified-cache-external-linker",),
     ("--enable-lora",),
+    ("--max-loaded-loras", "4"),
     ("--enable-linear-replayssm",),
     ("--enable-session-radix-cache",),
     ("--grpc-mode",),

@@ -49,8 +49,7 @@ class Manager:
         self.rid_to_state: dict[str, Any] = {}
         self.ended: dict[str, asyncio.Event] = {}
         self.dispatched: list[Any] = []
-        adapter = SimpleNamespace(lora_id=ADAPTER)
-        self.server_args = SimpleNamespace(enable_lora=True, lora_paths=[adapter])
+        self.lora_ref_cache = {"one": SimpleNamespace(lora_id=ADAPTER)}
 
     async def generate_request(self, request: Any, *_: Any) -> AsyncIterator[dict[str, Any]]:
         if request.rid in self.rid_to_state:
@@ -83,6 +82,7 @@ class Manager:
 
 def tokenized(request: Any) -> TokenizedGenerateReqInput:
     return TokenizedGenerateReqInput(
+        extra_key=getattr(request, "extra_key", None),
         rid=request.rid,
         input_text=None,
         input_ids=request.input_ids,
@@ -165,6 +165,16 @@ async def test_a_request_whose_client_has_gone_is_forgotten(
     with pytest.raises(asyncio.CancelledError):
         await task
     assert not tracker._running
+
+
+@on_a_loop
+async def test_an_extra_key_that_reads_as_an_adapter_is_a_bad_request(manager: Manager) -> None:
+    request = SimpleNamespace(
+        rid="r", input_ids=[1, 2], session_params=None, extra_key=f"mine{ADAPTER}"
+    )
+    with pytest.raises(ValueError, match="LoRA adapter"):
+        await manager._send_one_request(tokenized(request))
+    assert not manager.dispatched
 
 
 @on_a_loop

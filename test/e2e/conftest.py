@@ -8,13 +8,14 @@ same world, or one that another has left behind, are in the same part.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 
 from e2e.agents_world import agents_world
 from e2e.battered_world import battered_world
+from e2e.matrix import Recorder
 from e2e.pressured_world import alone_world, pressured_world
 from e2e.slow_world import SlowWorld, slow_world
 from e2e.small_world import small_world
@@ -36,12 +37,19 @@ SECONDS = {
 }
 """About how long those take that take longer than the others."""
 USUAL_S = 50
+RECORDER = Recorder()
+"""Of the tests of families, where results are to be recorded."""
 TIMEOUT_S = 1200
 """For one test, the starts of its servers included; a busy machine takes minutes for those."""
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
+    for item in items:
+        if (variant := _variant_of(item)) is not None:
+            # Before any is deselected: what was run in part is not recorded.
+            RECORDER.expect(variant)
     places = [index for index, item in enumerate(items) if item.path.parent == here]
     mine = [items[index] for index in places]
     for item in mine:
@@ -56,10 +64,34 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in set(others)]
 
 
+def _variant_of(item: pytest.Item) -> str | None:
+    if "variant" in getattr(item, "fixturenames", ()) and isinstance(item, pytest.Function):
+        name: str = item.callspec.params["variant"].name
+        return name
+    return None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    variant = _variant_of(item)
+    if variant is not None and (report.when == "call" or not report.passed):
+        assert isinstance(item, pytest.Function)
+        RECORDER.found(variant, item.function.__name__, report.passed)
+    return report
+
+
+def pytest_sessionfinish() -> None:
+    if RECORDER.on:
+        RECORDER.write()
+
+
 def _world_of(item: pytest.Item) -> tuple[int, str]:
     names = getattr(item, "fixturenames", ())
-    if "variant" in names and isinstance(item, pytest.Function):
-        return len(WORLDS) + 1, item.callspec.params["variant"].name
+    if (variant := _variant_of(item)) is not None:
+        return len(WORLDS) + 1, variant
     return next((n for n, world in enumerate(WORLDS, 1) if world in names), 0), ""
 
 
@@ -90,6 +122,11 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     stage = Stage(tmp_path_factory.mktemp("e2e"))
     yield stage
     stage.clear()
+
+
+@pytest.fixture(scope="session")
+def recorder() -> Recorder:
+    return RECORDER
 
 
 @pytest.fixture

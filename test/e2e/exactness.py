@@ -7,14 +7,15 @@ or strategy, add a variant to `VARIANTS`: the tests of `test_families.py` run ov
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from e2e.helpers import Client, Reply, random_ids
 from e2e.reference import ALL_LOG_PROBABILITIES, CHUNK, ask_for, expect, prompts_of
-from e2e.talks import ChatTalk, GenerateTalk, Talk
+from e2e.talks import ChatTalk, GenerateTalk, KeyedTalk, Talk
 from e2e.worlds import (
     FLOAT32,
     LENGTHS,
@@ -29,7 +30,9 @@ from e2e.worlds import (
 )
 from engram.testing.samples import seeded_random
 from engram.testing.tamper import add_to_value, rewrite_segment
+from engram.testing.tiny_adapter import write_tiny_adapter
 from engram.testing.tiny_model import FAMILIES, KEPT
+from histories import linear
 
 PROMPT = 150
 INTERVAL = 64
@@ -51,12 +54,15 @@ class Variant:
     """Tokens a page under `extra_buffer` with overlap scheduling; None for `no_buffer`."""
     interval: int = 0
     """Tokens between the states kept inside prompts and replies; 0 for the usual ones."""
+    adapters: bool = False
+    """Whether LoRA adapters are served too."""
 
     @property
     def name(self) -> str:
         strategy = "" if self.page is None else f"-extra-buffer-{self.page}"
         ranks = f"-tp{self.ranks}" if self.ranks > 1 else ""
-        return f"{self.family}-{self.dtype}{strategy}{ranks}"
+        adapters = "-lora" if self.adapters else ""
+        return f"{self.family}-{self.dtype}{strategy}{ranks}{adapters}"
 
     @property
     def exact(self) -> bool:
@@ -148,7 +154,8 @@ VARIANTS = (
     Variant("nemotron-h-latent", "bfloat16"),
     Variant("kimi-linear", "float32", quick=True),
     Variant("kimi-linear", "bfloat16"),
-    Variant("llama", "float32", quick=True),
+    Variant("llama", "float32"),
+    Variant("llama", "float32", quick=True, adapters=True),
     Variant("llama", "bfloat16"),
     Variant("qwen3", "float32"),
     Variant("qwen3", "bfloat16"),
@@ -159,6 +166,12 @@ other way round. The other worlds are of the dense Granite, whose pools the othe
 STATE = frozenset({"conv0", "ssm"})
 """The parts of a buffer's name that are of a state, not of rows."""
 
+LORA = ("--lora-backend", "torch_native", "--max-loras-per-batch", "4")
+ADAPTERS = ("kept", "exchanged")
+EXCHANGED = "exchanged"
+"""The adapter that has other weights after the restart."""
+HISTORIES = 5
+"""Of `scripts/test --histories`: 20 over the worlds that every test run makes."""
 RESTORED = ("generate", "chat")
 INTERLEAVED = ("interleaved-0", "interleaved-1", "interleaved-2")
 UNTAGGED = ("untagged", "chat-untagged", "unaltered", *INTERLEAVED)
@@ -171,9 +184,11 @@ def exactness_world(stage: Stage, folder: Path, variant: Variant) -> World:
     numbers = seeded_random()
     store = folder / "store" / "snapshots"
     model = stage.model(SEED, variant.family, variant.dtype)
-    world = start(
-        stage.server(folder, variant.flags, model=model, store=store, env=variant.env), store
-    )
+    adapters = [f"{name}={folder / name}" for name in ADAPTERS]
+    flags = [*variant.flags, *([*LORA, "--lora-paths", *adapters] if variant.adapters else [])]
+    if variant.adapters:
+        write_adapters(folder, model, {name: seed for seed, name in enumerate(ADAPTERS)})
+    world = start(stage.server(folder, flags, model=model, store=store, env=variant.env), store)
     client = world.client
     if variant.exact:
         world.facts["expected"] = expect(model, prompts_of(SEED))
@@ -184,17 +199,42 @@ def exactness_world(stage: Stage, folder: Path, variant: Variant) -> World:
             talk.say(client, talk.draw(client, numbers, length), name)
         world.cases[name] = save_and_peek(client, numbers, name, talk)
     world.cases |= interleaved(client, numbers, INTERLEAVED)
+    if variant.adapters:
+        world.cases |= _adapted(client, numbers)
     world.facts["again"] = _again(client, numbers)
     if variant.interval:
         world.facts["parted"] = _parted(client, numbers)
     world.cases["evicted"] = _evicted(world, numbers)
     world.cases["branch"] = _branch(client, numbers)
+    counts: Counter[str] = Counter()
+    block = replace(linear.draw_block(numbers, 0, HISTORIES), killed=True)
+    play = world.facts["histories"] = linear.Play(block, variant.boundary, counts)
+    play.start(client)
     world.server.kill()
     for name, buffer in {**variant.altered, "unaltered": ""}.items():
         edit = add_to_value(buffer, 8.0) if buffer else lambda header, payload: None
         rewrite_segment(store, world.cases[name].saved["snapshot_id"], edit, buffer or None)
+    if variant.adapters:
+        write_adapters(folder, model, {EXCHANGED: len(ADAPTERS)})
     world.server.start()
+    play.finish(client)
     return world
+
+
+def write_adapters(folder: Path, model: Path, seeds: Mapping[str, int]) -> None:
+    for name, seed in seeds.items():
+        write_tiny_adapter(folder / name, model, seed)
+
+
+def _adapted(client: Client, numbers: random.Random) -> dict[str, Case]:
+    """A conversation under each adapter."""
+    cases = {}
+    for name in ADAPTERS:
+        talk = KeyedTalk(lora_path=name)
+        for length in LENGTHS:
+            talk.say(client, random_ids(numbers, length), name)
+        cases[name] = save_and_peek(client, numbers, name, talk)
+    return cases
 
 
 def _compared(client: Client) -> tuple[list[Any], list[Any]]:

@@ -75,6 +75,23 @@ class GenerateTalk(Talk):
         self.history += [*message, *reply.tokens]
 
 
+class KeyedTalk(GenerateTalk):
+    """`/generate` with fields that keep its states apart from others: a salt, an adapter."""
+
+    def __init__(self, **fields: Any) -> None:
+        super().__init__()
+        self.fields = fields
+
+    def ask(self, client: Client, message: Any, conversation: str | None) -> Reply:
+        return client.generate([*self.history, *message], NEW_TOKENS, conversation, **self.fields)
+
+    def under(self, **fields: Any) -> KeyedTalk:
+        """The same history under other fields."""
+        other = KeyedTalk(**fields)
+        other.history = list(self.history)
+        return other
+
+
 class ChatTalk(Talk):
     """OpenAI chat through the `openai` package, the conversation's id in the body."""
 

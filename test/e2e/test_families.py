@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import pytest
 
 from e2e.exactness import (
+    ADAPTERS,
+    HISTORIES,
     PROMPT,
     RESTORED,
     SHORT,
@@ -20,13 +23,18 @@ from e2e.exactness import (
     exactness_world,
 )
 from e2e.helpers import Reply, assert_close
+from e2e.matrix import Recorder
 from e2e.reference import assert_as_expected
+from e2e.talks import KeyedTalk
 from e2e.worlds import TURNS, Stage, World, next_turn_is_exact
+from engram.sglang_plugin.adapters import content_id
 
 
 @pytest.fixture
-def world(stage: Stage, variant: Variant) -> World:
-    return stage.world(variant.name, partial(exactness_world, variant=variant))
+def world(stage: Stage, variant: Variant, recorder: Recorder) -> World:
+    world = stage.world(variant.name, partial(exactness_world, variant=variant))
+    recorder.saw(variant.name, Path(world.server.model), world.store)
+    return world
 
 
 def each(variants: Sequence[Variant] = VARIANTS) -> pytest.MarkDecorator:
@@ -137,6 +145,73 @@ def _restored_branch(world: World) -> Reply:
     reply = case.talk.peek(world.client, case.message)
     assert reply.cached == case.saved["token_count"]
     return reply
+
+
+@each()
+def test_random_histories_are_exact(world: World) -> None:
+    """Interleaved, broken off, under keys of their own, the server killed in the middle."""
+    play = world.facts["histories"]
+    play.check()
+    assert play.counts["histories"] == HISTORIES
+    assert play.counts["killed"] == 1
+
+
+ADAPTED = [variant for variant in VARIANTS if variant.adapters]
+
+
+@each(ADAPTED)
+def test_a_state_is_used_with_the_adapter_that_made_it_alone(world: World) -> None:
+    kept, exchanged = (world.cases[name] for name in ADAPTERS)
+    client, talk = world.client, kept.talk
+    assert isinstance(talk, KeyedTalk)
+    others = ({}, {"lora_path": exchanged.name}, {"lora_path": kept.name, "extra_key": "x"})
+    elsewhere = [talk.under(**fields).peek(client, kept.message) for fields in others]
+    assert [reply.cached for reply in elsewhere] == [0, 0, 0]
+    client.restore(conversation_id=kept.name)
+    next_turn_is_exact(world, kept, kept.name)
+    # They are three models: a state of another would have shown.
+    without, other, same = (reply.output.logprobs for reply in elsewhere)
+    assert without != kept.reference.output.logprobs != other != without
+    assert same == pytest.approx(kept.reference.output.logprobs, abs=1e-3)
+
+
+@each(ADAPTED)
+def test_an_adapter_with_other_weights_finds_nothing_of_the_one_before(world: World) -> None:
+    case = world.cases[ADAPTERS[1]]
+    restored = world.client.restore(conversation_id=case.name)
+    assert restored["token_count"] == case.saved["token_count"]
+    reply = case.talk.peek(world.client, case.message, case.name)
+    assert reply.cached == 0
+    assert reply.output.logprobs != case.reference.output.logprobs
+
+
+@each(ADAPTED)
+def test_a_generation_from_a_snapshot_needs_its_adapter(world: World) -> None:
+    """It is refused: which adapter it was is not recorded."""
+    body = {"create_new_request": True, "continuation_ids": [7, 8, 9], "max_new_tokens": 4}
+    where = {"conversation_id": ADAPTERS[0], **body}
+    refused = world.client.refused("/restore_snapshot", where, 422)
+    assert refused["error"] == "unsupported"
+    assert "LoRA adapter" in refused["message"]
+
+
+@each(ADAPTED)
+def test_no_extra_key_reads_as_an_adapter(world: World) -> None:
+    """SGLang makes one key of an extra key and the adapter's id: with a little knowledge of that a
+    request without the adapter would get its states."""
+    folder = world.store.parent.parent / ADAPTERS[0]
+    extra_key = "mine" + content_id(folder.name, str(folder), "fast")
+    body = {"input_ids": [7, 8, 9], "extra_key": extra_key}
+    response = world.client.post("/generate", body)
+    assert response.status_code == 400
+    assert "LoRA adapter" in response.text
+
+
+@each(ADAPTED)
+def test_adapters_are_not_loaded_while_the_server_runs(world: World) -> None:
+    body = {"lora_name": "late", "lora_path": "anywhere"}
+    refused = world.client.refused("/load_lora_adapter", body, 422)
+    assert refused["error"] == "unsupported"
 
 
 @each_case(lambda variant: list(variant.altered))

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from e2e.helpers import assert_quarantined, random_ids
-from e2e.worlds import CONTRACT, INTERLEAVED, TURNS, Stage, World, fresh, next_turn_is_exact
+from e2e.talks import KeyedTalk
+from e2e.worlds import CONTRACT, INTERLEAVED, KEYED, TURNS, Stage, World, fresh, next_turn_is_exact
 from engram import EngramClient
 from engram.errors import NotFoundError
 from engram.snapshot.manifest import Manifest
@@ -44,6 +45,31 @@ def test_tagged_turn_finds_its_conversation_by_itself(restarted: World, name: st
 @pytest.mark.parametrize("name", UNTAGGED)
 def test_same_tokens_find_the_state_without_any_id(restarted: World, name: str) -> None:
     next_turn_is_exact(restarted, restarted.cases[name], None)
+
+
+@pytest.mark.parametrize("name", KEYED)
+def test_what_is_kept_under_a_key_is_found_under_it_alone(restarted: World, name: str) -> None:
+    """Neither from disk nor, once it was restored, from RAM, nor then from VRAM."""
+    client, case = restarted.client, restarted.cases[name]
+    talk = case.talk
+    assert isinstance(talk, KeyedTalk)
+    others = [{}, *(fields for other, fields in KEYED.items() if other != name)]
+    others += [{field: f"{value}s"} for field, value in KEYED[name].items()]
+    # A key that reads the same as two others do one after another.
+    others.append({"extra_key": "mine", "cache_salt": "mine"})
+
+    def nobody_else_has_it() -> None:
+        for fields in others:
+            reply = talk.under(**fields).peek(client, case.message, f"{name}-elsewhere")
+            assert reply.cached == 0, fields
+        client.flush()
+
+    nobody_else_has_it()
+    client.restore(conversation_id=name)
+    nobody_else_has_it()
+    next_turn_is_exact(restarted, case, name)
+    reply = talk.under().peek(client, case.message)
+    assert reply.cached == 0
 
 
 def test_server_goes_on_counting_turns(restarted: World) -> None:

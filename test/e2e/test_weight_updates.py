@@ -18,6 +18,7 @@ from e2e.pressured_world import check_at_rest, cold, nothing_is_held, rank, talk
 from e2e.talks import NEW_TOKENS, GenerateTalk
 from e2e.test_pressure import Underway, goes_on_exactly
 from e2e.worlds import Stage, World, save_and_peek
+from engram.server.refusing import REFUSED_ROUTES
 from engram.sglang_plugin.weights import FLUSH_REFUSED
 from engram.testing.samples import seeded_random
 from refusals import refusal
@@ -310,7 +311,7 @@ def test_turns_and_saves_while_the_weights_go_back_and_forth(stage: Stage, at_ho
 
 def test_routes_that_snapshots_cannot_survive_say_why(pressured: World) -> None:
     client = pressured.client
-    for path in ("/weights_checker", "/load_lora_adapter", "/load_lora_adapter_from_tensors"):
+    for path in REFUSED_ROUTES:
         refused = client.refused(path, {"action": "reset_tensors"}, 422)
         assert refused["error"] == "unsupported"
         assert path in refused["message"]

@@ -17,6 +17,7 @@ from e2e.talks import (
     ChatTalk,
     CompletionTalk,
     GenerateTalk,
+    KeyedTalk,
     StatefulTalk,
     StreamTalk,
     Talk,
@@ -32,6 +33,14 @@ TURNS = 3
 LENGTHS = (70, 31, 45)
 NEXT_LENGTH = 23
 INTERLEAVED = [f"interleaved-{n}" for n in range(4)]
+
+KEYED = {
+    "salted": {"cache_salt": "mine"},
+    "extra-key": {"extra_key": "mine"},
+    "both-keys": {"extra_key": "mi", "cache_salt": "ne"},
+}
+"""Conversations whose states are kept apart from those of the same tokens: the fields of their
+requests."""
 
 CONTRACT = (
     *("--enable-snapshot-persistence", "--mamba-scheduler-strategy", "no_buffer"),
@@ -171,6 +180,7 @@ def restarted_world(stage: Stage, folder: Path) -> World:
         "flipped-restore": GenerateTalk(),
         "altered": GenerateTalk(),
         "unaltered": GenerateTalk(),
+        **{name: KeyedTalk(**fields) for name, fields in KEYED.items()},
     }
     for name, talk in talks.items():
         for length in LENGTHS:

@@ -43,6 +43,30 @@ def config_digest(model_dir: str | os.PathLike[str]) -> str:
     return blake3(canonical_json(kept)).hexdigest()
 
 
+ADAPTER_FILES: Final = ("adapter_config.json", "added_tokens.json")
+"""What SGLang reads of a LoRA adapter beside its weights."""
+
+
+def adapter_digest(adapter_dir: str | os.PathLike[str], mode: Literal["fast", "full"]) -> str:
+    """BLAKE3 over the configuration and the weights of a LoRA adapter's directory.
+
+    Raises `InvalidRequestError` where there are none.
+    """
+    total = blake3()
+    for name in ADAPTER_FILES:
+        path = Path(adapter_dir) / name
+        contents = path.read_bytes() if path.is_file() else None
+        if contents is None and name == ADAPTER_FILES[0]:
+            raise InvalidRequestError(
+                f"there is no {name} in {str(adapter_dir)!r}",
+                hint="snapshots need the directory of a LoRA adapter as PEFT writes it",
+            )
+        total.update(canonical_json([name, None if contents is None else len(contents)]))
+        total.update(contents or b"")
+    total.update(weights_digest(adapter_dir, mode).encode())
+    return total.hexdigest()
+
+
 def weight_files(model_dir: str | os.PathLike[str]) -> list[Path]:
     """The files of a model directory that hold weights, by name."""
     return sorted(path for path in Path(model_dir).iterdir() if path.suffix in WEIGHT_SUFFIXES)

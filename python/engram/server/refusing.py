@@ -13,14 +13,16 @@ from engram.server.tagging import App, Receive, Scope, Send, route_of
 from engram.server.wire import error_response
 
 LORA: Final = (
-    "an adapter's name is part of the keys of stored states, its weights are not: states of an "
-    "older adapter of that name would be used with this one"
+    "an adapter of --lora-paths is known by its weights, one that is loaded later by an id that "
+    "another may have had before: states of that one would be used with it"
 )
 REFUSED_ROUTES: Final = {
     "/weights_checker": "one of its actions fills the weights with random numbers, and nothing "
     "tells when they are right again",
     "/load_lora_adapter": LORA,
     "/load_lora_adapter_from_tensors": LORA,
+    "/unload_lora_adapter": "a request for the adapter would have SGLang read its files again, "
+    "under the id of what they held at launch",
 }
 """Route -> why it is refused."""
 

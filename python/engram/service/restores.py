@@ -122,10 +122,10 @@ class Restorer:
         )
         if keys[-1] != row.boundary_key:
             raise UnsupportedError(
-                "this conversation was held under an extra_key or a cache_salt, without which its "
-                "state cannot be used",
+                "this conversation was held under an extra_key, a cache_salt or a LoRA adapter, "
+                "without which its state cannot be used",
                 hint="restore without create_new_request, and send the next turn to /generate "
-                "with the same extra_key and cache_salt",
+                "with the same extra_key, cache_salt and lora_path",
                 details={"field": "create_new_request"},
             )
 

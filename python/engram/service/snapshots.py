@@ -375,7 +375,7 @@ class SnapshotService:
         store = await context.in_store(context.store.health)
         files, size = await context.in_store(_measured, context.store)
         vram = [rank["vram"] for rank in ranks]
-        resident = set.intersection(*(set(one["pinned"]) for one in vram))
+        resident = _pinned(ranks)
         return {
             "vram": {
                 **{name: sum(one[name] for one in vram) for name in VRAM_SUMS},
@@ -415,6 +415,15 @@ class SnapshotService:
             "store": asdict(store),
             "catalog": asdict(catalog.report),
         }
+
+
+def _pinned(ranks: list[dict[str, Any]]) -> set[str]:
+    """The owners of what all ranks of a replica have pinned."""
+    by_replica: dict[int, set[str]] = {}
+    for rank in ranks:
+        found, replica = set(rank["vram"]["pinned"]), rank["replica"]
+        by_replica[replica] = by_replica.get(replica, found) & found
+    return set().union(*by_replica.values())
 
 
 def _measured(store: Store) -> tuple[int, int]:

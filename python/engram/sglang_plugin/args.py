@@ -18,8 +18,9 @@ import psutil
 from pydantic import ValidationError
 
 from engram.core.settings import Settings
-from engram.core.weights import weight_files
+from engram.core.weights import adapter_digest, weight_files
 from engram.errors import EngramError
+from engram.sglang_plugin import adapters as adapters_module
 from engram.sglang_plugin.cpu import is_active as cpu_is_active
 from engram.store.disk import DiskStore
 from engram.store.keys import KEY_VARIABLE, find_key, publish_in_memory, read_key_file
@@ -216,8 +217,9 @@ def _prepare_cpu(args: argparse.Namespace) -> None:
     if args.mamba_radix_cache_strategy == "no_buffer" and not args.disable_overlap_schedule:
         args.disable_overlap_schedule = True
         chosen["overlap scheduling"] = "off"
-    if args.tp_size > 1 and CORES_OF_RANKS not in os.environ:
-        os.environ[CORES_OF_RANKS] = _share_cores(args.tp_size)
+    processes = args.tp_size * args.dp_size
+    if processes > 1 and CORES_OF_RANKS not in os.environ:
+        os.environ[CORES_OF_RANKS] = _share_cores(processes)
         chosen["cores of each rank"] = os.environ[CORES_OF_RANKS]
     # A scheduler that polls takes a whole core, which is what computes here.
     args.sleep_on_idle = True
@@ -259,7 +261,7 @@ def _memory_fraction(model_path: str) -> float | None:
 REFUSED: Final = (
     ("tokenizer_worker_num", 1, "--tokenizer-worker-num above 1", "use one tokenizer worker"),
     ("pp_size", 1, "pipeline parallelism", "use --pp-size 1"),
-    ("dp_size", 1, "data parallelism", "use --dp-size 1; it is planned"),
+    ("enable_dp_attention", False, "data-parallel attention", "drop --enable-dp-attention"),
     ("attn_dp_size", 1, "data-parallel attention", "use --attn-dp-size 1"),
     ("attn_cp_size", 1, "context parallelism", "use --attn-cp-size 1"),
     ("dcp_size", 1, "decode context parallelism", "use --dcp-size 1"),
@@ -277,8 +279,8 @@ REFUSED: Final = (
         "another external linker",
         "drop --enable-unified-cache-external-linker",
     ),
-    ("enable_lora", None, "LoRA adapters", "drop --enable-lora"),
-    ("lora_paths", None, "LoRA adapters", "drop --lora-paths"),
+    # An adapter that had to make room is read again later, under the id of its files at launch.
+    ("max_loaded_loras", None, "--max-loaded-loras", "drop it: all adapters stay loaded"),
     ("enable_linear_replayssm", False, "ReplaySSM", "drop --enable-linear-replayssm"),
     (
         "enable_session_radix_cache",
@@ -310,6 +312,11 @@ def refuse(args: argparse.Namespace) -> None:
             "--enable-snapshot-persistence does not work with extra_buffer_lazy yet; "
             "use --mamba-radix-cache-strategy extra_buffer"
         )
+    if args.enable_lora and not args.lora_paths:
+        _exit(
+            "--enable-snapshot-persistence does not work with --enable-lora alone: adapters cannot "
+            "be loaded while the server runs; name them with --lora-paths"
+        )
     no_buffer = args.mamba_radix_cache_strategy in ("auto", "no_buffer")
     if no_buffer and getattr(args, "strip_thinking_cache", False):
         _exit(
@@ -336,6 +343,7 @@ def _switch_on(args: argparse.Namespace, settings: Settings) -> None:
             "Engram: --disable-radix-cache is not applied: snapshots are kept in the radix tree"
         )
         args.disable_radix_cache = False
+    _check_adapters(args.lora_paths or (), settings)
     args.enable_cache_report = True
     args.enable_unified_cache_external_linker = True
     args.unified_cache_external_linker_backend = "dynamic"
@@ -349,6 +357,24 @@ def _switch_on(args: argparse.Namespace, settings: Settings) -> None:
             "key_file": _key_file(settings),
         },
     }
+
+
+def _check_adapters(adapters: Any, settings: Settings) -> None:
+    """Have adapters be known by their files, and exit where those cannot be read."""
+    adapters_module.name_by_contents(settings.snapshot_verify_weights)
+    paths = adapters.values() if isinstance(adapters, dict) else map(_adapter_path, adapters)
+    for path in paths:
+        try:
+            adapter_digest(path, settings.snapshot_verify_weights)
+        except (EngramError, OSError) as error:
+            _exit(f"--lora-paths: {error}")
+
+
+def _adapter_path(adapter: Any) -> str:
+    """The path of one of `--lora-paths`, in any of the forms that SGLang takes."""
+    if isinstance(adapter, str):
+        return adapter.split("=", 1)[-1]
+    return str(adapter["lora_path"])
 
 
 def _key_file(settings: Settings) -> str | None:

@@ -91,6 +91,7 @@ EXPECTED: Final[dict[str, str]] = {
     RESULTS + "_handle_finish_state_updated_req": "self, req, batch, result, i, logits_output",
     SRT + "runtime_context.mamba_track_grid": "tree_page",
     SRT + "managers.schedule_batch.Req.refresh_fill_ids": "self",
+    SRT + "lora.lora_registry.LoRARef.deterministic_id": "lora_name, lora_path",
     TOKENIZER + "generate_request": "self, obj, request=",
     TOKENIZER + "auto_create_handle_loop": "self",
     SRT + "entrypoints.engine.Engine.__init__": "self, **kwargs",

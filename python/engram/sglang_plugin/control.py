@@ -74,10 +74,11 @@ class ReplySocket:
 
 
 class RankControl:
-    """Answers requests on behalf of one rank."""
+    """Answers requests on behalf of one rank of a data-parallel replica."""
 
-    def __init__(self, cache: EngramRadixCache, replies: ReplySocket) -> None:
+    def __init__(self, cache: EngramRadixCache, replies: ReplySocket, replica: int = 0) -> None:
         self._cache = cache
+        self._replica = replica
         self._rank = cache.rank
         self._replies = replies
         self.handlers: dict[type[EngramRequest], Callable[[Any], None]] = {
@@ -99,6 +100,9 @@ class RankControl:
 
     def _answering(self, method: Callable[[Any], Result | Future[Result] | None]) -> Any:
         def handle(request: EngramRequest) -> None:
+            # SGLang sends what is no generation to every replica.
+            if request.replica not in (None, self._replica):
+                return
             # A paused engine skips the scheduler's poll point, but not its requests.
             self._cache.unlock_copied()
             try:
@@ -153,7 +157,13 @@ class RankControl:
     def _send(self, request: EngramRequest, result: Result | None, error: Result | None) -> None:
         rank = self._rank.shard.rank
         self._replies.send(
-            EngramReply(call_id=request.call_id, rank=rank, result=result, error=error)
+            EngramReply(
+                call_id=request.call_id,
+                rank=rank,
+                replica=self._replica,
+                result=result,
+                error=error,
+            )
         )
 
     # ---- handlers ----
@@ -308,6 +318,7 @@ class RankControl:
     def _stats(self, request: StatsRequest) -> Result:
         ram = self._tiers.ram
         return {
+            "replica": self._replica,
             "ram_bytes": ram.used,
             "ram_capacity": ram.capacity,
             "ram_held_bytes": ram.held,
@@ -350,26 +361,39 @@ def _then(future: Future[Any], convert: Callable[[Any], Result]) -> Future[Resul
 class _Call:
     future: asyncio.Future[list[Result]]
     expected: int
-    results: dict[int, Result] = field(default_factory=dict)
+    results: dict[tuple[int, int], Result] = field(default_factory=dict)
 
 
 class RankClient:
-    """Asks every rank and waits for all their answers; one event loop, the HTTP process's."""
+    """Asks every rank and waits for all their answers; one event loop, the HTTP process's.
 
-    def __init__(self, tokenizer_manager: Any, ranks: int) -> None:
+    There are `ranks` in each of `replicas`.
+    """
+
+    def __init__(self, tokenizer_manager: Any, ranks: int, replicas: int = 1) -> None:
         self._manager = tokenizer_manager
         self._ranks = ranks
+        self.replicas = replicas
         self._calls: dict[str, _Call] = {}
 
     async def ask(
-        self, kind: type[EngramRequest], *, timeout: float, **fields: Any
+        self,
+        kind: type[EngramRequest],
+        *,
+        timeout: float,
+        replica: int | None = None,
+        **fields: Any,
     ) -> list[Result]:
-        """The ranks' results in the order of ranks, or the first error as an `EngramError`."""
+        """The ranks' results in the order of ranks, or the first error as an `EngramError`.
+
+        Those of one replica; without `replica` those of all, one replica after another.
+        """
         call_id = uuid.uuid4().hex
-        call = _Call(asyncio.get_running_loop().create_future(), self._ranks)
+        expected = self._ranks * (self.replicas if replica is None else 1)
+        call = _Call(asyncio.get_running_loop().create_future(), expected)
         self._calls[call_id] = call
         try:
-            self.tell(kind, call_id=call_id, **fields)
+            self.tell(kind, call_id=call_id, replica=replica, **fields)
             return await asyncio.wait_for(call.future, timeout)
         except asyncio.TimeoutError:
             raise DeadlineError(
@@ -392,6 +416,6 @@ class RankClient:
         if reply.error is not None:
             call.future.set_exception(error_from_dict(reply.error))
             return
-        call.results[reply.rank] = reply.result or {}
+        call.results[reply.replica, reply.rank] = reply.result or {}
         if len(call.results) == call.expected:
-            call.future.set_result([call.results[rank] for rank in sorted(call.results)])
+            call.future.set_result([call.results[place] for place in sorted(call.results)])

@@ -37,6 +37,7 @@ from engram.sglang_plugin.messages import (
     StatsRequest,
     UnpinRequest,
 )
+from engram.sglang_plugin.replicas import Replicas
 from engram.snapshot.manifest import SegmentRef
 
 ANSWER_TIMEOUT_S: Final = 60.0
@@ -47,8 +48,9 @@ PERSIST_TIMEOUT_S: Final = 600.0
 class SglangRanks:
     """The scheduler ranks (`engram.service.ports.Ranks`)."""
 
-    def __init__(self, client: RankClient) -> None:
+    def __init__(self, client: RankClient, replicas: Replicas | None = None) -> None:
         self._client = client
+        self.replicas = replicas or Replicas(1)
 
     async def describe(self) -> EngineInfo:
         """Ask the ranks who they are."""
@@ -97,6 +99,7 @@ class SglangRanks:
         return await self._client.ask(
             PersistRequest,
             timeout=PERSIST_TIMEOUT_S,
+            replica=self.replicas.holder(request.rid),
             namespace=namespace,
             request_rid=request.rid,
             tokens=request.tokens.tolist(),
@@ -120,10 +123,15 @@ class SglangRanks:
         extra_key: str | None = None,
         cache_salt: str | None = None,
     ) -> Brought:
-        """Bring chains into RAM, verified, leased to `owner`."""
+        """Bring chains into RAM, verified, leased to `owner`.
+
+        `exact`: by request, into that of every replica, since nobody knows yet which one will be
+        asked. Else for the request `owner`, into that of the replica it goes to.
+        """
         answers = await self._client.ask(
             PromoteRequest,
             timeout=timeout,
+            replica=None if exact else self.replicas.fetch_to(owner),
             namespace=namespace,
             refs=[[ref.model_dump(mode="json") for ref in chain] for chain in chains],
             owner=owner,
@@ -147,7 +155,7 @@ class SglangRanks:
         self._client.tell(ReleaseRequest, owner=owner)
 
     async def tier(self, namespace: str, key: str, tokens: TokenArray) -> str:
-        """The fastest tier in which every rank holds the sequence."""
+        """The fastest tier in which every rank of a replica holds the sequence."""
         answers = await self._client.ask(
             ProbeRequest,
             timeout=ANSWER_TIMEOUT_S,
@@ -155,8 +163,15 @@ class SglangRanks:
             key=key,
             tokens=tokens.tolist(),
         )
-        slowest: str = max((a["tier"] for a in answers), key=("vram", "ram", "disk").index)
-        return slowest
+        speed = ("vram", "ram", "disk").index
+        slowest = [max((a["tier"] for a in one), key=speed) for one in self._by_replica(answers)]
+        fastest: str = min(slowest, key=speed)
+        return fastest
+
+    def _by_replica(self, answers: list[Result]) -> list[list[Result]]:
+        """The answers of all ranks, those of each replica in a list of their own."""
+        size = len(answers) // self._client.replicas
+        return [answers[begin : begin + size] for begin in range(0, len(answers), size)]
 
     async def drop(self, namespace: str, segment_ids: Sequence[Sequence[str]]) -> None:
         """Delete segment files that no manifest names."""
@@ -168,11 +183,14 @@ class SglangRanks:
         )
 
     async def residents(self, namespace: str) -> list[list[ResidentSegment]]:
-        """The durable segments in RAM, by rank."""
+        """The durable segments in RAM, by rank; what several replicas hold comes several times."""
         answers = await self._client.ask(
             ResidentsRequest, timeout=ANSWER_TIMEOUT_S, namespace=namespace
         )
-        return [[ResidentSegment(*one) for one in answer["segments"]] for answer in answers]
+        return [
+            [ResidentSegment(*one) for answer in same_rank for one in answer["segments"]]
+            for same_rank in zip(*self._by_replica(answers), strict=True)
+        ]
 
     async def demote(self, namespace: str, segment_ids: Sequence[Sequence[str]]) -> int:
         """Let durable segments leave RAM."""
@@ -188,9 +206,11 @@ class SglangRanks:
         self, namespace: str, request: FinishedRequest, boundary: int, owner: str
     ) -> bool:
         """Keep the state at the request's end in every rank's tree; False if not all have it."""
+        replica = self.replicas.holder(request.rid)
         answers = await self._client.ask(
             PinRequest,
             timeout=ANSWER_TIMEOUT_S,
+            replica=replica,
             namespace=namespace,
             request_rid=request.rid or None,
             tokens=request.tokens.tolist(),
@@ -199,7 +219,15 @@ class SglangRanks:
             cache_salt=request.cache_salt,
             owner=owner,
         )
-        return all(answer["resident"] for answer in answers)
+        resident = all(answer["resident"] for answer in answers)
+        if resident:
+            # Where the conversation was served before, it is not wanted any longer.
+            for other in range(self.replicas.count):
+                if other != replica:
+                    await self._client.ask(
+                        UnpinRequest, timeout=ANSWER_TIMEOUT_S, replica=other, owner=owner
+                    )
+        return resident
 
     async def unpin(self, owner: str) -> bool:
         """Let go of what `owner` has pinned."""

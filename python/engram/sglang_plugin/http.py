@@ -31,11 +31,13 @@ from engram.server.snapshots import snapshots_router
 from engram.server.tagging import CURRENT_TAG, HoldingMiddleware, TaggingMiddleware
 from engram.server.tool_calls import ToolCallMiddleware
 from engram.service import SnapshotService
+from engram.sglang_plugin.adapters import seed_of, served_by
 from engram.sglang_plugin.args import open_store, settings_of
 from engram.sglang_plugin.chat import SglangChat, SglangPrompts, watch_chats
 from engram.sglang_plugin.control import RankClient
 from engram.sglang_plugin.engine import SglangGenerator, SglangRanks
 from engram.sglang_plugin.messages import EngramReply
+from engram.sglang_plugin.replicas import Replicas
 from engram.store.disk import DiskStore
 
 logger = logging.getLogger(__name__)
@@ -105,7 +107,7 @@ def before_setup_and_run_http_server(
         return
     from sglang.srt.entrypoints.http_server import app
 
-    service = service_around(tokenizer_manager, _opened, ranks=server_args.tp_size)
+    service = service_around(tokenizer_manager, _opened, server_args)
     mount(app, service)
     _watch_chats(app, service)
     _save_before_the_end(app, tokenizer_manager, service)
@@ -117,20 +119,21 @@ def before_setup_and_run_http_server(
         )
 
 
-def service_around(tokenizer_manager: Any, opened: _Opened, *, ranks: int) -> SnapshotService:
+def service_around(tokenizer_manager: Any, opened: _Opened, server_args: Any) -> SnapshotService:
     """A service that sees every request of a tokenizer manager pass."""
     from sglang.utils import TypeBasedDispatcher
 
-    client = RankClient(tokenizer_manager, ranks=ranks)
+    replicas = Replicas(server_args.dp_size)
+    client = RankClient(tokenizer_manager, server_args.tp_size, replicas.count)
     tokenizer_manager._result_dispatcher += TypeBasedDispatcher([(EngramReply, client.on_reply)])
     service = SnapshotService(
         opened.settings,
         opened.store,
         opened.catalog,
-        SglangRanks(client),
+        SglangRanks(client, replicas),
         SglangGenerator(tokenizer_manager),
     )
-    _watch_requests(tokenizer_manager, service)
+    _watch_requests(tokenizer_manager, service, replicas)
     _watch_weights(tokenizer_manager, service)
     return service
 
@@ -241,25 +244,25 @@ def _save_before_the_end(app: Any, manager: Any, service: SnapshotService) -> No
     app.router.lifespan_context = lifespan
 
 
-def _watch_requests(manager: Any, service: SnapshotService) -> None:
+def _watch_requests(manager: Any, service: SnapshotService, replicas: Replicas) -> None:
     """Wrap the three places of the tokenizer manager that every request passes."""
     send_one, send_batch = manager._send_one_request, manager._send_batch_request
     handle_batch, generate = manager._handle_batch_output, manager.generate_request
-    gate = service.gate
+    gate, adapters = service.gate, served_by(manager)
 
     async def send_one_request(tokenized: Any) -> None:
-        await _admit(service, tokenized)
+        await _admit(service, tokenized, adapters, replicas)
         await send_one(tokenized)
         _abort_again(manager, tokenized.rid)
 
     async def send_batch_request(tokenized: list[Any]) -> None:
-        await asyncio.gather(*(_admit(service, one) for one in tokenized))
+        await asyncio.gather(*(_admit(service, one, adapters, replicas) for one in tokenized))
         await send_batch(tokenized)
         for one in tokenized:
             _abort_again(manager, one.rid)
 
     async def handle_batch_output(received: Any) -> None:
-        _finish(manager, service, received)
+        _finish(manager, service, received, replicas)
         await handle_batch(received)
 
     async def generate_request(request: Any, *args: Any, **kw: Any) -> AsyncIterator[Any]:
@@ -311,18 +314,17 @@ def _watch_weights(manager: Any, service: SnapshotService) -> None:
         setattr(manager, name, forgetting(getattr(manager, name)))
 
 
-async def _admit(service: SnapshotService, tokenized: Any) -> None:
+async def _admit(
+    service: SnapshotService, tokenized: Any, adapters: tuple[str, ...], replicas: Replicas
+) -> None:
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
 
     if not isinstance(tokenized, TokenizedGenerateReqInput) or tokenized.input_ids is None:
         return
     if tokenized.session_params is not None:
         return  # its prompt is put together in the scheduler: what passes here is a part of it
-    # As `Req` makes it: the adapter is part of the key.
-    extra_key = tokenized.extra_key
-    if tokenized.lora_id is not None:
-        extra_key = (extra_key or "") + tokenized.lora_id
     try:
+        extra_key = seed_of(tokenized.extra_key, tokenized.lora_id, adapters)
         prompt = to_tokens(tokenized.input_ids, "input_ids")
     except InvalidRequestError as error:
         # What SGLang's routes answer with 400; a negative id would end its scheduler.
@@ -331,7 +333,12 @@ async def _admit(service: SnapshotService, tokenized: Any) -> None:
         tokenized.rid, prompt, CURRENT_TAG.get(), extra_key, tokenized.cache_salt or None
     )
     _ADMITTED.get([]).append(request)
+    tag = request.tag
+    conversation = None if tag is None else (tag.tenant, tag.conversation_id)
+    replicas.admit(request.rid, conversation, tokenized.routed_dp_rank)
     await service.gate.admit(request)
+    if replicas.count > 1:
+        tokenized.routed_dp_rank = replicas.route(request.rid)
 
 
 def _abort_again(manager: Any, rid: str) -> None:
@@ -343,8 +350,9 @@ def _abort_again(manager: Any, rid: str) -> None:
         manager._dispatch_to_scheduler(AbortReq(rid=rid))
 
 
-def _finish(manager: Any, service: SnapshotService, received: Any) -> None:
+def _finish(manager: Any, service: SnapshotService, received: Any, replicas: Replicas) -> None:
     """Count the replies that end in this batch, before their clients are told."""
+    where = getattr(received, "dp_ranks", None)
     reasons = getattr(received, "finished_reasons", None)
     output_ids = getattr(received, "output_ids", None)
     if reasons is None or output_ids is None:
@@ -357,6 +365,8 @@ def _finish(manager: Any, service: SnapshotService, received: Any) -> None:
             service.gate.abandoned(rid)
         else:
             _tell_cached(service, received, index)
+            # None where there is one replica.
+            replicas.served(rid, (where[index] if where else None) or 0)
             service.gate.finished(rid, [*state.output_ids, *output_ids[index]])
 
 

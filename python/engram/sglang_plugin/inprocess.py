@@ -95,7 +95,7 @@ class Engine(SglangEngine):
 
     def _start(self) -> None:
         manager = self.tokenizer_manager
-        self._service = service_around(manager, self._opened, ranks=self.server_args.tp_size)
+        self._service = service_around(manager, self._opened, self.server_args)
         app = FastAPI()
         app.state.openai_serving_chat = manager.serving_chat_class(manager, self.template_manager)
         mount(app, self._service)

@@ -18,9 +18,13 @@ from sglang.srt.managers.io_struct import BaseReq, hook_custom_types
 
 
 class EngramRequest(BaseReq, kw_only=True):
-    """Base of the requests; `call_id` correlates the replies."""
+    """Base of the requests; `call_id` correlates the replies.
+
+    `replica` is the data-parallel replica that is meant, None for all.
+    """
 
     call_id: str
+    replica: int | None = None
 
 
 class DescribeRequest(EngramRequest, kw_only=True):
@@ -119,6 +123,7 @@ class EngramReply(BaseReq, kw_only=True):
 
     call_id: str
     rank: int
+    replica: int = 0
     result: dict[str, Any] | None = None
     error: dict[str, Any] | None = None
 

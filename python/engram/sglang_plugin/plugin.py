@@ -143,6 +143,13 @@ def around_mamba_track_grid(original: Callable[..., int], tree_page: int) -> int
     return track_whole_pages(original, tree_page)
 
 
+def around_deterministic_id(original: Callable[..., str], *args: Any) -> str:
+    """Tell adapters apart by what they hold."""
+    from engram.sglang_plugin.adapters import adapter_id
+
+    return adapter_id(original, *args)
+
+
 def around_update_weights_from_disk(original: Callable[..., Any], *args: Any) -> Any:
     """Name the new weights in the rank's namespace."""
     from engram.sglang_plugin.weights import update_from_disk
@@ -202,6 +209,7 @@ HOOKS: dict[str, tuple[Callable[..., Any], str]] = {
         "around",
     ),
     "sglang.srt.runtime_context.mamba_track_grid": (around_mamba_track_grid, "around"),
+    "sglang.srt.lora.lora_registry.LoRARef.deterministic_id": (around_deterministic_id, "around"),
     WEIGHTS + "update_weights_from_disk": (around_update_weights_from_disk, "around"),
     WEIGHTS + "update_weights_from_tensor": (around_weight_update, "around"),
     WEIGHTS + "update_weights_from_distributed": (around_weight_update, "around"),

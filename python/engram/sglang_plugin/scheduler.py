@@ -16,10 +16,13 @@ def remember_inbox(scheduler: Any, port_args: Any) -> None:
 
 def attach(scheduler: Any) -> None:
     """Route Engram's requests to a `RankControl`, if the scheduler's tree is Engram's."""
+    from sglang.srt.runtime_context import get_parallel
+
     from engram.sglang_plugin.cache import EngramRadixCache
 
     cache = scheduler.tree_cache
     if not isinstance(cache, EngramRadixCache):
         return
-    control = RankControl(cache, ReplySocket(scheduler.engram_inbox))
+    replica = get_parallel().dp_rank or 0
+    control = RankControl(cache, ReplySocket(scheduler.engram_inbox), replica)
     scheduler._request_dispatcher += TypeBasedDispatcher(list(control.handlers.items()))

@@ -134,6 +134,8 @@ def test_install_replaces_what_a_cpu_lacks() -> None:
         "torch.ops.aten.mm.dtype",
         "sglang.srt.models.deepseek_common.attention_backend_handler"
         ".AttentionBackendRegistry[torch_native]",
+        "sglang.srt.lora.layers.torch",
+        "sglang.srt.lora.backend.torch_backend.torch",
     ]
     assert found["second"] == found["first"]
     assert found["in_place"]

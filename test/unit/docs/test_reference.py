@@ -88,8 +88,6 @@ def test_every_refused_combination_is_documented() -> None:
     text = (DOCS / "flags.md").read_text().split("## Refused combinations")[1].replace("\n", " ")
     words = {
         "--tokenizer-worker-num above 1": "more than one tokenizer worker",
-        "pipeline parallelism": "pipeline or data parallelism",
-        "data parallelism": "pipeline or data parallelism",
         "another radix cache": "another radix cache or external linker",
         "another external linker": "another radix cache or external linker",
     }

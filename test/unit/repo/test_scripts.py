@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from engram.testing.tiny_model import FAMILIES
 from environment import missing, wanted
 from repository import ROOT, repository_files
 
@@ -145,8 +146,18 @@ def test_the_exit_status_of_a_test_run(tmp_path: Path, source: str, status: int,
 def test_only_the_matrix_runs_what_is_not_quick(arguments: list[str], others: bool) -> None:
     result = run(ROOT / "scripts/test", *arguments, "--collect-only", "-q")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "test_replies_are_those_of_transformers[llama-float32]" in result.stdout
+    assert "test_replies_are_those_of_transformers[mamba2-float32]" in result.stdout
     assert ("test_restored_turn_is_exact[llama-bfloat16-chat]" in result.stdout) is others
+
+
+def test_histories_are_run_for_every_family_and_only_when_asked_for() -> None:
+    def collected(*arguments: str) -> str:
+        result = run(ROOT / "scripts/test", *arguments, "--collect-only", "-q")
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+    assert collected("--histories").count("test_histories.py::") == 2 * len(FAMILIES)
+    assert "test/histories" not in collected("--e2e")
 
 
 def test_the_hooks_are_the_steps_of_check() -> None:

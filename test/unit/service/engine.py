@@ -304,7 +304,7 @@ class FakeEngine:
     async def stats(self) -> list[dict[str, Any]]:
         numbers = dict.fromkeys((*VRAM_SUMS, *RAM_SUMS.values()), 1)
         vram = {**numbers, "pinned": list(self.pins)}
-        return [{"rank": rank, **numbers, "vram": vram} for rank in self._ranks()]
+        return [{"rank": rank, "replica": 0, **numbers, "vram": vram} for rank in self._ranks()]
 
     def page_keys(
         self, tokens: TokenArray, page_size: int, extra_key: str | None, cache_salt: str | None

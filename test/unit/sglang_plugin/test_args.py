@@ -233,7 +233,7 @@ def test_the_radix_cache_cannot_be_switched_off(
 REFUSALS = [
     ("--tokenizer-worker-num", "2"),
     ("--pp-size", "2"),
-    ("--dp-size", "2"),
+    ("--enable-dp-attention",),
     ("--attn-dp-size", "2"),
     ("--attn-cp-size", "2"),
     ("--dcp-size", "2"),
@@ -247,7 +247,7 @@ REFUSALS = [
     ("--radix-cache-backend", "another"),
     ("--enable-unified-cache-external-linker",),
     ("--enable-lora",),
-    ("--lora-paths", "adapter"),
+    ("--max-loaded-loras", "4"),
     ("--enable-linear-replayssm",),
     ("--enable-session-radix-cache",),
     ("--grpc-mode",),
@@ -274,7 +274,7 @@ def test_what_persistence_cannot_work_with_is_refused_by_name(
 
 
 def test_every_refusal_is_tested() -> None:
-    fields = {field for field, *_ in args_module.REFUSED} | {"strip_thinking_cache"}
+    fields = {field for field, *_ in args_module.REFUSED} | {"strip_thinking_cache", "enable_lora"}
     assert {options[0][2:].replace("-", "_") for options in REFUSALS} == fields
 
 
@@ -457,6 +457,12 @@ def test_ranks_on_a_cpu_share_its_cores(
     assert args_module.CORES_OF_RANKS not in os.environ
     apply_flags(parse(parser, "--tp-size", str(ranks)))
     assert os.environ[args_module.CORES_OF_RANKS] == shares
+    monkeypatch.delenv(args_module.CORES_OF_RANKS)
+    apply_flags(parse(parser, "--dp-size", str(ranks)))  # replicas are processes as well
+    assert os.environ[args_module.CORES_OF_RANKS] == shares
+    monkeypatch.delenv(args_module.CORES_OF_RANKS)
+    apply_flags(parse(parser, "--dp-size", "2", "--tp-size", str(ranks)))
+    assert len(os.environ[args_module.CORES_OF_RANKS].split("|")) == 2 * ranks
 
 
 def test_agents_are_refused_with_encryption_and_need_persistence(

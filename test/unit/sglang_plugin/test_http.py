@@ -34,10 +34,12 @@ from engram.sglang_plugin.http import (
     _watch_requests,
     _watch_weights,
 )
+from engram.sglang_plugin.replicas import Replicas
 from engram.testing.samples import seeded_random
 from unit.service.engine import Server, on_a_loop
 
 OUTPUT = [7, 8, 9]
+ADAPTER = "adapter"
 
 
 class Manager:
@@ -47,6 +49,7 @@ class Manager:
         self.rid_to_state: dict[str, Any] = {}
         self.ended: dict[str, asyncio.Event] = {}
         self.dispatched: list[Any] = []
+        self.lora_ref_cache = {"one": SimpleNamespace(lora_id=ADAPTER)}
 
     async def generate_request(self, request: Any, *_: Any) -> AsyncIterator[dict[str, Any]]:
         if request.rid in self.rid_to_state:
@@ -79,6 +82,7 @@ class Manager:
 
 def tokenized(request: Any) -> TokenizedGenerateReqInput:
     return TokenizedGenerateReqInput(
+        extra_key=getattr(request, "extra_key", None),
         rid=request.rid,
         input_text=None,
         input_ids=request.input_ids,
@@ -105,7 +109,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 @pytest.fixture
 def manager(server: Server) -> Manager:
     manager = Manager()
-    _watch_requests(manager, server.service)
+    _watch_requests(manager, server.service, Replicas(1))
     return manager
 
 
@@ -161,6 +165,16 @@ async def test_a_request_whose_client_has_gone_is_forgotten(
     with pytest.raises(asyncio.CancelledError):
         await task
     assert not tracker._running
+
+
+@on_a_loop
+async def test_an_extra_key_that_reads_as_an_adapter_is_a_bad_request(manager: Manager) -> None:
+    request = SimpleNamespace(
+        rid="r", input_ids=[1, 2], session_params=None, extra_key=f"mine{ADAPTER}"
+    )
+    with pytest.raises(ValueError, match="LoRA adapter"):
+        await manager._send_one_request(tokenized(request))
+    assert not manager.dispatched
 
 
 @on_a_loop

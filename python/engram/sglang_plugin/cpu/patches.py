@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from engram.sglang_plugin.cpu import (
+    adapters,
     attention_free,
     causal_conv,
     delta_projection,
@@ -219,7 +220,7 @@ def install() -> list[str]:
     _rebind(PATCHES, originals)
     torch.Tensor.pin_memory = _pin_memory  # type: ignore[method-assign,assignment]
     torch.get_device_module = _get_device_module  # type: ignore[assignment]
-    registered = [wide_products.register(), latent_attention.register()]
+    registered = [wide_products.register(), latent_attention.register(), *adapters.register()]
     return [*targets, "torch.Tensor.pin_memory", "torch.get_device_module", *registered]
 
 

@@ -1,0 +1,172 @@
+"""What the tests of every family found, written down where the documentation takes it from.
+
+    ENGRAM_MATRIX_RECORD=1 scripts/test --matrix -k lfm2
+    python test/e2e/matrix.py
+
+The first writes a file for each variant of which all tests were run, the second puts the files'
+table into docs/models.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Final
+
+ROOT: Final = Path(__file__).parents[2]
+RESULTS: Final = ROOT / "test" / "data" / "matrix"
+DOCUMENT: Final = ROOT / "docs" / "models.md"
+BEGIN, END = "<!-- matrix: begin -->", "<!-- matrix: end -->"
+RECORD: Final = "ENGRAM_MATRIX_RECORD"
+
+COLUMNS: Final[dict[str, tuple[str, ...]]] = {
+    "served": ("test_replies_are_those_of_transformers",),
+    "exact after `kill -9`": (
+        "test_restored_turn_is_exact",
+        "test_same_tokens_find_the_state_without_any_id",
+        "test_restored_from_ram_after_vram_forgot_it",
+        "test_restored_from_disk_after_vram_forgot_it",
+        "test_an_altered_value_is_what_the_next_turn_computes_with",
+    ),
+    "branch": (
+        "test_turn_that_ends_inside_another_path",
+        "test_a_branch_starts_near_where_it_parts",
+    ),
+    "regenerate": (
+        "test_what_is_sent_again_computes_one_token",
+        "test_a_next_turn_computes_what_is_new",
+    ),
+    "random histories": ("test_random_histories_are_exact",),
+    "adapters": (
+        "test_a_state_is_used_with_the_adapter_that_made_it_alone",
+        "test_an_adapter_with_other_weights_finds_nothing_of_the_one_before",
+        "test_a_generation_from_a_snapshot_needs_its_adapter",
+        "test_no_extra_key_reads_as_an_adapter",
+        "test_adapters_are_not_loaded_while_the_server_runs",
+    ),
+}
+"""Heading -> the tests of `test_families.py` that it stands for; every one is in one of them."""
+
+
+@dataclass
+class Result:
+    """What was found of one variant: `outcomes` are by test, without its parameters."""
+
+    model_class: str = ""
+    pools: dict[str, str] = field(default_factory=dict)
+    outcomes: dict[str, list[bool]] = field(default_factory=dict)
+    expected: int = 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether all of its tests were run, and there was a server."""
+        return bool(self.pools) and sum(map(len, self.outcomes.values())) == self.expected
+
+    def as_json(self, date: str) -> dict[str, Any]:
+        return {
+            "date": date,
+            "device": "CPU",
+            "model_class": self.model_class,
+            "pools": self.pools,
+            "passed": {test: sum(found) for test, found in sorted(self.outcomes.items())},
+            "run": {test: len(found) for test, found in sorted(self.outcomes.items())},
+        }
+
+
+class Recorder:
+    """Collects results in one pytest process, by the variant's name."""
+
+    def __init__(self) -> None:
+        self.results: dict[str, Result] = {}
+
+    @property
+    def on(self) -> bool:
+        return bool(os.environ.get(RECORD))
+
+    def expect(self, variant: str) -> None:
+        """One more test of a variant there is, run or not."""
+        self.results.setdefault(variant, Result()).expected += 1
+
+    def found(self, variant: str, test: str, passed: bool) -> None:
+        outcomes = self.results.setdefault(variant, Result()).outcomes
+        outcomes.setdefault(test, []).append(passed)
+
+    def saw(self, variant: str, model: Path, store: Path) -> None:
+        """What a running server of the variant serves, and what its snapshots hold."""
+        result = self.results.setdefault(variant, Result())
+        [result.model_class] = json.loads((model / "config.json").read_text())["architectures"]
+        pools: dict[str, str] = {}
+        for path in sorted((store / "namespaces").glob("*.json")):
+            pools |= pools_of(json.loads(path.read_text()))
+        result.pools = pools
+
+    def write(self) -> None:
+        """Files for the variants that were run as a whole."""
+        date = datetime.now(timezone.utc).date().isoformat()
+        for name, result in self.results.items():
+            if result.complete:
+                text = json.dumps(result.as_json(date), indent=2, sort_keys=True)
+                (RESULTS / f"{name}.json").write_text(text + "\n")
+
+
+def pools_of(namespace: Mapping[str, Any]) -> dict[str, str]:
+    """Kind of a buffer -> its layers, and dtype and shape of what it holds of a token or of a
+    state; from the fields of a namespace."""
+    shapes: dict[str, list[str]] = {}
+    for name, value in namespace.items():
+        if name.startswith("pool."):
+            _, kind, _ = name.split(".")
+            shapes.setdefault(kind, []).append(value)
+    return {
+        kind: " and ".join(f"{found.count(shape)} x {shape}" for shape in sorted(set(found)))
+        for kind, found in sorted(shapes.items())
+    }
+
+
+def results() -> dict[str, dict[str, Any]]:
+    """The files, by variant."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+
+
+def markdown(variants: Iterable[str], found: Mapping[str, Mapping[str, Any]]) -> str:
+    """The table: a row for each variant, run or not."""
+    headings = ["variant", "model class", "pools", *COLUMNS, "run on"]
+    rows = [headings, ["---"] * len(headings)]
+    for name in variants:
+        if name not in found:
+            rows.append([f"`{name}`", *["not run"] * (len(headings) - 1)])
+            continue
+        result = found[name]
+        pools = ", ".join(f"{kind}: {shape}" for kind, shape in result["pools"].items())
+        cells = [_cell(result, tests) for tests in COLUMNS.values()]
+        where = f"{result['device']}, {result['date']}"
+        rows.append([f"`{name}`", f"`{result['model_class']}`", pools, *cells, where])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _cell(result: Mapping[str, Any], tests: Iterable[str]) -> str:
+    run = sum(result["run"].get(test, 0) for test in tests)
+    passed = sum(result["passed"].get(test, 0) for test in tests)
+    return f"{passed} of {run}" if run else "no test"
+
+
+def documented() -> str:
+    """The table that the document has."""
+    return DOCUMENT.read_text().split(BEGIN)[1].split(END)[0].strip()
+
+
+def main() -> None:
+    """Write the table into the document."""
+    from e2e.exactness import VARIANTS
+
+    head, rest = DOCUMENT.read_text().split(BEGIN)
+    table = markdown([variant.name for variant in VARIANTS], results())
+    DOCUMENT.write_text(f"{head}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""The table of families is the one that the recorded results make."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+
+from e2e import matrix, test_families
+from e2e.exactness import VARIANTS
+from e2e.matrix import COLUMNS, Recorder, documented, markdown, pools_of, results
+
+
+def test_the_table_is_that_of_the_results() -> None:
+    assert documented() == markdown([variant.name for variant in VARIANTS], results())
+
+
+def test_every_result_is_of_a_variant_and_of_tests_there_are() -> None:
+    assert set(results()) <= {variant.name for variant in VARIANTS}
+    columns = [test for tests in COLUMNS.values() for test in tests]
+    assert len(set(columns)) == len(columns)
+    functions = inspect.getmembers(test_families, inspect.isfunction)
+    tests = {name for name, _ in functions if name.startswith("test_")}
+    assert set(columns) == tests
+    for found in results().values():
+        assert set(found["run"]) <= tests
+        assert found["pools"]
+
+
+def test_pools_are_named_by_kind_with_their_shapes_and_layers() -> None:
+    fields = {
+        "page_size": 1,
+        "pool.k.1": "F32[2, 16]",
+        "pool.k.4": "F32[2, 16]",
+        "pool.ssm.0": "F32[4, 8]",
+    }
+    assert pools_of(fields) == {"k": "2 x F32[2, 16]", "ssm": "1 x F32[4, 8]"}
+
+
+def test_what_was_run_in_part_or_without_a_server_is_not_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matrix, "RESULTS", tmp_path)
+    recorder = Recorder()
+    for variant in ("whole", "part", "down"):
+        for _ in range(2):
+            recorder.expect(variant)
+    for variant in ("whole", "down"):
+        recorder.found(variant, "test_a", True)
+        recorder.found(variant, "test_b", False)
+    recorder.found("part", "test_a", True)
+    for variant in ("whole", "part"):
+        recorder.results[variant].pools = {"k": "1 x F32[2]"}
+    recorder.write()
+    [path] = tmp_path.iterdir()
+    assert path.name == "whole.json"
+    found = json.loads(path.read_text())
+    assert found["passed"] == {"test_a": 1, "test_b": 0}
+    assert found["run"] == {"test_a": 1, "test_b": 1}

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from e2e.exactness import VARIANTS
 from engram.testing.tiny_model import FAMILIES
 from environment import missing, wanted
+from histories import test_histories
 from repository import ROOT, repository_files
 
 STEPS = ["lint", "format", "whitespace", "spelling", "types", "layers"]
@@ -138,26 +140,34 @@ def test_the_exit_status_of_a_test_run(tmp_path: Path, source: str, status: int,
     assert result.stdout.rstrip().endswith(last)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "others"),
-    [(["--matrix"], True), (["test/e2e/test_families.py"], False)],
-    ids=["matrix", "by-path"],
-)
-def test_only_the_matrix_runs_what_is_not_quick(arguments: list[str], others: bool) -> None:
-    result = run(ROOT / "scripts/test", *arguments, "--collect-only", "-q")
+def runs_of(tmp_path: Path, *arguments: str) -> list[str]:
+    """What `scripts/test` would have pytest do, a line for each run."""
+    python = write_script(
+        tmp_path / "python",
+        f'case "$*" in *pytest*) echo "run ${{*:4}}";; *) exec {sys.executable} "$@";; esac',
+    )
+    result = run(ROOT / "scripts/test", *arguments, python=str(python))
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "test_replies_are_those_of_transformers[mamba2-float32]" in result.stdout
-    assert ("test_restored_turn_is_exact[llama-bfloat16-chat]" in result.stdout) is others
+    return re.findall(r"^run pytest (.*)$", result.stdout, re.MULTILINE)
 
 
-def test_histories_are_run_for_every_family_and_only_when_asked_for() -> None:
-    def collected(*arguments: str) -> str:
-        result = run(ROOT / "scripts/test", *arguments, "--collect-only", "-q")
-        assert result.returncode == 0, result.stdout + result.stderr
-        return result.stdout
+def test_only_the_matrix_runs_what_is_not_quick(tmp_path: Path) -> None:
+    quick, slow = "mamba2-float32", "llama-bfloat16"
+    assert {quick: True, slow: False}.items() <= {v.name: v.quick for v in VARIANTS}.items()
+    found = run(ROOT / "scripts/test", "test/e2e/test_families.py", "--collect-only", "-q")
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert f"test_replies_are_those_of_transformers[{quick}]" in found.stdout
+    assert f"[{slow}" not in found.stdout
+    suites = ["test/e2e/test_families.py", "test/e2e/test_replicas.py"]
+    assert runs_of(tmp_path, "--matrix") == [f"{one} -m matrix or not matrix" for one in suites]
 
-    assert collected("--histories").count("test_histories.py::") == 2 * len(FAMILIES)
-    assert "test/histories" not in collected("--e2e")
+
+def test_histories_are_run_for_every_family_and_only_when_asked_for(tmp_path: Path) -> None:
+    assert runs_of(tmp_path, "--histories") == ["test/histories -rP"]
+    assert not [line for line in runs_of(tmp_path) if "histories" in line]
+    tests = [t for name, t in vars(test_histories).items() if name.startswith("test_")]
+    marks = [mark for test in tests for mark in test.pytestmark if mark.name == "parametrize"]
+    assert [mark.args for mark in marks] == [("family", sorted(FAMILIES))] * 2
 
 
 def test_the_hooks_are_the_steps_of_check() -> None:

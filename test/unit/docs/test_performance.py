@@ -1,5 +1,7 @@
 """What docs/performance.md says of a benchmark that is not measured in time."""
 
+import json
+
 import pytest
 from benchmark.token_accounting.report import FAMILIES, SHOWN, table
 from benchmark.token_accounting.talks import REQUESTS, TURNS, talks_of
@@ -16,6 +18,15 @@ def test_all_conversations_together_have_so_many_turns(families: int) -> None:
     assert len({talk.name for talk in talks}) == len(talks)
     assert max(len(talk.messages) for talk in talks) == TURNS
     assert f"for {TURNS} turns each, {REQUESTS} requests" in PAGE
+
+
+def test_the_table_of_the_page_is_what_was_counted() -> None:
+    kept = json.loads((ROOT / "benchmark" / "token_accounting" / "results.json").read_text())
+    assert table(kept["families"]).split("\n\n")[0] in PAGE
+    for rows in kept["families"].values():
+        assert {len(row["failures"]) for row in rows.values()} == {0}
+        # Every way answers the same prompts, and says the same.
+        assert {row["same"] for row in rows.values()} == {rows["no cache"]["requests"]}
 
 
 def test_the_table_sums_over_families_and_compares_with_no_cache() -> None:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engram.errors import EngramError, KeyringCorruptError, StoreFormatError
-from engram.snapshot.manifest import Manifest, decode_manifest
-from engram.snapshot.segment import Shard
+from engram.snapshot.archive import segments_of
+from engram.snapshot.manifest import decode_manifest
 from engram.store.disk import DiskStore
 from engram.store.durable import TEMP_SUFFIX
 from engram.store.filesystem import FileSystem
@@ -69,7 +69,7 @@ def inspect_store(root: Path) -> StoreInspection:
         except EngramError:
             damaged.append(entry.name)
             continue
-        if not _shards_of(manifest) <= present:
+        if not present.issuperset(segments_of(manifest)):
             incomplete.append(entry.name)
     return StoreInspection(
         root=str(root),
@@ -154,7 +154,3 @@ def _keyring(layout: Layout, fs: FileSystem) -> tuple[str, bool]:
     except (KeyringCorruptError, StoreFormatError) as error:
         return str(error), True
     return "none" if fingerprint is None else f"sealed by key {fingerprint}", False
-
-
-def _shards_of(manifest: Manifest) -> set[tuple[Shard, str]]:
-    return {(shard, ref.segment_id) for shard, chain in manifest.shards() for ref in chain}

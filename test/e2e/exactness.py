@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from e2e.helpers import Client, Reply, random_ids
+from e2e.helpers import PRINTABLE_IDS, Client, Reply, random_ids
 from e2e.reference import ALL_LOG_PROBABILITIES, CHUNK, ask_for, expect, prompts_of
 from e2e.talks import ChatTalk, GenerateTalk, KeyedTalk, Talk
 from e2e.worlds import (
@@ -227,12 +227,13 @@ def write_adapters(folder: Path, model: Path, seeds: Mapping[str, int]) -> None:
 
 
 def _adapted(client: Client, numbers: random.Random) -> dict[str, Case]:
-    """A conversation under each adapter."""
+    """A conversation under each adapter; the first token of each begins no other request."""
     cases = {}
-    for name in ADAPTERS:
+    for own, name in enumerate(ADAPTERS, start=PRINTABLE_IDS.stop):
         talk = KeyedTalk(lora_path=name)
-        for length in LENGTHS:
-            talk.say(client, random_ids(numbers, length), name)
+        for turn, length in enumerate(LENGTHS):
+            message = random_ids(numbers, length)
+            talk.say(client, message if turn else [own, *message], name)
         cases[name] = save_and_peek(client, numbers, name, talk)
     return cases
 

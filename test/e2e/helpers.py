@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import string
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,15 @@ PRINTABLE_IDS = range(6, 104)
 
 TOP = 5
 TIMEOUT_S = 120.0
+DEADLINE_S = 60.0
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    """Return when something has come about; fail with `what` was to be if it does not."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import random
-import time
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from e2e.helpers import Client, Reply
+from e2e.helpers import Client, Reply, until
 from e2e.talks import GenerateTalk
 from e2e.worlds import CONTRACT, FLOAT32, Stage, World, fresh, save_and_peek, start
 from engram.testing.samples import seeded_random
@@ -21,7 +19,6 @@ POOL = 1200
 CHUNK = 32
 RUNNING = 6
 WARM_GB = 0.02
-DEADLINE_S = 60.0
 
 PRESSURED = (
     *CONTRACT,
@@ -74,13 +71,6 @@ def cold(
     reply = client.generate(tokens, new_tokens, params=params, extra_key=uuid.uuid4().hex)
     assert reply.cached == 0
     return reply
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
 
 
 def health(world: World) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def test_body_that_is_no_strict_json(small: World, path: str, body: bytes) -> No
     before = small.files()
     response = small.client.http.post(path, content=body)
     assert response.status_code == 422, response.text
-    refused = response.json()
+    refused = refusal(response)
     assert refused["error"] == "invalid_request"
     assert len(refused["message"]) < 500
     assert small.files() == before
@@ -188,7 +188,7 @@ def test_body_of_100_megabytes_is_refused_in_bounded_memory(
     Path(f"/proc/{small.server.process.pid}/clear_refs").write_text("5")  # resets VmHWM
     response = small.client.http.post(path, content=content, headers=headers)
     assert response.status_code == 413
-    refused = response.json()
+    refused = refusal(response)
     assert refused["error"] == "body_too_large"
     limit = refused["details"]["limit"]
     assert limit < HUGE

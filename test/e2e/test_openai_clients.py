@@ -94,7 +94,7 @@ def test_engrams_own_client_goes_on_after_a_restart(small: World) -> None:
 
 def test_a_stream_that_is_left_is_no_turn(small: World) -> None:
     with EngramClient(small.server.url) as client:
-        chat = client.conversation("left")
+        chat = client.conversation("left-stream")
         chat.send("hello", **OWN)
         chat.save()
         with chat.stream("more", max_tokens=600, ignore_eos=True, temperature=0) as stream:

@@ -13,7 +13,7 @@ import httpx
 import psutil
 import pytest
 
-from e2e.helpers import TIMEOUT_S, Client, Reply, assert_close, native_reply, random_ids
+from e2e.helpers import TIMEOUT_S, Client, Reply, assert_close, native_reply, random_ids, until
 from e2e.pressured_world import (
     CHUNK,
     POOL,
@@ -24,7 +24,6 @@ from e2e.pressured_world import (
     nothing_is_held,
     rank,
     talked,
-    until,
 )
 from e2e.talks import NEW_TOKENS, GenerateTalk
 from e2e.worlds import World

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import random
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
-from e2e.helpers import Client, Reply, assert_close, random_ids
+from e2e.helpers import Client, Reply, assert_close, random_ids, until
 from e2e.slow_world import FORMS, SlowWorld, native_body, new_talk, stream
 from e2e.small_world import OUT_OF_RAM
 from engram.testing.faults import Fault
@@ -24,14 +22,6 @@ AT_ONCE = 4
 @pytest.fixture
 def numbers() -> random.Random:
     return seeded_random()
-
-
-def until(condition: Callable[[], bool]) -> None:
-    for _ in range(WAIT_S * 20):
-        if condition():
-            return
-        time.sleep(0.05)
-    raise AssertionError("it did not come")
 
 
 def health(client: Client) -> dict[str, Any]:
@@ -81,7 +71,7 @@ def test_requests_on_disk_wait_for_a_bounded_time_and_are_recomputed(slow: SlowW
 
     with ThreadPoolExecutor(len(FORMS)) as clients:
         asked = {form: clients.submit(ask, form) for form in FORMS}
-        until(lambda: health(slow.client)["queues"]["requests_held"] == len(FORMS))
+        until(lambda: health(slow.client)["queues"]["requests_held"] == len(FORMS), "all are held")
         replies = {form: future.result(WAIT_S) for form, future in asked.items()}
         assert slow.faults.blocked("read") > 0, "the store was blocked all the time"
     for form, reply in replies.items():
@@ -117,7 +107,7 @@ def test_everything_else_goes_on_while_the_store_is_blocked(
         assert later["durability"] == "async"
         twice = client.save(rid=untagged[1].rid, durability="async")
         assert twice["snapshot_id"] == later["snapshot_id"]
-        until(lambda: health(client)["queues"]["saves_waiting"] == 3)
+        until(lambda: health(client)["queues"]["saves_waiting"] == 3, "saves wait")
         found = health(client)
         assert found["queues"]["saves_running"] == 2
         assert found["ranks"][0]["bytes_held_for_writing"] > 0
@@ -134,7 +124,7 @@ def test_everything_else_goes_on_while_the_store_is_blocked(
         durable = client.save(conversation_id="async")
         assert durable["snapshot_id"] == later["snapshot_id"]
         saved = client.save(conversation_id="during")
-    until(lambda: saves_are_over(client))
+    until(lambda: saves_are_over(client), "saves are over")
     assert [s["turn_number"] for s in client.snapshots("during")] == [1, 2]
     assert [s["turn_number"] for s in client.snapshots("disk")] == [1, 2, 3], "counted on"
     client.flush()
@@ -152,7 +142,7 @@ def test_a_full_or_broken_disk_fails_the_save_alone(
     slow: SlowWorld, numbers: random.Random, where: str, error: str, status: int, code: str
 ) -> None:
     client, name = slow.client, f"{where}-{error}"
-    until(lambda: saves_are_over(client))
+    until(lambda: saves_are_over(client), "saves are over")
     files = slow.files()
     fault = {"commit": Fault(error=error)}
     if where != "catalog":
@@ -168,7 +158,7 @@ def test_a_full_or_broken_disk_fails_the_save_alone(
 
     failures = health(client)["service"]["save_failures"]
     talk = new_talk(client, numbers, f"{name}-automatic")
-    until(lambda: health(client)["service"]["save_failures"] == failures + 1)
+    until(lambda: health(client)["service"]["save_failures"] == failures + 1, "a save failed")
     assert f"{name}-automatic/main" in health(client)["service"]["last_failures"][-1]
     new = slow.files() - files
     assert all(path.endswith(".seg") for path in new), "whole segments at most"
@@ -191,8 +181,8 @@ def test_traffic_nobody_asked_to_keep_pushes_nothing_out_and_is_not_written(
     saved = client.save(conversation_id="fresh")
     message = random_ids(numbers, 23)
     reference = talk.peek(client, message)
-    until(lambda: saves_are_over(client))
-    until(lambda: health(client)["ranks"][0]["leases"] == 0)
+    until(lambda: saves_are_over(client), "saves are over")
+    until(lambda: health(client)["ranks"][0]["leases"] == 0, "no lease is held")
     files = slow.files()
     before = health(client)["ranks"][0]
     with ThreadPoolExecutor(AT_ONCE) as clients:

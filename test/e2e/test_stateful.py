@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from e2e.helpers import until
 from e2e.talks import ChatTalk, StatefulTalk, openai_client
 from e2e.worlds import INTERLEAVED, TURNS, World, next_turn_is_exact
 from engram.testing.chat import NEVER_END
@@ -172,3 +173,9 @@ def test_a_mark_in_a_chat_is_a_prefix(restarted: World) -> None:
     # The system's own token and its text; that of the user is common to what may follow or not.
     assert first.cached >= len(document) + 1
     assert second.cached == first.cached
+
+    def stored() -> bool:
+        listed = restarted.client.http.get("/v1/prefixes").json()["prefixes"]
+        return any(one["name"].startswith("marked.") for one in listed)
+
+    until(stored, "the prefix is stored")

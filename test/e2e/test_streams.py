@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import psutil
 
-from e2e.pressured_world import nothing_is_held, rank, scheduler_of, until
+from e2e.helpers import until
+from e2e.pressured_world import nothing_is_held, rank, scheduler_of
 from e2e.worlds import World
 from engram.testing.samples import seeded_random
 from engram.testing.streaming_crowd import StreamingCrowd

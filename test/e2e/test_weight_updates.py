@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from e2e.helpers import Client, Reply, assert_close, random_ids
-from e2e.pressured_world import check_at_rest, cold, nothing_is_held, rank, talked, until
+from e2e.helpers import Client, Reply, assert_close, random_ids, until
+from e2e.pressured_world import check_at_rest, cold, nothing_is_held, rank, talked
 from e2e.talks import NEW_TOKENS, GenerateTalk
 from e2e.test_pressure import Underway, goes_on_exactly
 from e2e.worlds import Stage, World, save_and_peek

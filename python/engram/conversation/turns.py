@@ -33,13 +33,17 @@ class Tag:
 
 @dataclass(frozen=True, slots=True)
 class RunningRequest:
-    """A request on its way: its prompt and what its page keys are seeded with."""
+    """A request on its way: its prompt and what its page keys are seeded with.
+
+    It has been held for `waited` seconds before it had a prompt.
+    """
 
     rid: str
     prompt: TokenArray
     tag: Tag | None = None
     extra_key: str | None = None
     cache_salt: str | None = None
+    waited: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,16 +14,19 @@ from engram.server.schemas import MAX_CONTINUATION, TokenId
 from engram.server.tagging import MAX_GENERATION_BODY_BYTES
 from engram.server.wire import answering, body_of, page_of, read_body
 from engram.service import SnapshotService
-from engram.service.prefixes import Prefix
+from engram.service.prefixes import MARKED, Prefix
 
 MAX_NAME: Final = 240
 
 
 def _name(value: str) -> str:
     try:
-        return check_id("name", value)
+        check_id("name", value)
     except EngramError as error:
         raise ValueError(error.hint or error.message) from None
+    if value.startswith(MARKED):
+        raise ValueError(f"names that begin with {MARKED} are those of marks in chats")
+    return value
 
 
 class PrefixBody(BaseModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from engram.service.restores import Restorer
 from engram.service.saves import TurnSaver
 from engram.snapshot.manifest import LayerConfig, make_manifest
 
+logger = logging.getLogger(__name__)
+
 RESERVED: Final = "prefix:"
 """How the ids of the conversations begin that prefixes are kept as; no client may use them."""
 MARKED: Final = "marked."
@@ -37,6 +40,15 @@ class Prefix:
     row: SnapshotRow
     usable: bool
     existing: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Keeping:
+    """A prefix on its way into the store; `computed` is set when the engine has its state, or when
+    it is over."""
+
+    computed: asyncio.Event
+    task: asyncio.Task[Prefix]
 
 
 class PrefixKeeper:
@@ -56,7 +68,7 @@ class PrefixKeeper:
         self._restorer = restorer
         self._remover = remover
         self._changer = changer
-        self._lock = asyncio.Lock()
+        self._running: dict[tuple[str, str], _Keeping] = {}
 
     async def keep(
         self, tenant: str, name: str, ids: Sequence[int], *, expires_at: float | None = None
@@ -66,19 +78,49 @@ class PrefixKeeper:
         Tokens past the last whole page are left out.  Raises `AlreadyExistsError` if the name is
         another prefix's, `InvalidRequestError` for one shorter than a page.
         """
-        work = self._keep(tenant, name, ids, expires_at)
+        while (other := self._running.get((tenant, name))) is not None:
+            await asyncio.wait({other.task})
         # A client that goes away must not tear it in the middle.
-        return await asyncio.shield(self._context.start(work))
+        return await asyncio.shield(self._begin(tenant, name, ids, expires_at).task)
 
-    async def mark(self, tenant: str, ids: Sequence[int], seconds: float) -> Prefix:
-        """Keep a prefix that a request has marked, from its last use on for so many seconds."""
+    async def mark(self, tenant: str, ids: Sequence[int], seconds: float) -> None:
+        """Keep a prefix that a request has marked, from its last use on for so many seconds.
+
+        Returns when the engine has its state: the request does not wait for the store, and what
+        goes wrong there costs the prefix alone.
+        """
         tokens = to_tokens(ids)
         name = MARKED + tokens_digest(tokens)[:32]
         until = time.time() + seconds
-        kept = await self.keep(tenant, name, ids, expires_at=until)
-        if kept.existing and (kept.row.expires_at or until) < until:
-            await self._changer.change(tenant, kept.row.snapshot_id, {"expires_at": until})
-        return kept
+        running = self._running.get((tenant, name)) or self._begin(tenant, name, ids, until)
+        self._context.start(self._marked(tenant, running, until))
+        await running.computed.wait()
+
+    def _begin(
+        self, tenant: str, name: str, ids: Sequence[int], expires_at: float | None
+    ) -> _Keeping:
+        computed = asyncio.Event()
+        work = self._keep(tenant, name, ids, expires_at, computed)
+        running = _Keeping(computed, self._context.start(work))
+        self._running[tenant, name] = running
+
+        def over(_: asyncio.Task[Prefix]) -> None:
+            computed.set()
+            del self._running[tenant, name]
+
+        # Before all who wait for the task: they find nothing running.
+        running.task.add_done_callback(over)
+        return running
+
+    async def _marked(self, tenant: str, running: _Keeping, until: float) -> None:
+        """See a mark stored, for as long as it is marked for."""
+        try:
+            row = (await running.task).row
+            if row.expires_at is not None and row.expires_at < until:
+                await self._changer.change(tenant, row.snapshot_id, {"expires_at": until})
+        except Exception as error:
+            self._context.stats.note(f"prefix marked with cache_control: {error}")
+            logger.warning("Engram: a prefix marked with cache_control is not kept: %s", error)
 
     async def get(self, tenant: str, name: str) -> Prefix:
         """A prefix by its name.  `NotFoundError`."""
@@ -114,27 +156,33 @@ class PrefixKeeper:
         return prefix
 
     async def _keep(
-        self, tenant: str, name: str, ids: Sequence[int], expires_at: float | None
+        self,
+        tenant: str,
+        name: str,
+        ids: Sequence[int],
+        expires_at: float | None,
+        computed: asyncio.Event,
     ) -> Prefix:
         tokens, tag = to_tokens(ids, "input_ids"), _tag(tenant, name)
-        async with self._lock:
-            row = await self._context.row(tag, None)
-            if row is not None:
-                engine = await self._context.engine()
-                if row.namespace == engine.namespace.id:
-                    return await self._same(name, row, _pages(tokens, engine))
-                # Another model's, or another layout's: of no use here any more.
-                await self._remover.remove(row)
-            snapshot_id = await self._context.with_engine(
-                lambda engine: self._make(engine, tag, _pages(tokens, engine), expires_at)
-            )
-            catalog = self._context.catalog
-            row = await self._context.in_catalog(catalog.get, snapshot_id, tenant)
+        row = await self._context.row(tag, None)
+        if row is not None:
+            engine = await self._context.engine()
+            if row.namespace == engine.namespace.id:
+                computed.set()
+                return await self._same(name, row, _pages(tokens, engine))
+        snapshot_id = await self._context.with_engine(
+            lambda engine: self._make(engine, tag, _pages(tokens, engine), expires_at, computed)
+        )
+        catalog = self._context.catalog
+        row = await self._context.in_catalog(catalog.get, snapshot_id, tenant)
         return Prefix(name, row, usable=True)
 
     async def _same(self, name: str, row: SnapshotRow, tokens: TokenArray) -> Prefix:
         """The prefix that exists, if it is the one that is wanted."""
-        if not np.array_equal(await self._restorer.tokens(row), tokens):
+        # A mark's name says its tokens.
+        if not name.startswith(MARKED) and not np.array_equal(
+            await self._restorer.tokens(row), tokens
+        ):
             raise AlreadyExistsError(
                 f"prefix {name!r} exists already, and is another one",
                 hint=f"DELETE /v1/prefixes/{name} first, or choose another name",
@@ -143,14 +191,24 @@ class PrefixKeeper:
         return Prefix(name, row, usable=True, existing=True)
 
     async def _make(
-        self, engine: EngineInfo, tag: Tag, tokens: TokenArray, expires_at: float | None
+        self,
+        engine: EngineInfo,
+        tag: Tag,
+        tokens: TokenArray,
+        expires_at: float | None,
+        computed: asyncio.Event,
     ) -> str:
         context, namespace = self._context, engine.namespace.id
-        await context.write_down(engine)
         # A request for exactly these tokens leaves a state at their end; what it samples is unused.
         generation = await context.generator.generate(
             tokens.tolist(), {"max_new_tokens": 1, "ignore_eos": True}
         )
+        computed.set()
+        other = await context.row(tag, None)
+        if other is not None:
+            # Another model's, or another layout's: of no use here any more.
+            await self._remover.remove(other)
+        await context.write_down(engine)
         request = FinishedRequest(generation.rid, tokens, time.time())
         async with self._saver.room(request, len(tokens)):
             stored = await context.ranks.persist(namespace, request, len(tokens))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Awaitable, Sequence
+from typing import Final, TypeVar
 
 from engram.conversation.turns import RunningRequest, Tag
 from engram.errors import DeadlineError, NotFoundError, SnapshotCorruptError
@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 
 HOLD_LEASE_S: Final = 60.0
 """How long a promoted prefix waits in RAM for the request it was promoted for."""
+
+
+T = TypeVar("T")
 
 
 class RequestGate:
@@ -51,12 +54,8 @@ class RequestGate:
         if not context.settings.snapshot_auto_restore or self._nothing_to_do(request):
             return
         timeout = context.settings.snapshot_promote_timeout
-        self.holding += 1
         try:
-            try:
-                await asyncio.wait_for(self._prepare(request, timeout), timeout)
-            except asyncio.TimeoutError:
-                raise DeadlineError(f"it is not there after {timeout:g} s") from None
+            await self.in_time(self._prepare(request, timeout), request.waited)
         except asyncio.CancelledError:
             context.ranks.abandon(request.rid)
             raise
@@ -74,6 +73,19 @@ class RequestGate:
                 request.rid,
                 error,
             )
+
+    async def in_time(self, work: Awaitable[T], waited: float = 0.0) -> T:
+        """Hold a request until something it could use of the store is there.
+
+        `DeadlineError` when it has waited for `--snapshot-promote-timeout` in all; `waited` seconds
+        of that are over.
+        """
+        timeout = self._context.settings.snapshot_promote_timeout
+        self.holding += 1
+        try:
+            return await asyncio.wait_for(work, max(timeout - waited, 0.0))
+        except asyncio.TimeoutError:
+            raise DeadlineError(f"it is not there after {timeout:g} s") from None
         finally:
             self.holding -= 1
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -43,11 +44,11 @@ PLAN: Final = "engram.plan"
 _PLAN: ContextVar[_Plan | None] = ContextVar("_PLAN", default=None)
 """The plan of the request whose prompt is made on this thread."""
 
+WAITED: ContextVar[float] = ContextVar("WAITED", default=0.0)
+"""For how many seconds the request of this context was held while its prompt was planned."""
+
 NO_MESSAGE: Final = [{"role": "user", "content": ""}]
 """Stands where upstream asks for messages, and the tokens of the prompt are known already."""
-
-LINK_TIMEOUT_S: Final = 10.0
-"""For finding the conversation of a chat that names none; then it begins one."""
 
 SEND_ALL: Final = "send the whole history to /v1/chat/completions instead"
 
@@ -58,13 +59,15 @@ class _Plan:
 
     `recorded` are the tokens that it begins with (stateful), or that its history may be (`stateful`
     is False).  With `loop`, where the service runs, it is to be found out which conversation the
-    request belongs to.  `error` is why the prompt could not be made.
+    request belongs to.  The request was held for `waited` seconds meanwhile.  `error` is why the
+    prompt could not be made.
     """
 
     tag: Tag | None
     recorded: TokenArray | None
     stateful: bool
     loop: asyncio.AbstractEventLoop | None = None
+    waited: float = 0.0
     error: EngramError | None = None
 
 
@@ -254,10 +257,11 @@ class PromptMaker:
             except EngramError as error:
                 return error_response(error)
             raw_request.scope[PLAN] = plan
-            token = CURRENT_TAG.set(plan.tag)
+            token, waited = CURRENT_TAG.set(plan.tag), WAITED.set(plan.waited)
             try:
                 response = await original(request, raw_request)
             finally:
+                WAITED.reset(waited)
                 CURRENT_TAG.reset(token)
             return response if plan.error is None else error_response(plan.error)
 
@@ -271,6 +275,7 @@ class PromptMaker:
             if plan is not None:
                 # Undone where the request is planned.
                 CURRENT_TAG.set(plan.tag)
+                WAITED.set(plan.waited)
             return await original(adapted_request, request, raw_request)
 
         return handle
@@ -314,7 +319,10 @@ class PromptMaker:
         return encode
 
     async def _keep_mark(self, mark: Marked) -> None:
-        """Have the state at a mark stored; if that fails, it costs the prefix, not the request."""
+        """Have the state at a mark computed, and stored; if that fails, it costs the prefix alone.
+
+        Not in the time a request is held for: what is computed here it need not compute.
+        """
         try:
             loop = asyncio.get_running_loop()
             ids = await loop.run_in_executor(
@@ -346,7 +354,7 @@ class PromptMaker:
         """The tokens of a chat that names no conversation, and which one it goes on."""
         made = original(messages, **kw)
         try:
-            plan.tag, ids = self._linked(loop, made[0], messages, kw)
+            plan.tag, ids = self._linked(plan, loop, made[0], messages, kw)
         except Exception as error:
             # It costs the link, never the request.
             self._service.context.stats.note(f"conversation of an untagged chat: {error}")
@@ -355,7 +363,12 @@ class PromptMaker:
         return made if ids is None else (ids, None)
 
     def _linked(
-        self, loop: asyncio.AbstractEventLoop, ids: list[int], messages: Any, kw: dict[str, Any]
+        self,
+        plan: _Plan,
+        loop: asyncio.AbstractEventLoop,
+        ids: list[int],
+        messages: Any,
+        kw: dict[str, Any],
     ) -> tuple[Tag, list[int] | None]:
         codec = Codec(self._chat.tokenizer_manager, kw["encode_kwargs"])
         links = self._service.links
@@ -364,9 +377,14 @@ class PromptMaker:
         opening = self._render(messages[:first], {**kw, "add_generation_prompt": True})
         if first == len(roles):
             return links.begin(DEFAULT_TENANT, opening), None
-        asked = links.candidates(DEFAULT_TENANT, ids, opening)
         rendered = self._render(messages, kw)
-        for turn in asyncio.run_coroutine_threadsafe(asked, loop).result(LINK_TIMEOUT_S):
+        begun = time.monotonic()
+        asked = self._service.gate.in_time(links.candidates(DEFAULT_TENANT, ids, opening))
+        try:
+            turns = asyncio.run_coroutine_threadsafe(asked, loop).result()
+        finally:
+            plan.waited = time.monotonic() - begun
+        for turn in turns:
             found = extend(turn.tokens, rendered, codec)
             if found is not None:
                 return turn.tag, found
@@ -374,8 +392,9 @@ class PromptMaker:
 
     async def _whole_history(self, tag: Tag) -> _Plan:
         """A client that sends everything: what of it is recorded is taken from there."""
+        begun = time.monotonic()
         try:
-            turn = await self._recorded.find(tag)
+            turn = await self._service.gate.in_time(self._recorded.find(tag))
         except EngramError as error:
             # It is a plain request: what is recorded only saves it from being tokenised again.
             self._service.context.stats.note(f"recorded tokens of {tag.conversation_id}: {error}")
@@ -386,7 +405,8 @@ class PromptMaker:
                 error,
             )
             turn = None
-        return _Plan(tag, None if turn is None else turn.tokens, stateful=False)
+        recorded = None if turn is None else turn.tokens
+        return _Plan(tag, recorded, stateful=False, waited=time.monotonic() - begun)
 
     async def _go_on(self, tag: Tag, asked: Stateful, request: Any, raw_request: Any) -> _Plan:
         """A client that sends what is new."""

@@ -33,7 +33,7 @@ from engram.server.tool_calls import ToolCallMiddleware
 from engram.service import SnapshotService
 from engram.sglang_plugin.adapters import seed_of, served_by
 from engram.sglang_plugin.args import open_store, settings_of
-from engram.sglang_plugin.chat import SglangChat, SglangPrompts, watch_chats
+from engram.sglang_plugin.chat import WAITED, SglangChat, SglangPrompts, watch_chats
 from engram.sglang_plugin.control import RankClient
 from engram.sglang_plugin.engine import SglangGenerator, SglangRanks
 from engram.sglang_plugin.messages import EngramReply
@@ -329,8 +329,9 @@ async def _admit(
     except InvalidRequestError as error:
         # What SGLang's routes answer with 400; a negative id would end its scheduler.
         raise ValueError(str(error)) from error
+    salt = tokenized.cache_salt or None
     request = RunningRequest(
-        tokenized.rid, prompt, CURRENT_TAG.get(), extra_key, tokenized.cache_salt or None
+        tokenized.rid, prompt, CURRENT_TAG.get(), extra_key, salt, WAITED.get()
     )
     _ADMITTED.get([]).append(request)
     tag = request.tag

@@ -13,7 +13,9 @@ import pytest
 from fastapi import FastAPI
 from fastapi.responses import FileResponse
 
+from engram.catalog.rows import SnapshotRow
 from engram.conversation.turns import Tag
+from engram.errors import StoreFullError
 from engram.server.prefixes import prefixes_router
 from engram.server.snapshots import snapshots_router
 from engram.server.tagging import HoldingMiddleware
@@ -301,6 +303,7 @@ async def test_a_prefix_is_computed_once_and_pinned(server: Server, app: FastAPI
     [
         {"name": "a"},
         {"name": ".a", "text": "x"},
+        {"name": "marked.a", "text": "x"},
         {"name": "a" * 241, "text": "x"},
         {"name": "a", "text": ""},
         {"name": "a", "text": "x", "input_ids": [1]},
@@ -321,17 +324,64 @@ async def test_a_malformed_prefix_is_refused(
 
 @on_a_loop
 async def test_a_mark_is_kept_until_it_expires(server: Server) -> None:
-    prefixes = server.service.prefixes
-    first = await prefixes.mark("", [1, 2, 3], 300)
-    again = await prefixes.mark("", [1, 2, 3], 3600)
-    assert again.row.snapshot_id == first.row.snapshot_id
-    row = server.catalog.get(first.row.snapshot_id)
-    assert not row.pinned
-    assert first.row.expires_at is not None
-    assert row.expires_at is not None
-    assert row.expires_at >= first.row.expires_at + 3000
-    await prefixes.mark("", [1, 2, 3], 5)
-    assert server.catalog.get(row.snapshot_id).expires_at == row.expires_at
+    prefixes, context = server.service.prefixes, server.service.context
+
+    async def marked(seconds: float) -> SnapshotRow:
+        await prefixes.mark("", [1, 2, 3], seconds)
+        await context.drain()
+        (found,), _ = await prefixes.list("", 9, None)
+        return found.row
+
+    first, again = await marked(300), await marked(3600)
+    assert again.snapshot_id == first.snapshot_id
+    assert not again.pinned
+    assert first.expires_at is not None
+    assert again.expires_at is not None
+    assert again.expires_at >= first.expires_at + 3000
+    assert (await marked(5)).expires_at == again.expires_at
+
+
+@on_a_loop
+async def test_a_mark_waits_for_its_state_and_not_for_the_store(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefixes, context, engine = server.service.prefixes, server.service.context, server.engine
+    let_go = asyncio.Event()
+    persist = engine.persist
+
+    async def blocked(*args: Any) -> Any:
+        await let_go.wait()
+        return await persist(*args)
+
+    monkeypatch.setattr(engine, "persist", blocked)
+    for count in (1, 1, 2):
+        # Another prefix is not kept waiting by the first, nor is the same one once more.
+        await prefixes.mark("", [count, 2, 3], 300)
+        assert len(engine.generated) == count
+    assert await prefixes.list("", 9, None) == ([], None)
+    let_go.set()
+    await context.drain()
+    assert len((await prefixes.list("", 9, None))[0]) == 2
+    assert len(engine.generated) == 2
+
+
+@on_a_loop
+async def test_a_mark_that_cannot_be_stored_is_told_and_costs_nothing_else(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefixes, context = server.service.prefixes, server.service.context
+
+    async def failing(*args: Any) -> Any:
+        raise StoreFullError("no room")
+
+    monkeypatch.setattr(server.engine, "persist", failing)
+    await prefixes.mark("", [1, 2, 3], 300)
+    await context.drain()
+    assert "no room" in str(context.stats)
+    monkeypatch.undo()
+    await prefixes.mark("", [1, 2, 3], 300)
+    await context.drain()
+    assert len((await prefixes.list("", 9, None))[0]) == 1
 
 
 @on_a_loop

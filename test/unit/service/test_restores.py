@@ -15,6 +15,7 @@ from engram.conversation.turns import RunningRequest, Tag
 from engram.core.namespace import Namespace
 from engram.core.tokens import to_tokens
 from engram.errors import (
+    DeadlineError,
     EngramError,
     ManifestCorruptError,
     NamespaceMismatchError,
@@ -426,6 +427,25 @@ async def test_a_client_that_goes_while_its_prefix_is_read_leaves_no_lease(serve
     assert after.engine.abandoned == ["r"]
     assert after.service.gate.holding == 0
     after.engine.promote_gate.open.set()
+    after.stop()
+
+
+@on_a_loop
+async def test_a_request_is_held_once_for_all_it_waits_for(server: Server) -> None:
+    """One that has waited for its recorded tokens does not wait as long again for its state."""
+    tokens = await save_all(server, "c", 1)
+    after = server.restart(snapshot_promote_timeout=0.2)
+    gate, stats = after.service.gate, after.service.context.stats
+    never = asyncio.get_running_loop().create_future()
+    with pytest.raises(DeadlineError):
+        await gate.in_time(never)
+    assert gate.holding == 0
+    prompt = to_tokens([*tokens, 5])
+    await gate.admit(RunningRequest("r", prompt, waited=0.2))
+    assert after.engine.promoted == []
+    assert (stats.hold_timeouts, stats.hold_failures) == (1, 0)
+    await gate.admit(RunningRequest("s", prompt, waited=0.0))
+    assert len(after.engine.promoted) == 1
     after.stop()
 
 

@@ -192,8 +192,10 @@ def test_an_archive_holds_what_its_snapshots_cover_and_nothing_else(
     encrypted: bool, rng: Random, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key = new_key() if encrypted else None
-    cut = 0
-    for number in range(ROUNDS):
+    cut = number = 0
+    # Now and then no conversation of the first rounds leaves another within a file.
+    while number < ROUNDS or not cut:
+        number += 1
         monkeypatch.setattr(segment_files, "PIECE_BYTES", rng.randint(37, 400))
         snapshots = make_snapshots(rng, ranks=1 + number % 2)
         root, file, new = (tmp_path / f"{what}-{number}" for what in ("store", "file", "new"))
@@ -217,7 +219,6 @@ def test_an_archive_holds_what_its_snapshots_cover_and_nothing_else(
         again = exported(new, tmp_path / f"again-{number}", "second")
         assert not again.cut
         assert {s.segment_id for s in again.segments} == {s.segment_id for s in archive.segments}
-    assert cut, "no round had anything to cut"
 
 
 def test_a_conversation_that_uses_its_files_whole_is_archived_as_it_is_stored(

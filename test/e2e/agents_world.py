@@ -81,6 +81,8 @@ def agents_world(stage: Stage, folder: Path) -> World:
     (tools / "gate").unlink()
     (tools / "gated").unlink()
     (tools / "counts").unlink()
+    # Those that are killed have the same words: they must find nothing of the whole ones.
+    world.client.flush()
 
     killed = {"in a tool": begin(http, **plan("in a tool"), conversation_id="killed")}
     until(tools / "gated")

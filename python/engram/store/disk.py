@@ -211,7 +211,7 @@ class DiskStore(DiskSegments, DiskNamespaces, DiskManifests, DiskConversations, 
         return StoreStats(
             segments=counts,
             segment_bytes=total,
-            manifests=len(self.list_manifests()),
+            manifests=len(self.manifest_names()),
             quarantined=self._quarantine.size()[0],
             free_bytes=self.free_bytes(),
         )

@@ -130,26 +130,23 @@ class DiskManifests(ManifestStore):
 
     def manifest_names(self) -> set[str]:
         """The names of all stored manifests: `list_manifests` looks at every file."""
-        return {
-            name
-            for directory, names in walk_names(self._layout.manifests)
-            for name in names
-            if name.endswith(".json") and not name.startswith(".")
-        }
+        return {name for _, name in self._manifest_files()}
 
     def manifest_entry(self, name: str) -> ManifestEntry | None:
         """One manifest as `list_manifests` has it; None if there is none."""
-        path = self._layout.manifest(name)
-        try:
-            return ManifestEntry(name, _stamp(path.stat()))
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise store_error("look at", path, error) from error
+        return _entry(str(self._layout.manifest(name)), name)
 
     def list_manifests(self) -> list[ManifestEntry]:
-        entries = (self.manifest_entry(name) for name in sorted(self.manifest_names()))
-        return [entry for entry in entries if entry is not None]
+        entries = [_entry(file, name) for file, name in self._manifest_files()]
+        return sorted((entry for entry in entries if entry), key=lambda entry: entry.name)
+
+    def _manifest_files(self) -> Iterator[tuple[str, str]]:
+        """Every manifest's file, as a string, and its name; a path for each would take longer than
+        to look at it."""
+        for directory, names in walk_names(self._layout.manifests):
+            for name in names:
+                if name.endswith(".json") and name[:2] == directory.name:
+                    yield f"{directory}/{name}", name
 
     def load_manifest(self, entry: ManifestEntry) -> Manifest | DamagedManifest:
         try:
@@ -228,6 +225,15 @@ def read_small_file(path: Path, limit: int, fs: FileSystem) -> bytes | None:
         raise store_error("read", path, error) from error
     finally:
         fs.close(fd)
+
+
+def _entry(file: str, name: str) -> ManifestEntry | None:
+    try:
+        return ManifestEntry(name, _stamp(os.stat(file)))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise store_error("look at", Path(file), error) from error
 
 
 def _stamp(status: os.stat_result) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from e2e.helpers import PRINTABLE_IDS, Client, Reply, random_ids
+from e2e.matrix import gpu
 from e2e.reference import ALL_LOG_PROBABILITIES, CHUNK, ask_for, expect, prompts_of
 from e2e.talks import ChatTalk, GenerateTalk, KeyedTalk, Talk
 from e2e.worlds import (
@@ -101,6 +102,8 @@ class Variant:
             *("--chunked-prefill-size", str(CHUNK)),
             *("--max-total-tokens", "8192", "--max-mamba-cache-size", "64"),
             *("--tp-size", str(self.ranks)),
+            # Of SGLang's backends on CUDA, one that computes in float32 too.
+            *(("--attention-backend", "triton") if gpu() else ()),
         )
 
     @property

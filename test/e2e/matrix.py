@@ -1,14 +1,16 @@
 """What the tests of every family found, written down where the documentation takes it from.
 
     ENGRAM_MATRIX_RECORD=1 scripts/test --matrix -k lfm2
+    scripts/test --gpu -k lfm2
     python test/e2e/matrix.py
 
-The first writes a file for each variant of which all tests were run, the second puts the files'
-table into docs/models.md.
+The first two write a file for each variant of which all tests were run, on a CPU and on a GPU; the
+last puts the files' tables into docs/models.md.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -20,8 +22,9 @@ from typing import Any, Final
 ROOT: Final = Path(__file__).parents[2]
 RESULTS: Final = ROOT / "test" / "data" / "matrix"
 DOCUMENT: Final = ROOT / "docs" / "models.md"
-BEGIN, END = "<!-- matrix: begin -->", "<!-- matrix: end -->"
 RECORD: Final = "ENGRAM_MATRIX_RECORD"
+DEVICES: Final = ("cpu", "gpu")
+"""Of each there is a table in the document and, in `RESULTS`, a folder of files."""
 
 COLUMNS: Final[dict[str, tuple[str, ...]]] = {
     "served": ("test_replies_are_those_of_transformers",),
@@ -66,10 +69,10 @@ class Result:
         """Whether all of its tests were run, and there was a server."""
         return bool(self.pools) and sum(map(len, self.outcomes.values())) == self.expected
 
-    def as_json(self, date: str) -> dict[str, Any]:
+    def as_json(self, date: str, device: str) -> dict[str, Any]:
         return {
             "date": date,
-            "device": "CPU",
+            "device": device,
             "model_class": self.model_class,
             "pools": self.pools,
             "passed": {test: sum(found) for test, found in sorted(self.outcomes.items())},
@@ -107,10 +110,32 @@ class Recorder:
     def write(self) -> None:
         """Files for the variants that were run as a whole."""
         date = datetime.now(timezone.utc).date().isoformat()
+        card = gpu()
+        folder = RESULTS / ("gpu" if card else "cpu")
+        folder.mkdir(parents=True, exist_ok=True)
         for name, result in self.results.items():
             if result.complete:
-                text = json.dumps(result.as_json(date), indent=2, sort_keys=True)
-                (RESULTS / f"{name}.json").write_text(text + "\n")
+                found = result.as_json(date, card or "CPU")
+                text = json.dumps(found, indent=2, sort_keys=True)
+                (folder / f"{name}.json").write_text(text + "\n")
+
+
+@functools.cache
+def gpu() -> str | None:
+    """The card that SGLang serves with here; None where it takes the CPU."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def require_gpus(count: int) -> None:
+    """Leave out a test that would need more GPUs than a machine with some has; it is not recorded
+    then."""
+    import pytest
+    import torch
+
+    if gpu() and torch.cuda.device_count() < count:
+        pytest.skip(f"needs {count} GPUs")
 
 
 def pools_of(namespace: Mapping[str, Any]) -> dict[str, str]:
@@ -127,9 +152,10 @@ def pools_of(namespace: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def results() -> dict[str, dict[str, Any]]:
-    """The files, by variant."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+def results(device: str) -> dict[str, dict[str, Any]]:
+    """The files of a device, by variant."""
+    files = sorted((RESULTS / device).glob("*.json"))
+    return {path.stem: json.loads(path.read_text()) for path in files}
 
 
 def markdown(variants: Iterable[str], found: Mapping[str, Mapping[str, Any]]) -> str:
@@ -154,18 +180,32 @@ def _cell(result: Mapping[str, Any], tests: Iterable[str]) -> str:
     return f"{passed} of {run}" if run else "no test"
 
 
-def documented() -> str:
-    """The table that the document has."""
-    return DOCUMENT.read_text().split(BEGIN)[1].split(END)[0].strip()
+def documented(device: str) -> str:
+    """The table that the document has of a device."""
+    begin, end = _marks(device)
+    return DOCUMENT.read_text().split(begin)[1].split(end)[0].strip()
+
+
+def made(device: str) -> str:
+    """The table that it should have: of all variants, or that none was run."""
+    from e2e.exactness import VARIANTS
+
+    found = results(device)
+    if device == "gpu" and not found:
+        return "None of it was run on a GPU."
+    return markdown([variant.name for variant in VARIANTS], found)
+
+
+def _marks(device: str) -> tuple[str, str]:
+    return f"<!-- matrix, {device}: begin -->", f"<!-- matrix, {device}: end -->"
 
 
 def main() -> None:
-    """Write the table into the document."""
-    from e2e.exactness import VARIANTS
-
-    head, rest = DOCUMENT.read_text().split(BEGIN)
-    table = markdown([variant.name for variant in VARIANTS], results())
-    DOCUMENT.write_text(f"{head}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}")
+    """Write the tables into the document."""
+    for device in DEVICES:
+        begin, end = _marks(device)
+        head, rest = DOCUMENT.read_text().split(begin)
+        DOCUMENT.write_text(f"{head}{begin}\n{made(device)}\n{end}{rest.split(end)[1]}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from e2e.exactness import (
     exactness_world,
 )
 from e2e.helpers import Reply, assert_close
-from e2e.matrix import Recorder
+from e2e.matrix import Recorder, require_gpus
 from e2e.reference import assert_as_expected
 from e2e.talks import KeyedTalk
 from e2e.worlds import TURNS, Stage, World, next_turn_is_exact
@@ -32,6 +32,7 @@ from engram.sglang_plugin.adapters import content_id
 
 @pytest.fixture
 def world(stage: Stage, variant: Variant, recorder: Recorder) -> World:
+    require_gpus(variant.ranks)
     world = stage.world(variant.name, partial(exactness_world, variant=variant))
     recorder.saw(variant.name, Path(world.server.model), world.store)
     return world

@@ -11,6 +11,7 @@ import pytest
 
 from e2e.exactness import Variant
 from e2e.helpers import Client, Reply, native_reply, random_ids
+from e2e.matrix import require_gpus
 from e2e.talks import NEW_TOKENS, GenerateTalk
 from e2e.worlds import LENGTHS, NEXT_LENGTH, Case, Stage, World, fresh, start
 from engram.testing.samples import seeded_random
@@ -63,6 +64,7 @@ class ReplicaTalk(GenerateTalk):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    require_gpus(REPLICAS)
     stage = Stage(tmp_path_factory.mktemp("replicas"))
     folder = fresh(stage.folder / "replicas")
     variant = Variant("granite-hybrid", "float32")

@@ -10,21 +10,24 @@ import pytest
 
 from e2e import matrix, test_families
 from e2e.exactness import VARIANTS
-from e2e.matrix import COLUMNS, Recorder, documented, markdown, pools_of, results
+from e2e.matrix import COLUMNS, DEVICES, Recorder, documented, made, pools_of, results
 
 
-def test_the_table_is_that_of_the_results() -> None:
-    assert documented() == markdown([variant.name for variant in VARIANTS], results())
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_table_is_that_of_the_results(device: str) -> None:
+    assert documented(device) == made(device)
 
 
-def test_every_result_is_of_a_variant_and_of_tests_there_are() -> None:
-    assert set(results()) <= {variant.name for variant in VARIANTS}
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_result_is_of_a_variant_and_of_tests_there_are(device: str) -> None:
+    assert set(results(device)) <= {variant.name for variant in VARIANTS}
     columns = [test for tests in COLUMNS.values() for test in tests]
     assert len(set(columns)) == len(columns)
     functions = inspect.getmembers(test_families, inspect.isfunction)
     tests = {name for name, _ in functions if name.startswith("test_")}
     assert set(columns) == tests
-    for found in results().values():
+    for found in results(device).values():
+        assert (found["device"] == "CPU") == (device == "cpu")
         assert set(found["run"]) <= tests
         assert found["pools"]
 
@@ -39,10 +42,12 @@ def test_pools_are_named_by_kind_with_their_shapes_and_layers() -> None:
     assert pools_of(fields) == {"k": "2 x F32[2, 16]", "ssm": "1 x F32[4, 8]"}
 
 
+@pytest.mark.parametrize(("card", "device"), [(None, "cpu"), ("NVIDIA H200", "gpu")])
 def test_what_was_run_in_part_or_without_a_server_is_not_recorded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, card: str | None, device: str
 ) -> None:
     monkeypatch.setattr(matrix, "RESULTS", tmp_path)
+    monkeypatch.setattr(matrix, "gpu", lambda: card)
     recorder = Recorder()
     for variant in ("whole", "part", "down"):
         for _ in range(2):
@@ -54,8 +59,9 @@ def test_what_was_run_in_part_or_without_a_server_is_not_recorded(
     for variant in ("whole", "part"):
         recorder.results[variant].pools = {"k": "1 x F32[2]"}
     recorder.write()
-    [path] = tmp_path.iterdir()
-    assert path.name == "whole.json"
+    [path] = tmp_path.glob("*/*")
+    assert path == tmp_path / device / "whole.json"
     found = json.loads(path.read_text())
+    assert found["device"] == (card or "CPU")
     assert found["passed"] == {"test_a": 1, "test_b": 0}
     assert found["run"] == {"test_a": 1, "test_b": 1}

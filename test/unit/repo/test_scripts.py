@@ -16,6 +16,7 @@ from environment import missing, wanted
 from histories import test_histories
 from repository import ROOT, repository_files
 
+SUITES_OF_THE_MATRIX = ["test/e2e/test_families.py", "test/e2e/test_replicas.py"]
 STEPS = ["lint", "format", "whitespace", "spelling", "types", "layers"]
 
 
@@ -140,15 +141,25 @@ def test_the_exit_status_of_a_test_run(tmp_path: Path, source: str, status: int,
     assert result.stdout.rstrip().endswith(last)
 
 
-def runs_of(tmp_path: Path, *arguments: str) -> list[str]:
-    """What `scripts/test` would have pytest do, a line for each run."""
-    python = write_script(
-        tmp_path / "python",
-        f'case "$*" in *pytest*) echo "run ${{*:4}}";; *) exec {sys.executable} "$@";; esac',
+def pytest_that_tells(tmp_path: Path, *, gpu: bool = False) -> str:
+    """A Python that says what pytest would do, on a machine with a GPU or without."""
+    return str(
+        write_script(
+            tmp_path / "python",
+            f"""case "$*" in
+*pytest*) echo "run ${{*:4}} ${{ENGRAM_MATRIX_RECORD:+recorded}}" ;;
+*torch.cuda*) exit {int(not gpu)} ;;
+*) exec {sys.executable} "$@" ;;
+esac""",
+        )
     )
-    result = run(ROOT / "scripts/test", *arguments, python=str(python))
+
+
+def runs_of(tmp_path: Path, *arguments: str, gpu: bool = False) -> list[str]:
+    """What `scripts/test` would have pytest do, a line for each run."""
+    result = run(ROOT / "scripts/test", *arguments, python=pytest_that_tells(tmp_path, gpu=gpu))
     assert result.returncode == 0, result.stdout + result.stderr
-    return re.findall(r"^run pytest (.*)$", result.stdout, re.MULTILINE)
+    return [line.rstrip() for line in re.findall(r"^run pytest (.*)$", result.stdout, re.MULTILINE)]
 
 
 def test_only_the_matrix_runs_what_is_not_quick(tmp_path: Path) -> None:
@@ -158,8 +169,18 @@ def test_only_the_matrix_runs_what_is_not_quick(tmp_path: Path) -> None:
     assert found.returncode == 0, found.stdout + found.stderr
     assert f"test_replies_are_those_of_transformers[{quick}]" in found.stdout
     assert f"[{slow}" not in found.stdout
-    suites = ["test/e2e/test_families.py", "test/e2e/test_replicas.py"]
-    assert runs_of(tmp_path, "--matrix") == [f"{one} -m matrix or not matrix" for one in suites]
+    wanted = [f"{one} -m matrix or not matrix" for one in SUITES_OF_THE_MATRIX]
+    assert runs_of(tmp_path, "--matrix") == wanted
+
+
+def test_what_needs_a_gpu_is_recorded_and_fails_without_one(tmp_path: Path) -> None:
+    suites = ["test/unit/conditional_memory", *SUITES_OF_THE_MATRIX]
+    wanted = [f"{one} -m matrix or not matrix recorded" for one in suites]
+    assert runs_of(tmp_path, "--gpu", gpu=True) == wanted
+    without = run(ROOT / "scripts/test", "--gpu", python=pytest_that_tells(tmp_path))
+    assert without.returncode == 2
+    assert "no CUDA GPU" in without.stderr
+    assert "run pytest" not in without.stdout
 
 
 def test_histories_are_run_for_every_family_and_only_when_asked_for(tmp_path: Path) -> None:

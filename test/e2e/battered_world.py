@@ -29,6 +29,8 @@ ROOMY = (
     *("--max-total-tokens", "8192", "--max-mamba-cache-size", "64"),
     *("--dtype", "float32", "--snapshot-trigger-policy", "manual_only"),
     *("--max-warm-memory-gb", "0.5"),
+    # What one test restores is not held for long in another one.
+    *("--conversation-active-timeout", "5"),
 )
 KILLS = 2
 """Of the whole server, as `scripts/test --faults` does 50 times."""

@@ -12,6 +12,7 @@ import pydantic_core
 
 from engram.agents.pool import ToolOutput, WorkerPool
 from engram.agents.tool import Tool, ToolContext, ToolSpec
+from engram.agents.within import within
 from engram.errors import (
     AgentsBusyError,
     AlreadyExistsError,
@@ -138,7 +139,7 @@ class ToolExecutor:
         name = tool.spec.name
         bound = tool.bind(arguments, context)
         try:
-            value = await asyncio.wait_for(tool.function(**bound), timeout)
+            value = await within(timeout, tool.function(**bound))
         except asyncio.TimeoutError:
             raise ToolTimeoutError(
                 f"{name} took longer than {timeout:g} s", details={"tool": name, "timeout": timeout}

@@ -289,6 +289,8 @@ class RunLoop:
             )
         try:
             arguments = json.loads(call.arguments)
+            # Python reads more than can be written down and sent: NaN, half a surrogate pair.
+            json.dumps(arguments, allow_nan=False, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:
             raise InvalidRequestError(f"the arguments are not JSON: {error}") from None
         if not isinstance(arguments, dict):

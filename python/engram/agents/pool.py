@@ -16,6 +16,7 @@ import psutil
 
 from engram.agents import framing
 from engram.agents.tool import OnProgress, ToolContext, ToolSpec
+from engram.agents.within import within
 from engram.errors import (
     EngramError,
     InvalidRequestError,
@@ -29,6 +30,7 @@ START_TIMEOUT_S: Final = 60.0
 OUTPUT_BYTES: Final = 8 << 10
 """Of what a tool writes to its standard output and error, the end is kept."""
 KILL_ROUNDS: Final = 5
+DRAIN_ROUNDS: Final = 16
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,10 @@ class WorkerPool:
     ) -> ToolOutput:
         """Run a tool.  Raises as the tools' errors say; the process is gone when it had to be."""
         async with self._places:
-            worker = self._idle.pop() if self._idle else await self._start()
+            worker = self._waiting() or await self._start()
             kept = False
             try:
-                output = await asyncio.wait_for(worker.call(name, arguments, context), timeout)
+                output = await within(timeout, worker.call(name, arguments, context))
                 kept = worker.clean()
                 return output
             except asyncio.TimeoutError:
@@ -95,11 +97,28 @@ class WorkerPool:
         self._all.clear()
         self._idle.clear()
 
+    def _waiting(self) -> _Worker | None:
+        """A process that waits for a call, if there is one."""
+        while self._idle:
+            worker = self._idle.pop()
+            if worker.lives():
+                return worker
+            # It has ended meanwhile: the kernel takes tools first if memory ends.
+            self._all.discard(worker)
+            worker.kill()
+        return None
+
     async def _start(self) -> _Worker:
-        worker = _Worker(self._module, self._limit)
+        try:
+            worker = _Worker(self._module, self._limit)
+        except OSError as error:
+            raise ToolError(
+                f"no process can be started for the tools of {self._module}: {error}",
+                hint="look whether the machine has memory, processes and open files left",
+            ) from error
         self._all.add(worker)
         try:
-            await asyncio.wait_for(worker.ready(), START_TIMEOUT_S)
+            await within(START_TIMEOUT_S, worker.ready())
         except BaseException as error:
             self._all.discard(worker)
             worker.kill()
@@ -119,10 +138,15 @@ class _Worker:
         self._limit = limit
         self._clean = True
         self.specs: list[ToolSpec] = []
-        self._ours, theirs = socket.socketpair()
-        self._said, writes = os.pipe()
-        os.set_blocking(self._said, False)
         self._output = bytearray()
+        self._ours, theirs = socket.socketpair()
+        try:
+            self._said, writes = os.pipe()
+        except OSError:
+            self._ours.close()
+            theirs.close()
+            raise
+        os.set_blocking(self._said, False)
         command = [sys.executable, "-m", "engram.agents.worker", str(theirs.fileno())]
         try:
             self._process = subprocess.Popen(
@@ -133,6 +157,10 @@ class _Worker:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
+        except BaseException:
+            self._ours.close()
+            os.close(self._said)
+            raise
         finally:
             theirs.close()
             os.close(writes)
@@ -204,9 +232,13 @@ class _Worker:
         self._drain()
         return self._output.decode(errors="replace")
 
+    def lives(self) -> bool:
+        """Whether the process has not ended."""
+        return self._process.poll() is None
+
     def clean(self) -> bool:
         """Whether the last call left nothing behind and the process lives."""
-        return self._clean and self._process.poll() is None and not self._descendants()
+        return self._clean and self.lives() and not self._descendants()
 
     def kill(self) -> None:
         """End the process and everything it has started."""
@@ -247,7 +279,11 @@ class _Worker:
         return "it closed its connection"
 
     def _drain(self) -> None:
-        while self._said >= 0:
+        # Bounded: who writes as fast as this reads would hold up the server. It is more than a pipe
+        # holds, so all that was written before is read.
+        for _ in range(DRAIN_ROUNDS):
+            if self._said < 0:
+                return
             try:
                 part = os.read(self._said, 64 << 10)
             except BlockingIOError:

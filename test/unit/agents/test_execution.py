@@ -1,7 +1,9 @@
 """Whatever a tool does, its caller is told clearly and the process of the server goes on."""
 
 import asyncio
+import json
 import os
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -149,6 +151,71 @@ def test_a_tool_that_raises() -> None:
         assert "object" in error.message
         error = await refused(executor, ToolError, "broken")
         assert error.message == "broken: KeyError: 'gone'"
+
+    using(work)
+
+
+def test_what_a_tool_says_can_be_sent_on() -> None:
+    """Half a surrogate pair is in no UTF-8: neither a reply nor a run could be shown with it."""
+    told: list[str] = []
+
+    async def work(executor: ToolExecutor) -> None:
+        context = ToolContext("k", "", None, None, lambda fraction, text: told.append(text))
+        with pytest.raises(ToolError) as raised:
+            await executor.execute("odd_name", {}, context)
+        assert raised.value.message == "odd_name: RuntimeError: odd ?"
+        json.dumps(raised.value.to_reply(), ensure_ascii=False).encode()
+
+    using(work)
+    assert told == ["odd ?"]
+
+
+def test_a_process_that_ended_while_it_waited_is_replaced() -> None:
+    """As the kernel ends tools first if memory ends: the next call has not failed."""
+
+    async def work(executor: ToolExecutor) -> None:
+        before = (await call(executor, "pid")).value
+        process = psutil.Process(before)
+        process.kill()
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            await asyncio.sleep(0)
+        assert (await call(executor, "pid")).value != before
+
+    using(work)
+
+
+def test_a_process_that_cannot_be_started_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def files() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    async def work(executor: ToolExecutor) -> None:
+        before = (await call(executor, "pid")).value
+        with monkeypatch.context() as broken:
+            broken.setattr(sys, "executable", "/nonexistent/python")
+            await refused(executor, ToolCrashedError, "leave", status=3, hard=True)
+            open_files = files()
+            for _ in range(3):
+                error = await refused(executor, ToolError, "pid")
+                assert "hostile_tools" in error.message
+                assert error.hint
+            assert files() == open_files
+        assert (await call(executor, "pid")).value != before
+
+    using(work)
+
+
+def test_output_without_end_does_not_hold_up_the_server() -> None:
+    async def work(executor: ToolExecutor) -> None:
+        await call(executor, "pid")
+        assert executor._pool is not None
+        (worker,) = executor._pool._idle
+        said = os.dup(worker._said)
+        endless = os.open("/dev/zero", os.O_RDONLY)
+        os.dup2(endless, worker._said)
+        assert len(worker.output()) == OUTPUT_BYTES
+        os.dup2(said, worker._said)
+        os.close(endless)
+        os.close(said)
 
     using(work)
 

@@ -220,6 +220,7 @@ def test_what_a_model_gets_wrong_is_told_to_it(tmp_path: Path) -> None:
         return [
             calling(("sing", {}), ("count", "{")),
             calling(("count", "[1]"), ("count", {"by": "x"}), ("count", {"by": 1})),
+            calling(("count", '{"by": NaN}'), ("count", '{"by": "\\ud800"}')),
             "done",
         ][number]
 
@@ -230,7 +231,12 @@ def test_what_a_model_gets_wrong_is_told_to_it(tmp_path: Path) -> None:
     assert run.status == "completed"
     messages = [call.outcome["error"]["message"] for step in run.steps for call in step.calls]  # type: ignore[index]
     for message, told in zip(
-        messages, ("no tool 'sing'", "not JSON", "no JSON object", "by:", "only 2"), strict=True
+        messages,
+        (
+            *("no tool 'sing'", "not JSON", "no JSON object", "by:", "only 2"),
+            *("not JSON: Out of range", "not JSON: 'utf-8'"),
+        ),
+        strict=True,
     ):
         assert told in message
     assert not (tmp_path / "counts").exists()
@@ -300,6 +306,29 @@ def test_cancelled_and_resumed(tmp_path: Path) -> None:
         assert runs.active == 0
 
     using(tmp_path, script, work)
+
+
+def test_a_run_is_cancelled_as_its_tool_ends(tmp_path: Path) -> None:
+    """A cancellation that comes in the very moment is not lost."""
+
+    def for_ever(number: int, body: Mapping[str, Any]) -> dict[str, Any]:
+        return calling(("last_moment", {}))
+
+    async def work(runs: RunManager, chat: ScriptedChat) -> None:
+        stopping: list[asyncio.Task[Run]] = []
+
+        async def last_moment(context: ToolContext) -> None:
+            """Have its run cancelled, and end."""
+            assert context.run_id is not None
+            stopping.append(asyncio.ensure_future(runs.stop("", context.run_id)))
+
+        runs._executor._own["last_moment"] = tool = make_tool(last_moment, isolated=False)
+        runs._executor._specs["last_moment"] = tool.spec
+        run = await over(runs, await runs.create("", request()))
+        assert (run.status, len(run.steps)) == ("cancelled", 1)
+        assert len(stopping) == 1
+
+    using(tmp_path, for_ever, work)
 
 
 def test_calls_are_told_apart_that_the_model_calls_the_same(tmp_path: Path) -> None:

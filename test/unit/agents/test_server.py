@@ -122,6 +122,69 @@ def test_tools_over_rest(tmp_path: Path) -> None:
     using(tmp_path, work, agent_tools_module="hostile_tools")
 
 
+@pytest.mark.parametrize(
+    ("tool", "arguments"),
+    [
+        (tool, {"prompts": ["a", "b"]} if tool == "conversation_explore" else {})
+        for tool in (
+            *("checkpoint_save", "checkpoint_restore", "conversation_branch"),
+            *("conversation_compare", "conversation_explore"),
+        )
+    ],
+)
+def test_places_that_cannot_be_are_the_callers_mistake(
+    tmp_path: Path, tool: str, arguments: dict[str, Any]
+) -> None:
+    """Not a failure of the tool, which may be tried again."""
+
+    async def work(server: Server, host: AgentHost, chat: ScriptedChat) -> None:
+        await server.chat("c")
+        wrongs: list[dict[str, Any]] = [{"conversation_id": "../c"}, {"branch_name": "a b"}]
+        wrongs.append({"snapshot_id": "../x"} if tool == "checkpoint_save" else {})
+        wrongs[2] = wrongs[2] or {"turn_number": 2**63}
+        async with client_of(host) as client:
+            for wrong in wrongs:
+                place = {"conversation_id": "c", "branch_name": "main", **arguments, **wrong}
+                body = {"tool": tool, "arguments": place}
+                told = await refused(
+                    client.post("/v1/agent/tools/execute", json=body), 422, "invalid_request"
+                )
+                assert told["details"]["field"] == next(iter(wrong))
+
+    using(tmp_path, work)
+
+
+def nested(depth: int) -> Any:
+    value: Any = "x"
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def test_runs_that_cannot_be_written_down_do_not_begin(tmp_path: Path) -> None:
+    async def work(server: Server, host: AgentHost, chat: ScriptedChat) -> None:
+        await server.chat("c")
+        async with client_of(host) as client:
+            messages = [{"role": "user", "content": "x"}]
+            deep = [{"role": "user", "content": nested(300)}]
+            for wrong in (
+                {"temperature": "inf"},
+                {"messages": deep},
+                {"response_format": {"schema": nested(300)}},
+            ):
+                task = {"messages": messages, "tools": [], **wrong}
+                await refused(client.post("/v1/agent/runs", json=task), 422, "invalid_request")
+                body = {"conversation_id": "c", "branches": [task, task]}
+                await refused(
+                    client.post("/v1/agent/explorations", json=body), 422, "invalid_request"
+                )
+            assert (await ok(client.get("/v1/agent/runs")))["runs"] == []
+            task = {"messages": [{"role": "user", "content": nested(98)}], "tools": []}
+            await ok(client.post("/v1/agent/runs", json=task))
+
+    using(tmp_path, work)
+
+
 def test_memory_over_rest_keeps_owners_apart(tmp_path: Path) -> None:
     async def work(server: Server, host: AgentHost, chat: ScriptedChat) -> None:
         async with client_of(host, "one") as one, client_of(host, "two") as two:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import uuid
 from collections.abc import AsyncIterator, Mapping
@@ -29,7 +30,15 @@ from engram.server.agent_schemas import (
     MemoryStoreBody,
     RestorePlace,
 )
-from engram.server.wire import answering, body_of, error_response, known_query, read_body
+from engram.server.origins import check_page
+from engram.server.wire import (
+    Handler,
+    answering,
+    body_of,
+    error_response,
+    known_query,
+    read_body,
+)
 from engram.version import __version__
 
 KEEP_ALIVE_S: Final = 15.0
@@ -72,7 +81,7 @@ def agent_router(host: AgentHost) -> APIRouter:
         ("POST", "runs/{run_id}/cancel", routes.cancel_run, None),
         ("POST", "runs/{run_id}/resume", routes.resume_run, ResumeBody),
     ):
-        _add(router, method, path, answering(handler), handler.__doc__, schema)
+        _add(router, method, path, answering(routes.checked(handler)), handler.__doc__, schema)
 
     async def stream(request: Request) -> Response:
         return await routes.stream_run(request)
@@ -104,6 +113,16 @@ def _add(
 class _Routes:
     def __init__(self, host: AgentHost) -> None:
         self._host = host
+
+    def checked(self, handler: Handler) -> Handler:
+        """A handler that no page of another site reaches which has no key."""
+
+        @functools.wraps(handler)
+        async def checked(request: Request) -> Reply:
+            check_page(request.scope["headers"], keyed=self._host.keyed)
+            return await handler(request)
+
+        return checked
 
     def _owner(self, request: Request) -> str:
         return self._host.owner_of(request.headers.get("authorization"))
@@ -319,6 +338,7 @@ class _Routes:
         """
         owner, run_id = self._owner(request), _run_id(request)
         try:
+            check_page(request.scope["headers"], keyed=self._host.keyed)
             last = request.headers.get("last-event-id") or request.query_params.get("after", "0")
             if not (last.isdecimal() and len(last) < 18):
                 raise InvalidRequestError("after must be a number", details={"field": "after"})

@@ -567,12 +567,43 @@ def test_who_may_not_connect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     using(tmp_path, work)
 
 
-def test_origins() -> None:
-    host = (b"host", b"localhost:30000")
-    assert not is_foreign([host])
-    assert not is_foreign([host, (b"origin", b"http://localhost:30000")])
-    for origin in (b"http://evil.example", b"null", b"http://localhost:30001"):
-        assert is_foreign([host, (b"origin", origin)])
+@pytest.mark.parametrize("keyed", [False, True])
+def test_origins(keyed: bool) -> None:
+    for own in (b"localhost:30000", b"127.0.0.1:30000", b"[::1]:30000", b"10.1.2.3"):
+        host = (b"host", own)
+        assert not is_foreign([host], keyed=keyed)
+        assert not is_foreign([host, (b"origin", b"http://" + own)], keyed=keyed)
+        for origin in (b"http://evil.example", b"null", b"http://localhost:30001", b"http://[x"):
+            assert is_foreign([host, (b"origin", origin)], keyed=keyed), origin
+    # A name that points here may be the page's own: a server with keys knows who asks.
+    rebound = [(b"host", b"evil.example:30000"), (b"origin", b"http://evil.example:30000")]
+    assert is_foreign(rebound, keyed=keyed) != keyed
+
+
+def test_a_page_of_another_site_reaches_no_tool(tmp_path: Path) -> None:
+    """A browser sends it without asking, if it looks like a form; a key it does not have."""
+
+    async def work(server: Server, host: AgentHost, chat: ScriptedChat) -> None:
+        body = json.dumps({"tool": "calculator", "arguments": {"expression": "1"}})
+        page = {"origin": "http://evil.example", "content-type": "text/plain"}
+        async with client_of(host, "one") as client:
+            for method, path in (
+                ("POST", "tools/execute"),
+                ("POST", "memory/search"),
+                ("GET", "runs"),
+                ("GET", "runs/none/stream"),
+            ):
+                asking = client.request(method, f"/v1/agent/{path}", content=body, headers=page)
+                if host.keyed:
+                    assert (await asking).status_code != 403
+                else:
+                    await refused(asking, 403, "foreign_origin")
+            await ok(client.post("/v1/agent/tools/execute", content=body))
+
+    for keyed in (False, True):
+        folder = tmp_path / str(keyed)
+        folder.mkdir()
+        using(folder, work, keyed=keyed)
 
 
 # ---- MCP ----

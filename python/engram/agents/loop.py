@@ -89,7 +89,14 @@ class RunLoop:
     async def go_on(self, *, repeat: bool) -> tuple[str, dict[str, Any]]:
         """Run to the end: the status then, and the result."""
         if self._run.steps:
-            await self._calls_of(self._run.steps[-1], repeat=repeat)
+            step = self._run.steps[-1]
+            if self._request.checkpoint and not step.reply.keys() & {
+                "snapshot_id",
+                "checkpoint_error",
+            }:
+                # It ended before this was known; if the turn is lost, that has to be told.
+                await self._checkpoint(step)
+            await self._calls_of(step, repeat=repeat)
         while True:
             last = self._run.steps[-1] if self._run.steps else None
             if last is not None and not last.calls:

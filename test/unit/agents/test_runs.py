@@ -308,6 +308,28 @@ def test_cancelled_and_resumed(tmp_path: Path) -> None:
     using(tmp_path, script, work)
 
 
+def test_a_reply_that_was_not_saved_when_its_run_ended_is_saved_then(tmp_path: Path) -> None:
+    async def work(runs: RunManager, chat: ScriptedChat) -> None:
+        save, saving = runs._save_turn, asyncio.Event()
+
+        async def hangs(conversation_id: str, rid: str, lasts: float | None) -> str:
+            saving.set()
+            await asyncio.sleep(600)
+            raise AssertionError
+
+        runs._save_turn = hangs
+        run = await runs.create("", request())
+        await saving.wait()
+        stopped = await runs.cancel("", run.run_id)
+        assert "snapshot_id" not in stopped.steps[0].reply
+        runs._save_turn = save
+        run = await over(runs, await runs.resume("", run.run_id, repeat=False))
+        assert run.status == "completed"
+        assert all("snapshot_id" in step.reply for step in run.steps)
+
+    using(tmp_path, two_steps, work)
+
+
 def test_a_run_is_cancelled_as_its_tool_ends(tmp_path: Path) -> None:
     """A cancellation that comes in the very moment is not lost."""
 
@@ -415,6 +437,8 @@ def test_killed_at_any_point_a_run_ends_right(tmp_path: Path) -> None:
         calls = [call for step in run.steps for call in step.calls]
         assert [call.tool for call in calls] == ["careful", "count", "careful"]
         assert len(run.steps) == 3
+        for step in run.steps:
+            assert ("snapshot_id" in step.reply) != ("checkpoint_error" in step.reply)
         assert len(counts) == len(set(counts))
         for number, call in enumerate(calls, 1):
             assert call.outcome is not None

@@ -20,6 +20,9 @@ from engram.errors import StoreError, StoreFormatError, StoreFullError
 
 T = TypeVar("T")
 
+AGENT_FILE: Final = "agents.sqlite"
+"""Below the snapshot directory, beside the catalog."""
+
 MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
     (
         """

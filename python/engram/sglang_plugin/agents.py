@@ -15,6 +15,7 @@ import httpx
 from fastapi import WebSocket
 from starlette.routing import Route
 
+from engram.agents.database import AGENT_FILE
 from engram.agents.host import AgentHost
 from engram.agents.ports import ChatReply, Message, OnWritten
 from engram.conversation.turns import Tag
@@ -33,8 +34,6 @@ from engram.service import SnapshotService
 logger = logging.getLogger(__name__)
 
 POLL_S: Final = 0.2
-AGENT_FILE: Final = "agents.sqlite"
-"""Below the snapshot directory, beside the catalog."""
 
 
 class SglangChat:

@@ -571,3 +571,24 @@ def test_the_past_does_not_grow_for_ever(tmp_path: Path) -> None:
         assert 0 < size - counted <= sum(len(json.dumps(step.reply)) for step in replies)
 
     using(tmp_path, two_steps, work)
+
+
+def test_a_run_begins_without_reading_all_that_is_kept(tmp_path: Path) -> None:
+    """Requests may have 16 MiB, and 1 GiB of them is kept."""
+
+    async def work(runs: RunManager, chat: ScriptedChat) -> None:
+        database = runs._journal._database
+        asked: list[str] = []
+        database._connection.set_trace_callback(asked.append)
+        await over(runs, await runs.create("", request()))
+        database._connection.set_trace_callback(None)
+        (prune,) = {one for one in asked if "row_number()" in one}
+
+        def plan(db: Any) -> list[str]:
+            return [row[3] for row in db.execute("EXPLAIN QUERY PLAN " + prune)]
+
+        looked = [one for one in await database.run(plan) if " runs " in f"{one} "]
+        assert len(looked) == 2
+        assert all("COVERING INDEX" in one for one in looked), looked
+
+    using(tmp_path, two_steps, work)

@@ -31,6 +31,9 @@ OUTPUT_BYTES: Final = 8 << 10
 """Of what a tool writes to its standard output and error, the end is kept."""
 KILL_ROUNDS: Final = 5
 DRAIN_ROUNDS: Final = 16
+END_TIMEOUT_S: Final = 10.0
+FIRST_PAUSE_S: Final = 0.001
+LAST_PAUSE_S: Final = 0.05
 
 
 @dataclass(frozen=True)
@@ -89,11 +92,14 @@ class WorkerPool:
                 else:
                     self._all.discard(worker)
                     worker.kill()
+                    await worker.ended()
 
     def close(self) -> None:
         """Kill every process."""
         for worker in self._all:
             worker.kill()
+        for worker in self._all:
+            worker.wait()
         self._all.clear()
         self._idle.clear()
 
@@ -122,6 +128,7 @@ class WorkerPool:
         except BaseException as error:
             self._all.discard(worker)
             worker.kill()
+            await worker.ended()
             if isinstance(error, asyncio.TimeoutError):
                 raise ToolTimeoutError(
                     f"{self._module} was not imported in {START_TIMEOUT_S:g} s"
@@ -240,8 +247,24 @@ class _Worker:
         """Whether the last call left nothing behind and the process lives."""
         return self._clean and self.lives() and not self._descendants()
 
+    async def ended(self) -> None:
+        """Return when the killed process is gone; not at once, if it had gigabytes.
+
+        One that the kernel does not let go, as on a file system that is gone, is given up.
+        """
+        pause = FIRST_PAUSE_S
+        until = self._loop.time() + END_TIMEOUT_S
+        while self.lives() and self._loop.time() < until:
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LAST_PAUSE_S)
+
+    def wait(self) -> None:
+        """The same, for who has no more to do meanwhile."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(END_TIMEOUT_S)
+
     def kill(self) -> None:
-        """End the process and everything it has started."""
+        """End the process and everything it has started; it may take a moment to be gone."""
         # As long as it lives it adopts its orphans, so what it started is found below it: the
         # others first, again until none has been started meanwhile.
         for _ in range(KILL_ROUNDS):
@@ -254,7 +277,6 @@ class _Worker:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, 9)
         self._process.kill()
-        self._process.wait()
         if self._said >= 0:
             self._loop.remove_reader(self._said)
             os.close(self._said)

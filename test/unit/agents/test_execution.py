@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import psutil
 import pytest
 
+from engram.agents import pool
 from engram.agents.execution import ToolExecutor, ToolResult
 from engram.agents.pool import OUTPUT_BYTES, WorkerPool
 from engram.agents.tool import ToolContext, make_tool
@@ -59,8 +60,8 @@ def using(
     """What `work` returns with an executor; afterwards no process is left."""
 
     async def run() -> T:
-        pool = module and WorkerPool(module, size=size, max_result_bytes=LIMIT)
-        executor = ToolExecutor(OWN, timeout=60.0, pool=pool or None, max_result_bytes=LIMIT)
+        made = module and WorkerPool(module, size=size, max_result_bytes=LIMIT)
+        executor = ToolExecutor(OWN, timeout=60.0, pool=made or None, max_result_bytes=LIMIT)
         await executor.load()
         try:
             return await work(executor)
@@ -200,6 +201,53 @@ def test_a_process_that_cannot_be_started_costs_nothing(monkeypatch: pytest.Monk
                 assert error.hint
             assert files() == open_files
         assert (await call(executor, "pid")).value != before
+
+    using(work)
+
+
+def test_a_process_that_is_slow_to_end_does_not_hold_up_the_server(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The kernel takes a second for some gigabytes, and for ever in a file system that is gone."""
+
+    async def work(executor: ToolExecutor) -> None:
+        await call(executor, "pid")
+        assert executor._pool is not None
+        (worker,) = executor._pool._idle
+        others, ticking = 0, asyncio.Event()
+
+        async def other() -> None:
+            nonlocal others
+            await ticking.wait()
+            while True:
+                await asyncio.sleep(0)
+                others += 1
+
+        poll, wait = worker._process.poll, worker._process.wait
+
+        def slow_poll() -> int | None:
+            ticking.set()
+            return poll() if others >= 50 else None
+
+        def slow_wait(timeout: float | None = None) -> int:
+            raise AssertionError("nothing else runs meanwhile")
+
+        task = asyncio.create_task(call(executor, "hang"))
+        while executor._pool._idle:
+            await asyncio.sleep(0)
+        worker._process.poll, worker._process.wait = slow_poll, slow_wait  # type: ignore[method-assign]
+        ticks = asyncio.create_task(other())
+        with pytest.raises(ToolTimeoutError):
+            await task
+        ticks.cancel()
+        assert others >= 50
+        assert wait(60) == -9
+        monkeypatch.setattr(pool, "END_TIMEOUT_S", 0.0)
+        (await call(executor, "pid"))
+        stuck = executor._pool._idle[0]._process
+        stuck.poll = lambda: None  # type: ignore[method-assign]
+        await refused(executor, ToolTimeoutError, "hang")
+        assert stuck.wait(60) == -9
 
     using(work)
 

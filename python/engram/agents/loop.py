@@ -260,15 +260,14 @@ class RunLoop:
     async def _call(self, step: Step, call: Call, *, repeat: bool) -> None:
         told = {"step": step.number, "tool": call.tool, "call_id": call.call_id}
         try:
-            arguments = self._permitted(call)
-            if call.state == "started" and not (
-                repeat or self._executor.spec(call.tool).idempotent
-            ):
+            # First: a call that had begun was permitted then, whatever has changed since.
+            if call.state == "started" and not self._repeatable(call, asked=repeat):
                 raise OutcomeUnknownError(
                     f"the server ended while {call.tool} was at work; whether it had its effect "
                     "is not known, and it was not called again",
                     details={"tool": call.tool, "call_id": call.call_id},
                 )
+            arguments = self._permitted(call)
             call.state = "started"
             event = {"event": "tool_start", **told, "arguments": arguments}
             await self._journal.set_call(self._run.run_id, step.number, call, event)
@@ -282,6 +281,12 @@ class RunLoop:
         call.state = "done"
         await self._journal.set_call(self._run.run_id, step.number, call, event)
         self._told(event)
+
+    def _repeatable(self, call: Call, *, asked: bool) -> bool:
+        """Whether a call of unknown outcome may be made again; not if its tool is there no more."""
+        if call.tool not in self._names or call.number >= self._max_calls:
+            return False
+        return asked or self._executor.spec(call.tool).idempotent
 
     def _permitted(self, call: Call) -> dict[str, Any]:
         """The arguments of a call that may be made."""

@@ -454,6 +454,29 @@ def test_killed_at_any_point_a_run_ends_right(tmp_path: Path) -> None:
     assert unknown > 0
 
 
+@pytest.mark.parametrize("repeat", [False, True])
+def test_a_call_is_of_unknown_outcome_also_if_its_tool_is_gone(
+    tmp_path: Path, repeat: bool
+) -> None:
+    """That there is no such tool would tell the model that nothing was done."""
+
+    def script(number: int, body: Mapping[str, Any]) -> dict[str, Any] | str:
+        return [calling(("hang", {})), "done"][number]
+
+    async def work(runs: RunManager, chat: ScriptedChat) -> None:
+        run = await runs.create("", request())
+        while not (tmp_path / "hanging").exists():
+            await asyncio.sleep(0)
+        await runs.cancel("", run.run_id)
+        runs._executor = ToolExecutor(counting(tmp_path), timeout=60.0)
+        run = await over(runs, await runs.resume("", run.run_id, repeat=repeat))
+        assert run.status == "completed"
+        assert run.steps[0].calls[0].outcome is not None
+        assert run.steps[0].calls[0].outcome["error"]["error"] == "outcome_unknown"
+
+    using(tmp_path, script, work)
+
+
 def test_a_call_of_unknown_outcome_is_repeated_if_asked(tmp_path: Path) -> None:
     def script(number: int, body: Mapping[str, Any]) -> dict[str, Any] | str:
         return [calling(("hang", {})), "done"][number]

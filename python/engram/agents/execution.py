@@ -154,6 +154,7 @@ class ToolExecutor:
         if len(written) > self._limit:
             raise ToolResultTooLargeError(
                 f"{name}: the result has {len(written)} bytes, {self._limit} may be",
+                hint="ask for less, such as with a smaller limit",
                 details={"tool": name, "bytes": len(written), "limit": self._limit},
             )
         return ToolOutput(pydantic_core.from_json(written))

@@ -97,6 +97,7 @@ class _Calls:
                 "type": "error",
                 "error": "tool_result_too_large",
                 "message": f"the result has {len(written)} bytes, {self._limit} may be",
+                "hint": "ask for less, or have the tool return where the rest is",
                 "details": {"bytes": len(written), "limit": self._limit},
             }
         return {"type": "result", "value": written}

@@ -275,7 +275,8 @@ def test_a_result_that_is_too_large_does_not_reach_the_server() -> None:
         assert error.details["bytes"] == LIMIT + 1
         error = await refused(executor, ToolResultTooLargeError, "large", size=50 << 20)
         assert error.details["bytes"] == (50 << 20) + 2
-        await refused(executor, ToolResultTooLargeError, "much")
+        assert error.hint
+        assert (await refused(executor, ToolResultTooLargeError, "much")).hint
 
     using(work)
 

@@ -226,6 +226,27 @@ def test_keys_are_not_kept_and_owners_differ(tmp_path: Path) -> None:
     assert one == owner_of("bearer one", keyed=True)
 
 
+def test_a_query_is_not_passed_over(tmp_path: Path) -> None:
+    """`limits=3` would be answered with everything."""
+
+    async def work(server: Server, host: AgentHost, chat: ScriptedChat) -> None:
+        async with client_of(host) as client:
+            body = {"messages": [{"role": "user", "content": "x"}]}
+            run = (await ok(client.post("/v1/agent/runs", json=body)))["run_id"]
+            for path in (
+                *("health", "stats", "tools", "tools/calculator", "conversations", "tiers"),
+                *("conversations/c", "runs", f"runs/{run}", f"runs/{run}/stream"),
+                "explorations/x",
+            ):
+                asking = client.get(f"/v1/agent/{path}?limits=3")
+                told = await refused(asking, 422, "invalid_request")
+                assert told["details"] == {"field": "limits"}
+            for path in ("conversations?limit=3&after=a", "runs?limit=3", "tools?tag=math"):
+                await ok(client.get(f"/v1/agent/{path}"))
+
+    using(tmp_path, work)
+
+
 def test_conversations_over_rest(tmp_path: Path) -> None:
     async def work(server: Server, host: AgentHost, chat: ScriptedChat) -> None:
         first = await server.chat("c", turns=2)

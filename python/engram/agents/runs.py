@@ -319,7 +319,12 @@ class RunManager:
             result = InternalError(f"{type(error).__name__}: {error}").to_dict()
         event = {"event": "run_finished", "status": status, "result": result}
         run.status, run.result = status, result
-        await self._journal.set_status(run.run_id, status, result, event)
+        writing = asyncio.ensure_future(self._journal.set_status(run.run_id, status, result, event))
+        try:
+            await asyncio.shield(writing)
+        except asyncio.CancelledError:
+            # It is too late to be cancelled; who watches waits for the end all the same.
+            await writing
         told(event)
 
     def _told(self, run: Run, event: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import pytest
 
 from engram.agents.database import AgentDatabase
+from engram.agents.events import Interest
 from engram.agents.execution import ToolExecutor
 from engram.agents.journal import Retention, Run
 from engram.agents.requests import RunRequest
@@ -452,6 +453,29 @@ def test_killed_at_any_point_a_run_ends_right(tmp_path: Path) -> None:
         point += 1
     assert point > FIRST_WRITES + 20
     assert unknown > 0
+
+
+def test_the_end_of_a_run_is_told_also_if_it_is_cancelled_then(tmp_path: Path) -> None:
+    async def work(runs: RunManager, chat: ScriptedChat) -> None:
+        set_status = runs._journal.set_status
+        stopping: list[asyncio.Future[Run]] = []
+
+        async def ending(run_id: str, *more: Any) -> None:
+            # Begins when this waits for the disk.
+            stopping.append(asyncio.ensure_future(runs.stop("", run_id)))
+            await set_status(run_id, *more)
+
+        runs._journal.set_status = ending  # type: ignore[method-assign]
+        watching = runs._bus.subscribe("")
+        watching.interest = Interest({"run_event"})
+        run = await runs.create("", request())
+        heard = await watching.next()
+        while heard["event"] != "run_finished":
+            heard = await watching.next()
+        assert heard["status"] == (await stopping[0]).status == "completed"
+        assert (await over(runs, run)).status == "completed"
+
+    using(tmp_path, lambda number, body: "done", work)
 
 
 @pytest.mark.parametrize("repeat", [False, True])

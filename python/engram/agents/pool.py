@@ -144,6 +144,7 @@ class _Worker:
         self._module = module
         self._limit = limit
         self._clean = True
+        self._children = False
         self.specs: list[ToolSpec] = []
         self._output = bytearray()
         self._ours, theirs = socket.socketpair()
@@ -214,6 +215,7 @@ class _Worker:
                     break
                 on_progress(float(answer["fraction"]), str(answer["message"]))
             self._clean = bool(answer["clean"])
+            self._children = bool(answer["children"])
             if answer["type"] == "result":
                 return ToolOutput(answer["value"], self.output())
         except (EOFError, OSError) as error:
@@ -245,7 +247,10 @@ class _Worker:
 
     def clean(self) -> bool:
         """Whether the last call left nothing behind and the process lives."""
-        return self._clean and self.lives() and not self._descendants()
+        if not (self._clean and self.lives()):
+            return False
+        # It knows best that there are none; to look means to look at every process there is.
+        return not (self._children and self._descendants())
 
     async def ended(self) -> None:
         """Return when the killed process is gone; not at once, if it had gigabytes.

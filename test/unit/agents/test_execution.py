@@ -185,6 +185,22 @@ def test_a_process_that_ended_while_it_waited_is_replaced() -> None:
     using(work)
 
 
+def test_a_call_that_started_nothing_is_not_searched_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To look for what a process has started means to read of every process of the machine."""
+
+    def look(self: psutil.Process, recursive: bool = False) -> list[psutil.Process]:
+        raise AssertionError("the server looks while every request waits")
+
+    async def work(executor: ToolExecutor) -> None:
+        with monkeypatch.context() as watched:
+            watched.setattr(psutil.Process, "children", look)
+            first = (await call(executor, "pid")).value
+            await refused(executor, ToolError, "fail", message="no bread")
+            assert (await call(executor, "pid")).value == first
+
+    using(work)
+
+
 def test_a_process_that_cannot_be_started_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def files() -> int:
         return len(os.listdir("/proc/self/fd"))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import threading
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 
+from engram.agents import database, runs
 from engram.agents.database import AgentDatabase
 from engram.agents.events import Interest
 from engram.agents.execution import ToolExecutor
@@ -453,6 +455,38 @@ def test_killed_at_any_point_a_run_ends_right(tmp_path: Path) -> None:
         point += 1
     assert point > FIRST_WRITES + 20
     assert unknown > 0
+
+
+def test_a_disk_that_hangs_does_not_keep_the_server_from_ending(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "CLOSE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(database, "CLOSE_TIMEOUT_S", 0.2)
+    hangs = threading.Event()
+
+    def script(number: int, body: Mapping[str, Any]) -> dict[str, Any] | str:
+        return [calling(("hang", {})), "done"][number]
+
+    async def work(manager: RunManager, chat: ScriptedChat) -> None:
+        await manager.create("", request())
+        while not (tmp_path / "hanging").exists():
+            await asyncio.sleep(0)
+        file = manager._journal._database
+        file._thread.submit(hangs.wait)
+        await manager.close()
+        file.close()
+        assert manager.active == 1
+        hangs.set()
+        while manager.active:
+            await asyncio.sleep(0)
+
+    using(tmp_path, script, work)
+
+    async def after(manager: RunManager, chat: ScriptedChat) -> None:
+        (run,) = await manager.newest("", 10)
+        assert run.status == "interrupted"
+
+    using(tmp_path, script, after)
 
 
 def test_the_end_of_a_run_is_told_also_if_it_is_cancelled_then(tmp_path: Path) -> None:

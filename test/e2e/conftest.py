@@ -28,7 +28,7 @@ SECONDS = {
     "restarted": 200,
     "battered": 230,
     "small": 200,
-    "agents": 130,
+    "agents": 160,
     "pressured": 130,
     "test_demo": 95,
     "test_encryption": 90,

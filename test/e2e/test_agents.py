@@ -35,6 +35,10 @@ from e2e.agents_world import (
     until,
 )
 from e2e.worlds import World
+from engram.agents.database import AGENT_FILE, AgentDatabase
+from engram.agents.journal import Journal
+from engram.agents.memory import MemoryStore
+from engram.agents.owners import owner_of
 from fences import blocks
 from refusals import refusal
 
@@ -565,3 +569,87 @@ def test_no_tool_process_outlives_its_server(agents: World, tmp_path: Path) -> N
     assert {worker.ppid() for worker in workers} <= {agents.server.process.pid}
     run_id = agents.facts["resumed in a tool"]["run_id"]
     assert get(agents.client.http, run_id)["status"] == "completed"
+
+
+OTHER = "secret-of-somebody-else"
+
+
+def test_under_another_key_nothing_of_the_first_is_seen(agents: World, tmp_path: Path) -> None:
+    """The last test here: the server has another key then. What it has, a command hands on."""
+    http, server = agents.client.http, agents.server
+    store = server.args[server.args.index("--snapshot-dir") + 1]
+    chat: dict[str, Any] = {"max_tokens": 4, "temperature": 0}
+    say = {"messages": [{"role": "user", "content": "Apart."}]}
+    assert http.post("/v1/conversations/apart/chat", json={**say, **chat}).status_code == 200
+    task = {**say, **chat, "tools": []}
+    made = answered(
+        http.post(
+            "/v1/agent/explorations", json={"conversation_id": "apart", "branches": [task, task]}
+        )
+    )
+    runs = [finished(http, branch["run_id"])["run_id"] for branch in made["branches"]]
+    memory = {"key": "apart", "value": "a secret station", "conversation_id": "apart"}
+    answered(http.post(MEMORY, json=memory))
+
+    server.kill()
+    server.args[server.args.index(KEY)] = OTHER
+    server.start()
+    assert http.get("/v1/agent/runs").status_code == 401
+    http.headers["Authorization"] = f"Bearer {OTHER}"
+    where = {"conversation_id": "apart"}
+    recall = http.post("/v1/agent/memory/recall", json={"key": "apart", **where})
+    exploration = f"/v1/agent/explorations/{made['exploration_id']}"
+    keep = {"branch_name": made["branches"][0]["branch_name"]}
+    for response in (
+        recall,
+        http.post("/v1/agent/memory/delete", json={"key": "apart", **where}),
+        http.post(EXECUTE, json={"tool": "memory_recall", "arguments": {"key": "apart"}, **where}),
+        http.get(exploration),
+        http.post(exploration + "/keep", json=keep),
+        http.delete(exploration),
+        *(http.get(f"/v1/agent/runs/{run}{what}") for run in runs for what in ("", "/stream")),
+        *(http.post(f"/v1/agent/runs/{runs[0]}/{what}", json={}) for what in ("cancel", "resume")),
+        http.delete(f"/v1/agent/runs/{runs[0]}"),
+    ):
+        assert (response.status_code, refusal(response)["error"]) == (404, "not_found")
+    assert answered(http.get("/v1/agent/runs"))["runs"] == []
+    assert answered(http.get("/v1/agent/stats"))["memories"] == 0
+    search = {"query": "station", **where}
+    assert answered(http.post("/v1/agent/memory/search", json=search))["memories"] == []
+
+    async def heard() -> list[dict[str, Any]]:
+        """All that is told to somebody who asks for the first one's by name."""
+        told: list[dict[str, Any]] = []
+        key = {"Authorization": f"Bearer {OTHER}"}
+        async with websockets.connect(ws(agents), additional_headers=key) as socket:
+            subscribe = {"type": "subscribe", "run_ids": runs, "conversation_ids": ["apart"]}
+            for message in (subscribe, {"type": "ping"}):
+                await socket.send(json.dumps(message))
+            while not told or told[-1]["type"] != "heartbeat":
+                told.append(json.loads(await socket.recv()))
+        return told
+
+    kinds = [one["type"] for one in asyncio.run(heard())]
+    assert kinds == ["connected", "subscription_updated", "heartbeat"]
+
+    files = [tmp_path / "old", tmp_path / "new"]
+    for file, key in zip(files, (KEY, OTHER), strict=True):
+        file.write_text(key)
+    rekey = [sys.executable, "-m", "engram.cli.main", "agents", "rekey", "--dir", store]
+    rekey += ["--old", str(files[0]), "--new", str(files[1])]
+    refused = subprocess.run(rekey, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "another server uses" in refused.stderr
+    server.kill()
+    done = subprocess.run(rekey, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+    async def handed_on() -> tuple[str, list[str]]:
+        database = AgentDatabase(Path(store) / AGENT_FILE)
+        owner = owner_of(f"Bearer {OTHER}", keyed=True)
+        found = await MemoryStore(database).recall(owner, "apart", conversation_id="apart")
+        explored = await Journal(database).explored(owner, made["exploration_id"])
+        database.close()
+        return found.value, explored
+
+    assert asyncio.run(handed_on()) == ("a secret station", runs)

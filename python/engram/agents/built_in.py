@@ -11,15 +11,16 @@ from pydantic import Field
 
 from engram.agents.calculator import calculate
 from engram.agents.memory import MemoryStore
+from engram.agents.requests import Id
 from engram.agents.tool import Tool, ToolContext, make_tool
 from engram.catalog.rows import SnapshotRow
-from engram.core.ids import DEFAULT_TENANT
+from engram.core.ids import DEFAULT_TENANT, MAX_ID_LENGTH
 from engram.errors import InvalidRequestError
 from engram.service import SnapshotService
 
-Conversation = Annotated[str | None, Field(max_length=255)]
-Branch = Annotated[str | None, Field(max_length=255)]
-Turn = Annotated[int | None, Field(ge=1)]
+Conversation = Annotated[Id | None, Field(max_length=MAX_ID_LENGTH)]
+Branch = Annotated[Id | None, Field(max_length=MAX_ID_LENGTH)]
+Turn = Annotated[int | None, Field(ge=1, lt=2**63)]
 
 SHOWN_TOKENS = 512
 """Of each side of a comparison, from where they part."""
@@ -198,7 +199,7 @@ class _CheckpointTools:
     async def conversation_branch(
         self,
         context: ToolContext,
-        branch_name: Annotated[str, Field(max_length=255)],
+        branch_name: Annotated[Id, Field(max_length=MAX_ID_LENGTH)],
         conversation_id: Conversation = None,
         turn_number: Turn = None,
     ) -> dict[str, Any]:

@@ -8,10 +8,11 @@ instead of being made anew.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sqlite3
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
@@ -19,6 +20,10 @@ from typing import Final, TypeVar
 from engram.errors import StoreError, StoreFormatError, StoreFullError
 
 T = TypeVar("T")
+
+AGENT_FILE: Final = "agents.sqlite"
+"""Below the snapshot directory, beside the catalog."""
+CLOSE_TIMEOUT_S: Final = 30.0
 
 MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
     (
@@ -123,6 +128,11 @@ MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
         "ALTER TABLE runs ADD COLUMN exploration TEXT",
         "CREATE INDEX runs_by_exploration ON runs (exploration) WHERE exploration IS NOT NULL",
     ),
+    (
+        # All that is asked to see what has to go: behind a request of a megabyte the rest of its
+        # row is a megabyte away, and every run that begins would read the requests of all.
+        "CREATE INDEX runs_by_status ON runs (owner, status, updated_at, run_id, bytes)",
+    ),
 )
 
 
@@ -145,9 +155,14 @@ class AgentDatabase:
         return await asyncio.shield(loop.run_in_executor(self._thread, partial(self._do, work)))
 
     def close(self) -> None:
-        """Finish what was asked for, and close the file."""
-        self._thread.shutdown(wait=True)
-        self._connection.close()
+        """Finish what was asked for, and close the file.  May be called again.
+
+        A disk that hangs does not keep the server from ending: nothing was acknowledged that is not
+        on it, and the file is valid however it is left.
+        """
+        with contextlib.suppress(RuntimeError):  # it was closed already
+            wait([self._thread.submit(self._connection.close)], CLOSE_TIMEOUT_S)
+        self._thread.shutdown(wait=False)
 
     def _do(self, work: Callable[[sqlite3.Connection], T]) -> T:
         try:

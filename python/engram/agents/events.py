@@ -7,14 +7,18 @@ told as soon as there is room.
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Final
 
 MAX_QUEUED: Final = 256
 """Events that wait for one subscriber."""
+MAX_QUEUED_BYTES: Final = 16 << 20
+"""The same, written as JSON: an event may hold all of a tool's arguments, or its result."""
 MAX_JOINED: Final = 64 << 10
 """Characters of a reply that wait as one event."""
 
@@ -36,6 +40,11 @@ class Event:
     conversation_id: str | None = None
     run_id: str | None = None
     data: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def size(self) -> int:
+        """About how many bytes it is sent as."""
+        return len(json.dumps(self.data))
 
     def message(self) -> dict[str, Any]:
         """The event as it is sent."""
@@ -75,6 +84,8 @@ class Subscriber:
         self.interest = Interest()
         self._limit = limit
         self._queue: deque[dict[str, Any]] = deque()
+        self._sizes: deque[int] = deque()
+        self._bytes = 0
         self._lost = 0
         self._there = asyncio.Event()
 
@@ -83,11 +94,18 @@ class Subscriber:
         if event.owner not in (None, self.owner) or not self.interest.wants(event):
             return
         if event.type == "run_tokens" and self._queue and _joined(self._queue[-1], event):
+            self._sizes[-1] += event.size
+            self._bytes += event.size
             return
-        if len(self._queue) >= self._limit:
+        # One alone always finds room, or it could never be told of.
+        if len(self._queue) >= self._limit or (
+            self._queue and self._bytes + event.size > MAX_QUEUED_BYTES
+        ):
             self._lost += 1
         else:
             self._queue.append(event.message())
+            self._sizes.append(event.size)
+            self._bytes += event.size
         self._there.set()
 
     async def next(self) -> dict[str, Any]:
@@ -96,6 +114,7 @@ class Subscriber:
             self._there.clear()
             await self._there.wait()
         if self._queue:
+            self._bytes -= self._sizes.popleft()
             return self._queue.popleft()
         lost, self._lost = self._lost, 0
         return {

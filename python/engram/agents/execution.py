@@ -12,6 +12,7 @@ import pydantic_core
 
 from engram.agents.pool import ToolOutput, WorkerPool
 from engram.agents.tool import Tool, ToolContext, ToolSpec
+from engram.agents.within import within
 from engram.errors import (
     AgentsBusyError,
     AlreadyExistsError,
@@ -138,7 +139,7 @@ class ToolExecutor:
         name = tool.spec.name
         bound = tool.bind(arguments, context)
         try:
-            value = await asyncio.wait_for(tool.function(**bound), timeout)
+            value = await within(timeout, tool.function(**bound))
         except asyncio.TimeoutError:
             raise ToolTimeoutError(
                 f"{name} took longer than {timeout:g} s", details={"tool": name, "timeout": timeout}
@@ -153,6 +154,7 @@ class ToolExecutor:
         if len(written) > self._limit:
             raise ToolResultTooLargeError(
                 f"{name}: the result has {len(written)} bytes, {self._limit} may be",
+                hint="ask for less, such as with a smaller limit",
                 details={"tool": name, "bytes": len(written), "limit": self._limit},
             )
         return ToolOutput(pydantic_core.from_json(written))

@@ -14,8 +14,13 @@ OVERHEAD_BYTES: Final = 64 << 10
 
 
 def encode(message: dict[str, Any]) -> bytes:
-    """A message as it is sent."""
-    return frame(json.dumps(message, allow_nan=False).encode())
+    """A message as it is sent.
+
+    Half a surrogate pair, as Python makes of the name of a file that is no UTF-8, becomes ``?``: no
+    reply could be written with it.
+    """
+    written = json.dumps(message, allow_nan=False, ensure_ascii=False)
+    return frame(written.encode(errors="replace"))
 
 
 def frame(body: bytes) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -19,6 +18,7 @@ from engram.agents.exploring_tools import exploring_tools
 from engram.agents.journal import Journal
 from engram.agents.loop import Limits
 from engram.agents.memory import MemoryChange, MemoryStore
+from engram.agents.owners import owner_of
 from engram.agents.pool import WorkerPool
 from engram.agents.ports import ChatEngine
 from engram.agents.requests import Beginning
@@ -35,20 +35,6 @@ WORKERS: Final = 4
 """Processes in which an operator's tools run at the same time."""
 SAVE_TIMEOUT_S: Final = 30.0
 """For the save of a run that is ended; a store that hangs does not keep the server from ending."""
-EVERYBODY: Final = ""
-"""The owner on a server without API keys."""
-
-
-def owner_of(authorization: str | None, *, keyed: bool) -> str:
-    """Whose memories and runs a request means: those of its API key, one for all without keys.
-
-    `authorization` is the request's header, which has been checked already. The key itself is
-    not kept.
-    """
-    if not keyed or not authorization:
-        return EVERYBODY
-    key = authorization.split(" ", 1)[-1]
-    return "key-" + hashlib.sha256(b"engram owner\0" + key.encode()).hexdigest()[:32]
 
 
 class AgentHost:

@@ -89,7 +89,14 @@ class RunLoop:
     async def go_on(self, *, repeat: bool) -> tuple[str, dict[str, Any]]:
         """Run to the end: the status then, and the result."""
         if self._run.steps:
-            await self._calls_of(self._run.steps[-1], repeat=repeat)
+            step = self._run.steps[-1]
+            if self._request.checkpoint and not step.reply.keys() & {
+                "snapshot_id",
+                "checkpoint_error",
+            }:
+                # It ended before this was known; if the turn is lost, that has to be told.
+                await self._checkpoint(step)
+            await self._calls_of(step, repeat=repeat)
         while True:
             last = self._run.steps[-1] if self._run.steps else None
             if last is not None and not last.calls:
@@ -253,15 +260,14 @@ class RunLoop:
     async def _call(self, step: Step, call: Call, *, repeat: bool) -> None:
         told = {"step": step.number, "tool": call.tool, "call_id": call.call_id}
         try:
-            arguments = self._permitted(call)
-            if call.state == "started" and not (
-                repeat or self._executor.spec(call.tool).idempotent
-            ):
+            # First: a call that had begun was permitted then, whatever has changed since.
+            if call.state == "started" and not self._repeatable(call, asked=repeat):
                 raise OutcomeUnknownError(
                     f"the server ended while {call.tool} was at work; whether it had its effect "
                     "is not known, and it was not called again",
                     details={"tool": call.tool, "call_id": call.call_id},
                 )
+            arguments = self._permitted(call)
             call.state = "started"
             event = {"event": "tool_start", **told, "arguments": arguments}
             await self._journal.set_call(self._run.run_id, step.number, call, event)
@@ -276,6 +282,12 @@ class RunLoop:
         await self._journal.set_call(self._run.run_id, step.number, call, event)
         self._told(event)
 
+    def _repeatable(self, call: Call, *, asked: bool) -> bool:
+        """Whether a call of unknown outcome may be made again; not if its tool is there no more."""
+        if call.tool not in self._names or call.number >= self._max_calls:
+            return False
+        return asked or self._executor.spec(call.tool).idempotent
+
     def _permitted(self, call: Call) -> dict[str, Any]:
         """The arguments of a call that may be made."""
         if call.number >= self._max_calls:
@@ -289,6 +301,8 @@ class RunLoop:
             )
         try:
             arguments = json.loads(call.arguments)
+            # Python reads more than can be written down and sent: NaN, half a surrogate pair.
+            json.dumps(arguments, allow_nan=False, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:
             raise InvalidRequestError(f"the arguments are not JSON: {error}") from None
         if not isinstance(arguments, dict):

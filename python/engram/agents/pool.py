@@ -16,6 +16,7 @@ import psutil
 
 from engram.agents import framing
 from engram.agents.tool import OnProgress, ToolContext, ToolSpec
+from engram.agents.within import within
 from engram.errors import (
     EngramError,
     InvalidRequestError,
@@ -29,6 +30,10 @@ START_TIMEOUT_S: Final = 60.0
 OUTPUT_BYTES: Final = 8 << 10
 """Of what a tool writes to its standard output and error, the end is kept."""
 KILL_ROUNDS: Final = 5
+DRAIN_ROUNDS: Final = 16
+END_TIMEOUT_S: Final = 10.0
+FIRST_PAUSE_S: Final = 0.001
+LAST_PAUSE_S: Final = 0.05
 
 
 @dataclass(frozen=True)
@@ -66,10 +71,10 @@ class WorkerPool:
     ) -> ToolOutput:
         """Run a tool.  Raises as the tools' errors say; the process is gone when it had to be."""
         async with self._places:
-            worker = self._idle.pop() if self._idle else await self._start()
+            worker = self._waiting() or await self._start()
             kept = False
             try:
-                output = await asyncio.wait_for(worker.call(name, arguments, context), timeout)
+                output = await within(timeout, worker.call(name, arguments, context))
                 kept = worker.clean()
                 return output
             except asyncio.TimeoutError:
@@ -87,22 +92,43 @@ class WorkerPool:
                 else:
                     self._all.discard(worker)
                     worker.kill()
+                    await worker.ended()
 
     def close(self) -> None:
         """Kill every process."""
         for worker in self._all:
             worker.kill()
+        for worker in self._all:
+            worker.wait()
         self._all.clear()
         self._idle.clear()
 
+    def _waiting(self) -> _Worker | None:
+        """A process that waits for a call, if there is one."""
+        while self._idle:
+            worker = self._idle.pop()
+            if worker.lives():
+                return worker
+            # It has ended meanwhile: the kernel takes tools first if memory ends.
+            self._all.discard(worker)
+            worker.kill()
+        return None
+
     async def _start(self) -> _Worker:
-        worker = _Worker(self._module, self._limit)
+        try:
+            worker = _Worker(self._module, self._limit)
+        except OSError as error:
+            raise ToolError(
+                f"no process can be started for the tools of {self._module}: {error}",
+                hint="look whether the machine has memory, processes and open files left",
+            ) from error
         self._all.add(worker)
         try:
-            await asyncio.wait_for(worker.ready(), START_TIMEOUT_S)
+            await within(START_TIMEOUT_S, worker.ready())
         except BaseException as error:
             self._all.discard(worker)
             worker.kill()
+            await worker.ended()
             if isinstance(error, asyncio.TimeoutError):
                 raise ToolTimeoutError(
                     f"{self._module} was not imported in {START_TIMEOUT_S:g} s"
@@ -118,11 +144,17 @@ class _Worker:
         self._module = module
         self._limit = limit
         self._clean = True
+        self._children = False
         self.specs: list[ToolSpec] = []
-        self._ours, theirs = socket.socketpair()
-        self._said, writes = os.pipe()
-        os.set_blocking(self._said, False)
         self._output = bytearray()
+        self._ours, theirs = socket.socketpair()
+        try:
+            self._said, writes = os.pipe()
+        except OSError:
+            self._ours.close()
+            theirs.close()
+            raise
+        os.set_blocking(self._said, False)
         command = [sys.executable, "-m", "engram.agents.worker", str(theirs.fileno())]
         try:
             self._process = subprocess.Popen(
@@ -133,6 +165,10 @@ class _Worker:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
+        except BaseException:
+            self._ours.close()
+            os.close(self._said)
+            raise
         finally:
             theirs.close()
             os.close(writes)
@@ -179,6 +215,7 @@ class _Worker:
                     break
                 on_progress(float(answer["fraction"]), str(answer["message"]))
             self._clean = bool(answer["clean"])
+            self._children = bool(answer["children"])
             if answer["type"] == "result":
                 return ToolOutput(answer["value"], self.output())
         except (EOFError, OSError) as error:
@@ -204,12 +241,35 @@ class _Worker:
         self._drain()
         return self._output.decode(errors="replace")
 
+    def lives(self) -> bool:
+        """Whether the process has not ended."""
+        return self._process.poll() is None
+
     def clean(self) -> bool:
         """Whether the last call left nothing behind and the process lives."""
-        return self._clean and self._process.poll() is None and not self._descendants()
+        if not (self._clean and self.lives()):
+            return False
+        # It knows best that there are none; to look means to look at every process there is.
+        return not (self._children and self._descendants())
+
+    async def ended(self) -> None:
+        """Return when the killed process is gone; not at once, if it had gigabytes.
+
+        One that the kernel does not let go, as on a file system that is gone, is given up.
+        """
+        pause = FIRST_PAUSE_S
+        until = self._loop.time() + END_TIMEOUT_S
+        while self.lives() and self._loop.time() < until:
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LAST_PAUSE_S)
+
+    def wait(self) -> None:
+        """The same, for who has no more to do meanwhile."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(END_TIMEOUT_S)
 
     def kill(self) -> None:
-        """End the process and everything it has started."""
+        """End the process and everything it has started; it may take a moment to be gone."""
         # As long as it lives it adopts its orphans, so what it started is found below it: the
         # others first, again until none has been started meanwhile.
         for _ in range(KILL_ROUNDS):
@@ -222,7 +282,6 @@ class _Worker:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, 9)
         self._process.kill()
-        self._process.wait()
         if self._said >= 0:
             self._loop.remove_reader(self._said)
             os.close(self._said)
@@ -247,7 +306,11 @@ class _Worker:
         return "it closed its connection"
 
     def _drain(self) -> None:
-        while self._said >= 0:
+        # Bounded: who writes as fast as this reads would hold up the server. It is more than a pipe
+        # holds, so all that was written before is read.
+        for _ in range(DRAIN_ROUNDS):
+            if self._said < 0:
+                return
             try:
                 part = os.read(self._said, 64 << 10)
             except BlockingIOError:

@@ -14,6 +14,8 @@ MAX_TOOLS: Final = 128
 MAX_CHOICES: Final = 100
 MAX_BRANCHES: Final = 16
 """Of one exploration."""
+MAX_DEPTH: Final = 100
+"""Of lists and objects in one another, in what is passed on to the engine; pydantic writes 255."""
 
 
 def _id(value: str) -> str:
@@ -24,6 +26,19 @@ def _id(value: str) -> str:
 
 
 Id = Annotated[str, Strict(), AfterValidator(_id)]
+
+
+def _shallow(value: Any, left: int = MAX_DEPTH) -> Any:
+    if not left:
+        raise ValueError(f"more than {MAX_DEPTH} lists and objects in one another")
+    inner = value.values() if isinstance(value, dict) else value
+    for one in inner:
+        if isinstance(one, (dict, list)):
+            _shallow(one, left - 1)
+    return value
+
+
+Json = Annotated[dict[str, Any], AfterValidator(_shallow)]
 
 
 class NamedFunction(BaseModel):
@@ -68,7 +83,7 @@ class RunTask(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[Json], Field(min_length=1, max_length=MAX_MESSAGES)]
     tools: Annotated[list[str], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Choice | Annotated[list[Choice], Field(min_length=1, max_length=MAX_CHOICES)] = (
         "auto"
@@ -79,10 +94,10 @@ class RunTask(BaseModel):
     checkpoint: Annotated[bool, Strict()] = True
     model: Annotated[str, Field(max_length=255)] | None = None
     max_tokens: Annotated[int, Strict(), Field(ge=1, lt=2**31)] | None = None
-    temperature: Annotated[float, Field(ge=0)] | None = None
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Strict(), Field(ge=0, lt=2**63)] | None = None
-    response_format: dict[str, Any] | None = None
+    response_format: Json | None = None
 
     def choice(self, step: int) -> str | dict[str, Any]:
         """The tool choice of reply number `step`, the first being 0."""

@@ -29,6 +29,8 @@ from engram.errors import (
 logger = logging.getLogger(__name__)
 
 MAX_ACTIVE_RUNS: Final = 64
+CLOSE_TIMEOUT_S: Final = 40.0
+"""For all runs to end with the server: more than the host gives the save of one."""
 
 FindTurn = Callable[[str, str | None, int | None], Awaitable[Beginning]]
 """The turn of a conversation's branch, the newest without a number, made durable."""
@@ -86,9 +88,12 @@ class RunManager:
     async def close(self) -> None:
         """Interrupt what runs, and begin nothing more; it can be resumed.  May be called again."""
         self._closing = True
-        for one in list(self._active.values()):
-            one.task.cancel()
-        await asyncio.gather(*(one.task for one in self._active.values()), return_exceptions=True)
+        tasks = {one.task for one in self._active.values()}
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            # What is not written down then, as the disk hangs, the next server finds interrupted.
+            await asyncio.wait(tasks, timeout=CLOSE_TIMEOUT_S)
 
     async def create(self, owner: str, request: RunRequest, exploration: str | None = None) -> Run:
         """Begin a run.
@@ -319,7 +324,12 @@ class RunManager:
             result = InternalError(f"{type(error).__name__}: {error}").to_dict()
         event = {"event": "run_finished", "status": status, "result": result}
         run.status, run.result = status, result
-        await self._journal.set_status(run.run_id, status, result, event)
+        writing = asyncio.ensure_future(self._journal.set_status(run.run_id, status, result, event))
+        try:
+            await asyncio.shield(writing)
+        except asyncio.CancelledError:
+            # It is too late to be cancelled; who watches waits for the end all the same.
+            await writing
         told(event)
 
     def _told(self, run: Run, event: dict[str, Any]) -> None:

@@ -82,7 +82,8 @@ class _Calls:
             with contextlib.suppress(Exception):  # a tool may have closed them
                 stream.flush()
         value = outcome.pop("value", None)
-        head = {**outcome, "clean": threading.active_count() <= threads}
+        clean = threading.active_count() <= threads
+        head = {**outcome, "clean": clean, "children": _has_children()}
         if value is None:
             self.send(framing.encode(head))
         else:
@@ -97,12 +98,22 @@ class _Calls:
                 "type": "error",
                 "error": "tool_result_too_large",
                 "message": f"the result has {len(written)} bytes, {self._limit} may be",
+                "hint": "ask for less, or have the tool return where the rest is",
                 "details": {"bytes": len(written), "limit": self._limit},
             }
         return {"type": "result", "value": written}
 
     def _progress(self, fraction: float, message: str) -> None:
         self.send(framing.encode({"type": "progress", "fraction": fraction, "message": message}))
+
+
+def _has_children() -> bool:
+    """Whether anything is left that was started here: orphans are adopted, so it is a child."""
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
 
 
 def _finished(value: Any) -> Any:

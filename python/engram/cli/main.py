@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from engram.cli import doctor, fsck, gc, keys, mcp, retention, size, transfer
+from engram.cli import agents, doctor, fsck, gc, keys, mcp, retention, size, transfer
 from engram.cli.remote import (
     changing,
     comparing,
@@ -58,6 +58,7 @@ for panel, commands in ((SERVER, SERVER_COMMANDS), (STORE, STORE_COMMANDS)):
         app.command(name, rich_help_panel=panel)(command)
 app.add_typer(naming.app, name="prefix", rich_help_panel=SERVER)
 app.add_typer(keys.app, name="key", rich_help_panel=STORE)
+app.add_typer(agents.app, name="agents", rich_help_panel=STORE)
 
 
 def _version(asked: bool) -> None:

@@ -30,5 +30,6 @@ def mcp(
         # What fails inside a task group comes wrapped.
         while inner := getattr(reason, "exceptions", None):
             reason = inner[0]
-        typer.echo(f"engram: error: {url}: {type(reason).__name__}: {reason}", err=True)
+        hint = "is it a server with --enable-agent-tools, and is --api-key its key?"
+        typer.echo(f"engram: error: {url}: {type(reason).__name__}: {reason} ({hint})", err=True)
         raise typer.Exit(2) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import uuid
 from collections.abc import AsyncIterator, Mapping
@@ -29,11 +30,26 @@ from engram.server.agent_schemas import (
     MemoryStoreBody,
     RestorePlace,
 )
-from engram.server.wire import answering, body_of, error_response, known_query, read_body
+from engram.server.origins import check_page
+from engram.server.wire import (
+    Handler,
+    answering,
+    body_of,
+    error_response,
+    known_query,
+    read_body,
+)
 from engram.version import __version__
 
 KEEP_ALIVE_S: Final = 15.0
 """After so long without an event a comment is sent, so that no proxy gives a stream up."""
+
+QUERY: Final[Mapping[str, frozenset[str]]] = {
+    "tools": frozenset({"tag"}),
+    "conversations": frozenset({"limit", "after"}),
+    "runs": frozenset({"limit"}),
+}
+"""What handlers take beside bodies; the others nothing."""
 
 Reply = dict[str, Any]
 
@@ -72,7 +88,7 @@ def agent_router(host: AgentHost) -> APIRouter:
         ("POST", "runs/{run_id}/cancel", routes.cancel_run, None),
         ("POST", "runs/{run_id}/resume", routes.resume_run, ResumeBody),
     ):
-        _add(router, method, path, answering(handler), handler.__doc__, schema)
+        _add(router, method, path, answering(routes.checked(handler)), handler.__doc__, schema)
 
     async def stream(request: Request) -> Response:
         return await routes.stream_run(request)
@@ -105,24 +121,34 @@ class _Routes:
     def __init__(self, host: AgentHost) -> None:
         self._host = host
 
+    def checked(self, handler: Handler) -> Handler:
+        """A handler that no page of another site reaches which has no key, and no query that
+        would be passed over.
+        """
+
+        @functools.wraps(handler)
+        async def checked(request: Request) -> Reply:
+            check_page(request.scope["headers"], keyed=self._host.keyed)
+            known_query(request, QUERY.get(handler.__name__, frozenset()))
+            return await handler(request)
+
+        return checked
+
     def _owner(self, request: Request) -> str:
         return self._host.owner_of(request.headers.get("authorization"))
 
     async def health(self, request: Request) -> Reply:
         """Whether agents are served, and with how many tools."""
-        known_query(request)
         tools = len(self._host.executor.specs())
         return {"success": True, "status": "ok", "version": __version__, "tools": tools}
 
     async def stats(self, request: Request) -> Reply:
         """Counters of calls, runs and subscribers, and how much is remembered."""
-        known_query(request)
         memories = await self._host.memory.count(self._owner(request))
         return {"success": True, **await self._host.stats(), "memories": memories}
 
     async def tools(self, request: Request) -> Reply:
         """List the tools, all or those with a tag."""
-        known_query(request, frozenset({"tag"}))
         specs = self._host.executor.specs(request.query_params.get("tag"))
         return {"success": True, "tools": [spec.model_dump(mode="json") for spec in specs]}
 
@@ -239,7 +265,6 @@ class _Routes:
 
     async def tiers(self, request: Request) -> Reply:
         """What VRAM, RAM and disk hold now."""
-        known_query(request)
         return {"success": True, "tiers": await self._host.service.tiers()}
 
     async def demote(self, request: Request) -> Reply:
@@ -319,6 +344,8 @@ class _Routes:
         """
         owner, run_id = self._owner(request), _run_id(request)
         try:
+            check_page(request.scope["headers"], keyed=self._host.keyed)
+            known_query(request, frozenset({"after", "tokens"}))
             last = request.headers.get("last-event-id") or request.query_params.get("after", "0")
             if not (last.isdecimal() and len(last) < 18):
                 raise InvalidRequestError("after must be a number", details={"field": "after"})

@@ -65,7 +65,7 @@ class AgentSocket:
         if not self._authorize(authorization):
             await socket.close(UNAUTHORIZED, "an API key is needed")
             return
-        if is_foreign(socket.scope["headers"]):
+        if is_foreign(socket.scope["headers"], keyed=self._host.keyed):
             # Browsers let any page connect to any server: a page of another site may not.
             await socket.close(FORBIDDEN, "the page is of another origin")
             return

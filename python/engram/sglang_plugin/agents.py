@@ -15,6 +15,7 @@ import httpx
 from fastapi import WebSocket
 from starlette.routing import Route
 
+from engram.agents.database import AGENT_FILE
 from engram.agents.host import AgentHost
 from engram.agents.ports import ChatReply, Message, OnWritten
 from engram.conversation.turns import Tag
@@ -33,8 +34,6 @@ from engram.service import SnapshotService
 logger = logging.getLogger(__name__)
 
 POLL_S: Final = 0.2
-AGENT_FILE: Final = "agents.sqlite"
-"""Below the snapshot directory, beside the catalog."""
 
 
 class SglangChat:
@@ -212,7 +211,7 @@ def mount_agents(
 
     app.add_api_websocket_route("/v1/agent/ws", serve)
     manager = session_manager(host)
-    app.router.routes.append(Route("/mcp", endpoint=marked(_Mcp(manager))))
+    app.router.routes.append(Route("/mcp", endpoint=marked(_Mcp(manager, keyed=keyed))))
     _live(app, host, manager)
     _interrupt_before_the_end(tokenizer_manager, host)
 
@@ -233,13 +232,14 @@ def _interrupt_before_the_end(manager: Any, host: AgentHost) -> None:
 class _Mcp:
     """The MCP server as an endpoint that can be marked with a level of authentication."""
 
-    def __init__(self, manager: Any) -> None:
+    def __init__(self, manager: Any, *, keyed: bool) -> None:
         self._manager = manager
+        self._keyed = keyed
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         from engram.server.origins import refuse_foreign
 
-        if not await refuse_foreign(scope, receive, send):
+        if not await refuse_foreign(scope, receive, send, keyed=self._keyed):
             await self._manager.asgi_app(scope, receive, send)
 
 

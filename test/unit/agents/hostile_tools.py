@@ -68,6 +68,13 @@ def fail(message: str) -> None:
 
 
 @tool
+def odd_name(context: ToolContext) -> None:
+    """Say the name of a file as Python makes it of one that is no UTF-8."""
+    context.progress(0.5, "odd \udce9")
+    raise RuntimeError("odd \udce9")
+
+
+@tool
 def large(size: int) -> str:
     """Return much."""
     return "x" * size

@@ -2,7 +2,14 @@
 
 import asyncio
 
-from engram.agents.events import MAX_JOINED, TOPICS, Event, EventBus, Interest
+from engram.agents.events import (
+    MAX_JOINED,
+    MAX_QUEUED_BYTES,
+    TOPICS,
+    Event,
+    EventBus,
+    Interest,
+)
 
 
 def test_who_hears_what() -> None:
@@ -57,6 +64,33 @@ def test_a_slow_reader_is_bounded_and_told() -> None:
         )
         bus.publish(Event("tool_start", "o", data={"number": 10}))
         assert (await reader.next())["number"] == 10
+
+    asyncio.run(run())
+
+
+def test_what_waits_is_bounded_in_bytes() -> None:
+    """256 events, each with as much as a tool may return or be given, would be gigabytes."""
+
+    async def run() -> None:
+        bus = EventBus()
+        reader = bus.subscribe("o")
+        reader.interest = Interest(TOPICS)
+
+        def publish(size: int) -> None:
+            bus.publish(Event("tool_result", "o", data={"result": "x" * size}))
+
+        for _ in range(2):
+            publish(2 * MAX_QUEUED_BYTES)  # alone it is told of, however large
+            publish(1)
+            assert len((await reader.next())["result"]) == 2 * MAX_QUEUED_BYTES
+            assert (await reader.next())["details"] == {"lost": 1}
+        for _ in range(64):
+            publish(1 << 20)
+        heard = 0
+        while (told := await reader.next())["type"] != "error":
+            heard += 1
+        assert heard == 15
+        assert told["details"] == {"lost": 64 - 15}
 
     asyncio.run(run())
 

@@ -1,7 +1,9 @@
 """Whatever a tool does, its caller is told clearly and the process of the server goes on."""
 
 import asyncio
+import json
 import os
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,6 +11,7 @@ from typing import Any, TypeVar
 import psutil
 import pytest
 
+from engram.agents import pool
 from engram.agents.execution import ToolExecutor, ToolResult
 from engram.agents.pool import OUTPUT_BYTES, WorkerPool
 from engram.agents.tool import ToolContext, make_tool
@@ -57,8 +60,8 @@ def using(
     """What `work` returns with an executor; afterwards no process is left."""
 
     async def run() -> T:
-        pool = module and WorkerPool(module, size=size, max_result_bytes=LIMIT)
-        executor = ToolExecutor(OWN, timeout=60.0, pool=pool or None, max_result_bytes=LIMIT)
+        made = module and WorkerPool(module, size=size, max_result_bytes=LIMIT)
+        executor = ToolExecutor(OWN, timeout=60.0, pool=made or None, max_result_bytes=LIMIT)
         await executor.load()
         try:
             return await work(executor)
@@ -153,6 +156,134 @@ def test_a_tool_that_raises() -> None:
     using(work)
 
 
+def test_what_a_tool_says_can_be_sent_on() -> None:
+    """Half a surrogate pair is in no UTF-8: neither a reply nor a run could be shown with it."""
+    told: list[str] = []
+
+    async def work(executor: ToolExecutor) -> None:
+        context = ToolContext("k", "", None, None, lambda fraction, text: told.append(text))
+        with pytest.raises(ToolError) as raised:
+            await executor.execute("odd_name", {}, context)
+        assert raised.value.message == "odd_name: RuntimeError: odd ?"
+        json.dumps(raised.value.to_reply(), ensure_ascii=False).encode()
+
+    using(work)
+    assert told == ["odd ?"]
+
+
+def test_a_process_that_ended_while_it_waited_is_replaced() -> None:
+    """As the kernel ends tools first if memory ends: the next call has not failed."""
+
+    async def work(executor: ToolExecutor) -> None:
+        before = (await call(executor, "pid")).value
+        process = psutil.Process(before)
+        process.kill()
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            await asyncio.sleep(0)
+        assert (await call(executor, "pid")).value != before
+
+    using(work)
+
+
+def test_a_call_that_started_nothing_is_not_searched_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To look for what a process has started means to read of every process of the machine."""
+
+    def look(self: psutil.Process, recursive: bool = False) -> list[psutil.Process]:
+        raise AssertionError("the server looks while every request waits")
+
+    async def work(executor: ToolExecutor) -> None:
+        with monkeypatch.context() as watched:
+            watched.setattr(psutil.Process, "children", look)
+            first = (await call(executor, "pid")).value
+            await refused(executor, ToolError, "fail", message="no bread")
+            assert (await call(executor, "pid")).value == first
+
+    using(work)
+
+
+def test_a_process_that_cannot_be_started_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def files() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    async def work(executor: ToolExecutor) -> None:
+        before = (await call(executor, "pid")).value
+        with monkeypatch.context() as broken:
+            broken.setattr(sys, "executable", "/nonexistent/python")
+            await refused(executor, ToolCrashedError, "leave", status=3, hard=True)
+            open_files = files()
+            for _ in range(3):
+                error = await refused(executor, ToolError, "pid")
+                assert "hostile_tools" in error.message
+                assert error.hint
+            assert files() == open_files
+        assert (await call(executor, "pid")).value != before
+
+    using(work)
+
+
+def test_a_process_that_is_slow_to_end_does_not_hold_up_the_server(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The kernel takes a second for some gigabytes, and for ever in a file system that is gone."""
+
+    async def work(executor: ToolExecutor) -> None:
+        await call(executor, "pid")
+        assert executor._pool is not None
+        (worker,) = executor._pool._idle
+        others, ticking = 0, asyncio.Event()
+
+        async def other() -> None:
+            nonlocal others
+            await ticking.wait()
+            while True:
+                await asyncio.sleep(0)
+                others += 1
+
+        poll, wait = worker._process.poll, worker._process.wait
+
+        def slow_poll() -> int | None:
+            ticking.set()
+            return poll() if others >= 50 else None
+
+        def slow_wait(timeout: float | None = None) -> int:
+            raise AssertionError("nothing else runs meanwhile")
+
+        task = asyncio.create_task(call(executor, "hang"))
+        while executor._pool._idle:
+            await asyncio.sleep(0)
+        worker._process.poll, worker._process.wait = slow_poll, slow_wait  # type: ignore[method-assign]
+        ticks = asyncio.create_task(other())
+        with pytest.raises(ToolTimeoutError):
+            await task
+        ticks.cancel()
+        assert others >= 50
+        assert wait(60) == -9
+        monkeypatch.setattr(pool, "END_TIMEOUT_S", 0.0)
+        (await call(executor, "pid"))
+        stuck = executor._pool._idle[0]._process
+        stuck.poll = lambda: None  # type: ignore[method-assign]
+        await refused(executor, ToolTimeoutError, "hang")
+        assert stuck.wait(60) == -9
+
+    using(work)
+
+
+def test_output_without_end_does_not_hold_up_the_server() -> None:
+    async def work(executor: ToolExecutor) -> None:
+        await call(executor, "pid")
+        assert executor._pool is not None
+        (worker,) = executor._pool._idle
+        said = os.dup(worker._said)
+        endless = os.open("/dev/zero", os.O_RDONLY)
+        os.dup2(endless, worker._said)
+        assert len(worker.output()) == OUTPUT_BYTES
+        os.dup2(said, worker._said)
+        os.close(endless)
+        os.close(said)
+
+    using(work)
+
+
 def test_a_result_that_is_too_large_does_not_reach_the_server() -> None:
     async def work(executor: ToolExecutor) -> None:
         assert len((await call(executor, "large", size=LIMIT - 2)).value) == LIMIT - 2
@@ -160,7 +291,8 @@ def test_a_result_that_is_too_large_does_not_reach_the_server() -> None:
         assert error.details["bytes"] == LIMIT + 1
         error = await refused(executor, ToolResultTooLargeError, "large", size=50 << 20)
         assert error.details["bytes"] == (50 << 20) + 2
-        await refused(executor, ToolResultTooLargeError, "much")
+        assert error.hint
+        assert (await refused(executor, ToolResultTooLargeError, "much")).hint
 
     using(work)
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import threading
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 
+from engram.agents import database, runs
 from engram.agents.database import AgentDatabase
+from engram.agents.events import Interest
 from engram.agents.execution import ToolExecutor
 from engram.agents.journal import Retention, Run
 from engram.agents.requests import RunRequest
@@ -220,6 +223,7 @@ def test_what_a_model_gets_wrong_is_told_to_it(tmp_path: Path) -> None:
         return [
             calling(("sing", {}), ("count", "{")),
             calling(("count", "[1]"), ("count", {"by": "x"}), ("count", {"by": 1})),
+            calling(("count", '{"by": NaN}'), ("count", '{"by": "\\ud800"}')),
             "done",
         ][number]
 
@@ -230,7 +234,12 @@ def test_what_a_model_gets_wrong_is_told_to_it(tmp_path: Path) -> None:
     assert run.status == "completed"
     messages = [call.outcome["error"]["message"] for step in run.steps for call in step.calls]  # type: ignore[index]
     for message, told in zip(
-        messages, ("no tool 'sing'", "not JSON", "no JSON object", "by:", "only 2"), strict=True
+        messages,
+        (
+            *("no tool 'sing'", "not JSON", "no JSON object", "by:", "only 2"),
+            *("not JSON: Out of range", "not JSON: 'utf-8'"),
+        ),
+        strict=True,
     ):
         assert told in message
     assert not (tmp_path / "counts").exists()
@@ -300,6 +309,51 @@ def test_cancelled_and_resumed(tmp_path: Path) -> None:
         assert runs.active == 0
 
     using(tmp_path, script, work)
+
+
+def test_a_reply_that_was_not_saved_when_its_run_ended_is_saved_then(tmp_path: Path) -> None:
+    async def work(runs: RunManager, chat: ScriptedChat) -> None:
+        save, saving = runs._save_turn, asyncio.Event()
+
+        async def hangs(conversation_id: str, rid: str, lasts: float | None) -> str:
+            saving.set()
+            await asyncio.sleep(600)
+            raise AssertionError
+
+        runs._save_turn = hangs
+        run = await runs.create("", request())
+        await saving.wait()
+        stopped = await runs.cancel("", run.run_id)
+        assert "snapshot_id" not in stopped.steps[0].reply
+        runs._save_turn = save
+        run = await over(runs, await runs.resume("", run.run_id, repeat=False))
+        assert run.status == "completed"
+        assert all("snapshot_id" in step.reply for step in run.steps)
+
+    using(tmp_path, two_steps, work)
+
+
+def test_a_run_is_cancelled_as_its_tool_ends(tmp_path: Path) -> None:
+    """A cancellation that comes in the very moment is not lost."""
+
+    def for_ever(number: int, body: Mapping[str, Any]) -> dict[str, Any]:
+        return calling(("last_moment", {}))
+
+    async def work(runs: RunManager, chat: ScriptedChat) -> None:
+        stopping: list[asyncio.Task[Run]] = []
+
+        async def last_moment(context: ToolContext) -> None:
+            """Have its run cancelled, and end."""
+            assert context.run_id is not None
+            stopping.append(asyncio.ensure_future(runs.stop("", context.run_id)))
+
+        runs._executor._own["last_moment"] = tool = make_tool(last_moment, isolated=False)
+        runs._executor._specs["last_moment"] = tool.spec
+        run = await over(runs, await runs.create("", request()))
+        assert (run.status, len(run.steps)) == ("cancelled", 1)
+        assert len(stopping) == 1
+
+    using(tmp_path, for_ever, work)
 
 
 def test_calls_are_told_apart_that_the_model_calls_the_same(tmp_path: Path) -> None:
@@ -386,6 +440,8 @@ def test_killed_at_any_point_a_run_ends_right(tmp_path: Path) -> None:
         calls = [call for step in run.steps for call in step.calls]
         assert [call.tool for call in calls] == ["careful", "count", "careful"]
         assert len(run.steps) == 3
+        for step in run.steps:
+            assert ("snapshot_id" in step.reply) != ("checkpoint_error" in step.reply)
         assert len(counts) == len(set(counts))
         for number, call in enumerate(calls, 1):
             assert call.outcome is not None
@@ -399,6 +455,84 @@ def test_killed_at_any_point_a_run_ends_right(tmp_path: Path) -> None:
         point += 1
     assert point > FIRST_WRITES + 20
     assert unknown > 0
+
+
+def test_a_disk_that_hangs_does_not_keep_the_server_from_ending(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "CLOSE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(database, "CLOSE_TIMEOUT_S", 0.2)
+    hangs = threading.Event()
+
+    def script(number: int, body: Mapping[str, Any]) -> dict[str, Any] | str:
+        return [calling(("hang", {})), "done"][number]
+
+    async def work(manager: RunManager, chat: ScriptedChat) -> None:
+        await manager.create("", request())
+        while not (tmp_path / "hanging").exists():
+            await asyncio.sleep(0)
+        file = manager._journal._database
+        file._thread.submit(hangs.wait)
+        await manager.close()
+        file.close()
+        assert manager.active == 1
+        hangs.set()
+        while manager.active:
+            await asyncio.sleep(0)
+
+    using(tmp_path, script, work)
+
+    async def after(manager: RunManager, chat: ScriptedChat) -> None:
+        (run,) = await manager.newest("", 10)
+        assert run.status == "interrupted"
+
+    using(tmp_path, script, after)
+
+
+def test_the_end_of_a_run_is_told_also_if_it_is_cancelled_then(tmp_path: Path) -> None:
+    async def work(runs: RunManager, chat: ScriptedChat) -> None:
+        set_status = runs._journal.set_status
+        stopping: list[asyncio.Future[Run]] = []
+
+        async def ending(run_id: str, *more: Any) -> None:
+            # Begins when this waits for the disk.
+            stopping.append(asyncio.ensure_future(runs.stop("", run_id)))
+            await set_status(run_id, *more)
+
+        runs._journal.set_status = ending  # type: ignore[method-assign]
+        watching = runs._bus.subscribe("")
+        watching.interest = Interest({"run_event"})
+        run = await runs.create("", request())
+        heard = await watching.next()
+        while heard["event"] != "run_finished":
+            heard = await watching.next()
+        assert heard["status"] == (await stopping[0]).status == "completed"
+        assert (await over(runs, run)).status == "completed"
+
+    using(tmp_path, lambda number, body: "done", work)
+
+
+@pytest.mark.parametrize("repeat", [False, True])
+def test_a_call_is_of_unknown_outcome_also_if_its_tool_is_gone(
+    tmp_path: Path, repeat: bool
+) -> None:
+    """That there is no such tool would tell the model that nothing was done."""
+
+    def script(number: int, body: Mapping[str, Any]) -> dict[str, Any] | str:
+        return [calling(("hang", {})), "done"][number]
+
+    async def work(runs: RunManager, chat: ScriptedChat) -> None:
+        run = await runs.create("", request())
+        while not (tmp_path / "hanging").exists():
+            await asyncio.sleep(0)
+        await runs.cancel("", run.run_id)
+        runs._executor = ToolExecutor(counting(tmp_path), timeout=60.0)
+        run = await over(runs, await runs.resume("", run.run_id, repeat=repeat))
+        assert run.status == "completed"
+        assert run.steps[0].calls[0].outcome is not None
+        assert run.steps[0].calls[0].outcome["error"]["error"] == "outcome_unknown"
+
+    using(tmp_path, script, work)
 
 
 def test_a_call_of_unknown_outcome_is_repeated_if_asked(tmp_path: Path) -> None:
@@ -516,5 +650,26 @@ def test_the_past_does_not_grow_for_ever(tmp_path: Path) -> None:
         )
         replies = (await runs.get("", found[0])).steps
         assert 0 < size - counted <= sum(len(json.dumps(step.reply)) for step in replies)
+
+    using(tmp_path, two_steps, work)
+
+
+def test_a_run_begins_without_reading_all_that_is_kept(tmp_path: Path) -> None:
+    """Requests may have 16 MiB, and 1 GiB of them is kept."""
+
+    async def work(runs: RunManager, chat: ScriptedChat) -> None:
+        database = runs._journal._database
+        asked: list[str] = []
+        database._connection.set_trace_callback(asked.append)
+        await over(runs, await runs.create("", request()))
+        database._connection.set_trace_callback(None)
+        (prune,) = {one for one in asked if "row_number()" in one}
+
+        def plan(db: Any) -> list[str]:
+            return [row[3] for row in db.execute("EXPLAIN QUERY PLAN " + prune)]
+
+        looked = [one for one in await database.run(plan) if " runs " in f"{one} "]
+        assert len(looked) == 2
+        assert all("COVERING INDEX" in one for one in looked), looked
 
     using(tmp_path, two_steps, work)

@@ -122,6 +122,69 @@ def test_tools_over_rest(tmp_path: Path) -> None:
     using(tmp_path, work, agent_tools_module="hostile_tools")
 
 
+@pytest.mark.parametrize(
+    ("tool", "arguments"),
+    [
+        (tool, {"prompts": ["a", "b"]} if tool == "conversation_explore" else {})
+        for tool in (
+            *("checkpoint_save", "checkpoint_restore", "conversation_branch"),
+            *("conversation_compare", "conversation_explore"),
+        )
+    ],
+)
+def test_places_that_cannot_be_are_the_callers_mistake(
+    tmp_path: Path, tool: str, arguments: dict[str, Any]
+) -> None:
+    """Not a failure of the tool, which may be tried again."""
+
+    async def work(server: Server, host: AgentHost, chat: ScriptedChat) -> None:
+        await server.chat("c")
+        wrongs: list[dict[str, Any]] = [{"conversation_id": "../c"}, {"branch_name": "a b"}]
+        wrongs.append({"snapshot_id": "../x"} if tool == "checkpoint_save" else {})
+        wrongs[2] = wrongs[2] or {"turn_number": 2**63}
+        async with client_of(host) as client:
+            for wrong in wrongs:
+                place = {"conversation_id": "c", "branch_name": "main", **arguments, **wrong}
+                body = {"tool": tool, "arguments": place}
+                told = await refused(
+                    client.post("/v1/agent/tools/execute", json=body), 422, "invalid_request"
+                )
+                assert told["details"]["field"] == next(iter(wrong))
+
+    using(tmp_path, work)
+
+
+def nested(depth: int) -> Any:
+    value: Any = "x"
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def test_runs_that_cannot_be_written_down_do_not_begin(tmp_path: Path) -> None:
+    async def work(server: Server, host: AgentHost, chat: ScriptedChat) -> None:
+        await server.chat("c")
+        async with client_of(host) as client:
+            messages = [{"role": "user", "content": "x"}]
+            deep = [{"role": "user", "content": nested(300)}]
+            for wrong in (
+                {"temperature": "inf"},
+                {"messages": deep},
+                {"response_format": {"schema": nested(300)}},
+            ):
+                task = {"messages": messages, "tools": [], **wrong}
+                await refused(client.post("/v1/agent/runs", json=task), 422, "invalid_request")
+                body = {"conversation_id": "c", "branches": [task, task]}
+                await refused(
+                    client.post("/v1/agent/explorations", json=body), 422, "invalid_request"
+                )
+            assert (await ok(client.get("/v1/agent/runs")))["runs"] == []
+            task = {"messages": [{"role": "user", "content": nested(98)}], "tools": []}
+            await ok(client.post("/v1/agent/runs", json=task))
+
+    using(tmp_path, work)
+
+
 def test_memory_over_rest_keeps_owners_apart(tmp_path: Path) -> None:
     async def work(server: Server, host: AgentHost, chat: ScriptedChat) -> None:
         async with client_of(host, "one") as one, client_of(host, "two") as two:
@@ -161,6 +224,27 @@ def test_keys_are_not_kept_and_owners_differ(tmp_path: Path) -> None:
     assert one != two
     assert "one" not in one
     assert one == owner_of("bearer one", keyed=True)
+
+
+def test_a_query_is_not_passed_over(tmp_path: Path) -> None:
+    """`limits=3` would be answered with everything."""
+
+    async def work(server: Server, host: AgentHost, chat: ScriptedChat) -> None:
+        async with client_of(host) as client:
+            body = {"messages": [{"role": "user", "content": "x"}]}
+            run = (await ok(client.post("/v1/agent/runs", json=body)))["run_id"]
+            for path in (
+                *("health", "stats", "tools", "tools/calculator", "conversations", "tiers"),
+                *("conversations/c", "runs", f"runs/{run}", f"runs/{run}/stream"),
+                "explorations/x",
+            ):
+                asking = client.get(f"/v1/agent/{path}?limits=3")
+                told = await refused(asking, 422, "invalid_request")
+                assert told["details"] == {"field": "limits"}
+            for path in ("conversations?limit=3&after=a", "runs?limit=3", "tools?tag=math"):
+                await ok(client.get(f"/v1/agent/{path}"))
+
+    using(tmp_path, work)
 
 
 def test_conversations_over_rest(tmp_path: Path) -> None:
@@ -504,12 +588,43 @@ def test_who_may_not_connect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     using(tmp_path, work)
 
 
-def test_origins() -> None:
-    host = (b"host", b"localhost:30000")
-    assert not is_foreign([host])
-    assert not is_foreign([host, (b"origin", b"http://localhost:30000")])
-    for origin in (b"http://evil.example", b"null", b"http://localhost:30001"):
-        assert is_foreign([host, (b"origin", origin)])
+@pytest.mark.parametrize("keyed", [False, True])
+def test_origins(keyed: bool) -> None:
+    for own in (b"localhost:30000", b"127.0.0.1:30000", b"[::1]:30000", b"10.1.2.3"):
+        host = (b"host", own)
+        assert not is_foreign([host], keyed=keyed)
+        assert not is_foreign([host, (b"origin", b"http://" + own)], keyed=keyed)
+        for origin in (b"http://evil.example", b"null", b"http://localhost:30001", b"http://[x"):
+            assert is_foreign([host, (b"origin", origin)], keyed=keyed), origin
+    # A name that points here may be the page's own: a server with keys knows who asks.
+    rebound = [(b"host", b"evil.example:30000"), (b"origin", b"http://evil.example:30000")]
+    assert is_foreign(rebound, keyed=keyed) != keyed
+
+
+def test_a_page_of_another_site_reaches_no_tool(tmp_path: Path) -> None:
+    """A browser sends it without asking, if it looks like a form; a key it does not have."""
+
+    async def work(server: Server, host: AgentHost, chat: ScriptedChat) -> None:
+        body = json.dumps({"tool": "calculator", "arguments": {"expression": "1"}})
+        page = {"origin": "http://evil.example", "content-type": "text/plain"}
+        async with client_of(host, "one") as client:
+            for method, path in (
+                ("POST", "tools/execute"),
+                ("POST", "memory/search"),
+                ("GET", "runs"),
+                ("GET", "runs/none/stream"),
+            ):
+                asking = client.request(method, f"/v1/agent/{path}", content=body, headers=page)
+                if host.keyed:
+                    assert (await asking).status_code != 403
+                else:
+                    await refused(asking, 403, "foreign_origin")
+            await ok(client.post("/v1/agent/tools/execute", content=body))
+
+    for keyed in (False, True):
+        folder = tmp_path / str(keyed)
+        folder.mkdir()
+        using(folder, work, keyed=keyed)
 
 
 # ---- MCP ----

@@ -23,6 +23,9 @@ NOT_RUN = {
     "--snapshot-dir ./snapshots \\": "e2e/test_encryption.py launches so",
     "python -m sglang.launch_server --model-path <model> --enable-snapshot-persistence "
     "--snapshot-dir ./snapshots \\": "e2e/agents_world.py launches so",
+    "engram agents rekey --dir ./snapshots --old old-key.txt --new new-key.txt": (
+        "e2e/test_agents.py runs it"
+    ),
     "engram key new new.key": "unit/cli/test_keys.py rotates; here is no store",
     "python -m pytest test/faults/test_hostile_files.py -s": "the unit tests run a part of it",
     "PYTHONPATH=python:test python -m faults.hostile --seed 20261122 --case 4711": "the same",

@@ -197,13 +197,14 @@ def test_the_official_mcp_client(url: str, way: Any) -> None:
     asyncio.run(work())
 
 
-def test_a_bridge_to_nowhere_says_so() -> None:
-
-    command = [sys.executable, "-m", "engram.cli.main", "mcp", "--url", "http://127.0.0.1:9"]
-    result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    assert result.returncode == 2
-    assert "engram: error: http://127.0.0.1:9" in result.stderr
-    assert result.stdout == ""
+def test_a_bridge_to_nowhere_says_so(url: str) -> None:
+    for there, more in (("http://127.0.0.1:9", []), (url + "/v1", []), (url, ["--api-key", "x"])):
+        command = [sys.executable, "-m", "engram.cli.main", "mcp", "--url", there, *more]
+        result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        assert result.returncode == 2
+        assert f"engram: error: {there}" in result.stderr
+        assert "--enable-agent-tools" in result.stderr
+        assert result.stdout == ""
 
 
 def test_a_run_over_the_application(url: str) -> None:

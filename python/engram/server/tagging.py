@@ -21,7 +21,7 @@ from engram.core.ids import DEFAULT_TENANT, check_id
 from engram.errors import EngramError, InvalidRequestError, UnsupportedError
 from engram.server.stateful import CURRENT_STATEFUL, Stateful, stateful_of
 from engram.server.wire import bounded, error_response
-from engram.service.prefixes import RESERVED
+from engram.service.finder import check_not_reserved
 from engram.snapshot.conversation import MAX_PRIORITY
 
 Scope = MutableMapping[str, Any]
@@ -36,7 +36,7 @@ GENERATION_ROUTES: Final = frozenset(
 HEADER: Final = b"x-override-conversation-id"
 FIELD: Final = b'"conversation_id"'
 MARK: Final = b'"cache_control"'
-MARK_SECONDS: Final[dict[Any, float]] = {"5m": 300.0, "1h": 3600.0}
+MARK_SECONDS: Final[dict[str, float]] = {"5m": 300.0, "1h": 3600.0}
 STATEFUL: Final = b'"stateful"'
 CHAT: Final = "/v1/chat/completions"
 TEXT_PARTS: Final = ("text", "input_text", "output_text", "refusal")
@@ -116,7 +116,8 @@ def marked_in(body: bytes, route: str) -> Marked | None:
         marks += [part.get("cache_control") for part in parts if isinstance(part, dict)]
         for mark in reversed(marks):
             if isinstance(mark, dict):
-                seconds = MARK_SECONDS.get(mark.get("ttl"), MARK_SECONDS["5m"])
+                ttl = mark.get("ttl")
+                seconds = MARK_SECONDS.get(ttl if isinstance(ttl, str) else "", MARK_SECONDS["5m"])
                 return Marked(fields.messages[: index + 1], fields.tools, seconds)
     return None
 
@@ -213,14 +214,10 @@ def tag_of_chat(conversation_id: str, body: Mapping[str, Any]) -> Tag:
 
 
 def _tag(given: Any, fields: _Fields) -> Tag:
-    if isinstance(given, str) and given.startswith(RESERVED):
-        raise InvalidRequestError(
-            f"ids that begin with {RESERVED!r} are those of named prefixes",
-            hint="a request need not name a prefix: it starts from the one that it begins with",
-            details={"field": "conversation_id"},
-        )
+    name = check_id("conversation_id", given)
+    check_not_reserved("conversation_id", name)
     tag = Tag(
-        check_id("conversation_id", given),
+        name,
         tenant=DEFAULT_TENANT,
         priority=_priority(fields.conversation_priority),
     )

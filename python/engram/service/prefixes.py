@@ -18,6 +18,7 @@ from engram.core.tokens import TokenArray, to_tokens, tokens_digest
 from engram.errors import AlreadyExistsError, InvalidRequestError, NotFoundError
 from engram.service.changes import SnapshotChanger
 from engram.service.context import ServiceContext
+from engram.service.finder import RESERVED
 from engram.service.ports import EngineInfo
 from engram.service.removals import Remover
 from engram.service.restores import Restorer
@@ -26,8 +27,6 @@ from engram.snapshot.manifest import LayerConfig, make_manifest
 
 logger = logging.getLogger(__name__)
 
-RESERVED: Final = "prefix:"
-"""How the ids of the conversations begin that prefixes are kept as; no client may use them."""
 MARKED: Final = "marked."
 """How the names of prefixes begin that requests mark with `cache_control`."""
 

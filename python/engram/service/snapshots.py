@@ -19,7 +19,7 @@ from engram.service.changes import SnapshotChanger
 from engram.service.context import ServiceContext
 from engram.service.demotion import Demoter
 from engram.service.explaining import Explainer
-from engram.service.finder import Found, TurnFinder, need_place
+from engram.service.finder import Found, TurnFinder, check_not_reserved, need_place
 from engram.service.housekeeping import Housekeeper
 from engram.service.linking import PrefixLinks
 from engram.service.pins import PinResult, VramPinner
@@ -125,6 +125,8 @@ class SnapshotService:
         else:
             assert conversation_id is not None
             found = await self._finder.by_place(tenant, conversation_id, branch_name, turn_number)
+        if not found.saved:
+            check_not_reserved("conversation_id", found.tag.conversation_id)
         await self._saver.check_free(found, snapshot_id)
         if durability == "async" and not found.saved:
             return await self._saver.save_later(found, snapshot_id)
@@ -136,6 +138,9 @@ class SnapshotService:
         self, row: SnapshotRow, continuation: Continuation | None = None
     ) -> RestoreResult:
         """Bring a snapshot into memory, and generate from it if asked to."""
+        if continuation is not None:
+            # The generation is the next turn of the snapshot's conversation.
+            check_not_reserved("create_new_request", row.conversation_id)
         return await self._restorer.restore(row, continuation)
 
     async def find(
@@ -311,6 +316,7 @@ class SnapshotService:
             branch_name or DEFAULT_BRANCH,
             row.tenant,
         )
+        check_not_reserved("conversation_id", tag.conversation_id)
         if tag.conversation_id != row.conversation_id:
             self.recorded.require_references("conversation_id")
         await self.context.learn(tag)

@@ -323,6 +323,50 @@ async def test_a_malformed_prefix_is_refused(
 
 
 @on_a_loop
+async def test_no_client_writes_to_the_conversation_of_a_prefix(
+    server: Server, app: FastAPI
+) -> None:
+    """Else the prefix would be another one, unpinned, and the same one again refused."""
+    [name] = await saved(server, "a")
+    async with client_of(app) as client:
+        body = {"name": "guide", "text": "You are a guide."}
+        made = await ok(await client.post("/v1/prefixes", json=body))
+        rid, _ = await server.serve([7, 8])
+        await server.serve([7, 8, 9], rid="prefix:rid")
+        archive = (await client.get(f"/v1/snapshots/{name}/export")).content
+        prefix, other = f"/v1/snapshots/{made['snapshot_id']}", f"/v1/snapshots/{name}"
+        generating = {"create_new_request": True, "continuation_ids": [1], "max_new_tokens": 1}
+        for path, sent, field in (
+            ("/v1/snapshots", {"rid": rid, "conversation_id": "prefix:b"}, "conversation_id"),
+            ("/v1/snapshots", {"rid": "prefix:rid"}, "rid"),
+            (
+                "/v1/snapshots",
+                {"conversation_id": "prefix:guide", "branch_name": "b"},
+                "conversation_id",
+            ),
+            (f"{other}/branch", {"conversation_id": "prefix:b"}, "conversation_id"),
+            (f"{prefix}/branch", {"branch_name": "b"}, "conversation_id"),
+            (f"{prefix}/restore", generating, "create_new_request"),
+        ):
+            response = await client.post(path, json=sent)
+            body_of = await refused(response, 422, "invalid_request")
+            assert body_of["details"]["field"] == field, sent
+        response = await client.post(
+            "/v1/snapshots/import", params={"conversation_id": "prefix:b"}, content=archive
+        )
+        await refused(response, 422, "invalid_request")
+        listed = await ok(await client.get("/v1/prefixes"))
+        assert [one["name"] for one in listed["prefixes"]] == ["guide"]
+        # What writes nothing there goes.
+        await ok(await client.post(f"{prefix}/restore", json={}))
+        await ok(await client.post(f"{prefix}/branch", json={"conversation_id": "c"}))
+        again = await ok(await client.post("/v1/prefixes", json=body))
+        assert again["snapshot_id"] == made["snapshot_id"]
+    assert server.catalog.get(made["snapshot_id"]).pinned
+    assert len(server.engine.generated) == 1
+
+
+@on_a_loop
 async def test_a_mark_is_kept_until_it_expires(server: Server) -> None:
     prefixes, context = server.service.prefixes, server.service.context
 

@@ -168,8 +168,10 @@ def test_the_last_mark_of_a_chat_counts() -> None:
     hour: dict[str, Any] = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
     plain = {"role": "user", "content": "x"}
     part = {"role": "system", "content": [{"type": "text", "text": "x", **mark}]}
+    odd: dict[str, Any] = {"cache_control": {"type": "ephemeral", "ttl": ["1h"]}}
     for messages, count, seconds in (
         ([part, plain], 1, 300.0),
+        ([{**plain, **odd}], 1, 300.0),
         ([part, {**plain, **hour}, plain], 2, 3600.0),
         ([{**part, **hour}], 1, 300.0),
     ):

@@ -26,6 +26,7 @@ from engram.conversation.turns import Tag
 from engram.core.ids import DEFAULT_TENANT
 from engram.core.tokens import TokenArray
 from engram.errors import (
+    DeadlineError,
     EngramError,
     GenerationAbortedError,
     InvalidRequestError,
@@ -36,6 +37,7 @@ from engram.server.stateful import CURRENT_STATEFUL, Stateful
 from engram.server.tagging import CURRENT_MARK, CURRENT_TAG, HELD, Marked
 from engram.server.wire import error_response, invalid
 from engram.service import SnapshotService
+from engram.service.recorded import RecordedTurn
 
 logger = logging.getLogger(__name__)
 
@@ -236,34 +238,38 @@ class PromptMaker:
         self._chat = chat
         self._service = service
         self._recorded = service.recorded
+        self._late: asyncio.Task[list[RecordedTurn]] | None = None
 
     def around_handle_request(self, original: Any) -> Any:
         """Plan a request before upstream looks at it; answer in its place if that fails."""
 
         async def handle_request(request: Any, raw_request: Any) -> Any:
             tag, asked = CURRENT_TAG.get(), CURRENT_STATEFUL.get()
-            mark = CURRENT_MARK.get()
+            mark, held = CURRENT_MARK.get(), 0.0
             if mark is not None and request.input_ids is None:
-                await self._keep_mark(mark)
-            if raw_request is None or (tag is None and not self._may_link(request)):
-                return await original(request, raw_request)
-            try:
-                if tag is None:
-                    plan = _Plan(None, None, False, asyncio.get_running_loop())
-                elif asked is None:
-                    plan = await self._whole_history(tag)
-                else:
-                    plan = await self._go_on(tag, asked, request, raw_request)
-            except EngramError as error:
-                return error_response(error)
-            raw_request.scope[PLAN] = plan
-            token, waited = CURRENT_TAG.set(plan.tag), WAITED.set(plan.waited)
+                held = await self._keep_mark(mark)
+            plan = None
+            if raw_request is not None and (tag is not None or self._may_link(request)):
+                try:
+                    if tag is None:
+                        plan = _Plan(None, None, False, asyncio.get_running_loop(), held)
+                    elif asked is None:
+                        plan = await self._whole_history(tag, held)
+                    else:
+                        plan = await self._go_on(tag, asked, request, raw_request)
+                except EngramError as error:
+                    return error_response(error)
+                raw_request.scope[PLAN] = plan
+            token = CURRENT_TAG.set(tag if plan is None else plan.tag)
+            waited = WAITED.set(held if plan is None else plan.waited)
             try:
                 response = await original(request, raw_request)
             finally:
                 WAITED.reset(waited)
                 CURRENT_TAG.reset(token)
-            return response if plan.error is None else error_response(plan.error)
+            if plan is None or plan.error is None:
+                return response
+            return error_response(plan.error)
 
         return handle_request
 
@@ -303,6 +309,10 @@ class PromptMaker:
             if plan is None or plan.recorded is None:
                 return original(messages, **kw)
             if plan.stateful:
+                if plan.error is not None:
+                    # Upstream tries again with the tools in another form, for templates that want
+                    # them so: what is refused stays refused.
+                    raise ValueError(str(plan.error))
                 try:
                     return self._append(plan.recorded, messages, kw), None
                 except EngramError as error:
@@ -318,10 +328,11 @@ class PromptMaker:
 
         return encode
 
-    async def _keep_mark(self, mark: Marked) -> None:
+    async def _keep_mark(self, mark: Marked) -> float:
         """Have the state at a mark computed, and stored; if that fails, it costs the prefix alone.
 
-        Not in the time a request is held for: what is computed here it need not compute.
+        For how many seconds the store was waited for.  The computing is not in the time a request
+        is held for: what is computed here it need not compute.
         """
         try:
             loop = asyncio.get_running_loop()
@@ -331,12 +342,13 @@ class PromptMaker:
             # Its own request is nobody's turn.
             token = CURRENT_TAG.set(None)
             try:
-                await self._service.prefixes.mark(DEFAULT_TENANT, ids, mark.seconds)
+                return await self._service.prefixes.mark(DEFAULT_TENANT, ids, mark.seconds)
             finally:
                 CURRENT_TAG.reset(token)
         except Exception as error:
             self._service.context.stats.note(f"prefix marked with cache_control: {error}")
             logger.warning("Engram: a prefix marked with cache_control is not kept: %s", error)
+            return 0.0
 
     def _may_link(self, request: Any) -> bool:
         """Whether a chat that names no conversation may be a turn of one."""
@@ -379,22 +391,44 @@ class PromptMaker:
             return links.begin(DEFAULT_TENANT, opening), None
         rendered = self._render(messages, kw)
         begun = time.monotonic()
-        asked = self._service.gate.in_time(links.candidates(DEFAULT_TENANT, ids, opening))
+        asked = self._candidates(ids, opening, plan.waited)
         try:
             turns = asyncio.run_coroutine_threadsafe(asked, loop).result()
         finally:
-            plan.waited = time.monotonic() - begun
+            plan.waited += time.monotonic() - begun
         for turn in turns:
             found = extend(turn.tokens, rendered, codec)
             if found is not None:
                 return turn.tag, found
         return links.begin(DEFAULT_TENANT, opening), None
 
-    async def _whole_history(self, tag: Tag) -> _Plan:
-        """A client that sends everything: what of it is recorded is taken from there."""
+    async def _candidates(self, ids: list[int], opening: str, waited: float) -> list[RecordedTurn]:
+        """Turns that an untagged chat may go on from; `DeadlineError` if that takes too long.
+
+        A thread waits for this that is one of the few on which SGLang makes all prompts.  While the
+        store owes one chat its answer, no other waits for it.
+        """
+        if self._late is not None and not self._late.done():
+            raise DeadlineError("the store has not answered an earlier chat yet")
+        looking = self._service.context.start(
+            self._service.links.candidates(DEFAULT_TENANT, ids, opening)
+        )
+        try:
+            return await self._service.gate.in_time(asyncio.shield(looking), waited)
+        except DeadlineError:
+            self._late = looking
+            raise
+
+    async def _whole_history(self, tag: Tag, held: float) -> _Plan:
+        """A client that sends everything: what of it is recorded is taken from there.
+
+        It has been held for `held` seconds already.
+        """
         begun = time.monotonic()
         try:
-            turn = await self._service.gate.in_time(self._recorded.find(tag))
+            turn = self._recorded.at_hand(tag)
+            if turn is None:
+                turn = await self._service.gate.in_time(self._recorded.find(tag), held)
         except EngramError as error:
             # It is a plain request: what is recorded only saves it from being tokenised again.
             self._service.context.stats.note(f"recorded tokens of {tag.conversation_id}: {error}")
@@ -406,7 +440,7 @@ class PromptMaker:
             )
             turn = None
         recorded = None if turn is None else turn.tokens
-        return _Plan(tag, recorded, stateful=False, waited=time.monotonic() - begun)
+        return _Plan(tag, recorded, stateful=False, waited=held + time.monotonic() - begun)
 
     async def _go_on(self, tag: Tag, asked: Stateful, request: Any, raw_request: Any) -> _Plan:
         """A client that sends what is new."""

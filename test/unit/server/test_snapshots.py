@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from fastapi.responses import FileResponse
 
 from engram.catalog.rows import SnapshotRow
 from engram.conversation.turns import Tag
-from engram.errors import StoreFullError
+from engram.errors import SaveQueueFullError, StoreFullError
 from engram.server.prefixes import prefixes_router
 from engram.server.snapshots import snapshots_router
 from engram.server.tagging import HoldingMiddleware
+from engram.service import prefixes as prefixes_module
 from engram.testing.samples import seeded_random
 from refusals import refusal
 from unit.server.test_compatible import client_of
@@ -426,6 +428,72 @@ async def test_a_mark_that_cannot_be_stored_is_told_and_costs_nothing_else(
     await prefixes.mark("", [1, 2, 3], 300)
     await context.drain()
     assert len((await prefixes.list("", 9, None))[0]) == 1
+
+
+@on_a_loop
+async def test_marks_are_written_one_at_a_time_and_bounded(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written is held in RAM on every rank."""
+    prefixes, context, engine = server.service.prefixes, server.service.context, server.engine
+    monkeypatch.setattr(prefixes_module, "MAX_MARKS", 3)
+    persist, running, most = engine.persist, 0, 0
+
+    async def counted(*args: Any) -> Any:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        try:
+            return await persist(*args)
+        finally:
+            running -= 1
+
+    monkeypatch.setattr(engine, "persist", counted)
+    engine.persist_gate.shut()
+    for count in (1, 2, 3):
+        await prefixes.mark("", [count, 2, 3], 300)
+    await engine.persist_gate.reached.wait()
+    with pytest.raises(SaveQueueFullError):
+        await prefixes.mark("", [4, 2, 3], 300)
+    await prefixes.mark("", [3, 2, 3], 300)  # on its way already
+    assert len(engine.generated) == 3
+    # The states of those that wait leave memory: they are computed again.
+    engine.forget()
+    engine.persist_gate.open.set()
+    await context.drain()
+    assert most == 1
+    assert len((await prefixes.list("", 9, None))[0]) == 3
+    assert len(engine.generated) == 5
+    await prefixes.mark("", [4, 2, 3], 300)
+    await context.drain()
+    assert len((await prefixes.list("", 9, None))[0]) == 4
+
+
+@on_a_loop
+async def test_a_mark_waits_for_a_blocked_catalog_as_long_as_a_request_is_held(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = server.restart(snapshot_promote_timeout=0.2)
+    prefixes, context = server.service.prefixes, server.service.context
+    await context.engine()
+    let_go = threading.Event()
+    find = server.catalog.find
+
+    def waits(*args: Any) -> Any:
+        let_go.wait(30)
+        return find(*args)
+
+    monkeypatch.setattr(server.catalog, "find", waits)
+    waited = await prefixes.mark("", [1, 2, 3], 300)
+    assert waited >= 0.2
+    assert server.engine.generated == [], "the request computes it itself"
+    let_go.set()
+    await context.drain()
+    assert "prefix marked with cache_control" in context.stats.last_failures[-1]
+    await prefixes.mark("", [1, 2, 3], 300)
+    await context.drain()
+    assert len((await prefixes.list("", 9, None))[0]) == 1
+    server.stop()
 
 
 @on_a_loop

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -228,6 +229,30 @@ async def test_tools_that_the_prompt_would_lack_are_refused(server: Server) -> N
     assert server.service.context.tracker.newest(tag) == 3
 
 
+@on_a_loop
+async def test_what_is_refused_is_not_served_with_the_tools_in_another_form(server: Server) -> None:
+    """Upstream tries again with flat tools where a template fails; this one leaves those out."""
+    whole = "{% for t in tools or [] if t.type == 'function' %}{{ t | tojson }}{% endfor %}"
+    chat, tag = Chat(server, whole + TOKENIZER.chat_template), Tag("c")
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    encode = chat._render_and_encode_chat_template
+
+    def twice(messages: Any, **kw: Any) -> Any:
+        try:
+            return encode(messages, **kw)
+        except ValueError:
+            flat = [tool["function"] for tool in kw["tools"]]
+            return encode(messages, **{**kw, "tools": flat})
+
+    chat._render_and_encode_chat_template = twice  # type: ignore[method-assign]
+    await chat.ask(said("one"), tag, Stateful())
+    refused = await chat.ask(said("two"), tag, Stateful(), tools=tools)
+    assert refused.status_code == 422
+    assert b'"field":"tools"' in refused.body
+    assert len(chat.prompts) == 1, "nothing was generated for it"
+    assert server.service.context.tracker.newest(tag) == 1
+
+
 @pytest.mark.parametrize("what", ["encoder", "template", "input_ids", "looks back"])
 @on_a_loop
 async def test_what_cannot_be_rendered_in_part_is_refused(server: Server, what: str) -> None:
@@ -303,6 +328,71 @@ async def test_after_a_restart_a_chat_finds_its_conversation_again(linking: Serv
         assert again.service.context.tracker.newest(linked) == 2
     finally:
         again.stop()
+
+
+@contextmanager
+def blocked_catalog(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Within, whoever asks the catalog for a branch waits; the names of those who have asked."""
+    let_go, asked = threading.Event(), []
+    with monkeypatch.context() as patch, ExitStack() as stack:
+        for name in ("find", "branches_of_many"):
+            ask = getattr(server.catalog, name)
+
+            def waits(*args: Any, ask: Any = ask, name: str = name, **kw: Any) -> Any:
+                asked.append(name)
+                let_go.wait(30)
+                return ask(*args, **kw)
+
+            patch.setattr(server.catalog, name, waits)
+        stack.callback(let_go.set)
+        yield asked
+
+
+@pytest.mark.parametrize("timeout", [0.0, 10.0])
+@on_a_loop
+async def test_a_conversation_that_goes_on_asks_no_store(
+    server: Server, monkeypatch: pytest.MonkeyPatch, timeout: float
+) -> None:
+    server = server.restart(snapshot_promote_timeout=timeout)
+    chat, tag = Chat(server), Tag("c")
+    no_utf8 = TOKENIZER.convert_tokens_to_ids("<0xFF>")
+    text = TOKENIZER.decode([no_utf8])
+    assert ids(text) != [no_utf8]
+    chat.reply = [no_utf8, END]
+    await chat.ask(said("one"), tag, Stateful())
+    with blocked_catalog(server, monkeypatch) as asked:
+        await chat.ask(said("one", text, "two"), tag)
+        await chat.ask(said("three"), tag, Stateful())
+        assert asked == []
+    first = [*chat.prompts[0], *chat.reply]
+    assert chat.prompts[1][: len(first)] == first, "not tokenised again"
+    second = [*chat.prompts[1], *chat.reply]
+    assert chat.prompts[2][: len(second)] == second
+    server.stop()
+
+
+@on_a_loop
+async def test_one_untagged_chat_at_a_time_waits_for_a_store_that_is_blocked(
+    linking: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    linking = linking.restart(snapshot_promote_timeout=0.2)
+    chat = Chat(linking)
+    await chat.ask(said("one"))
+    first = chat.tags[0]
+    with blocked_catalog(linking, monkeypatch) as asked:
+        for count in (1, 2):
+            response = await chat.ask(said("one", "fine", "two"))
+            assert (response.status_code, asked.count("branches_of_many")) == (200, 1)
+            assert (
+                "conversation of an untagged chat"
+                in linking.service.context.stats.last_failures[-1]
+            )
+            linking.service.context.stats.last_failures.clear()
+            assert len(chat.prompts) == 1 + count
+    await linking.service.context.drain()
+    await chat.ask(said("one", "fine", "three"))
+    assert chat.tags == [first, None, None, first]
+    linking.stop()
 
 
 @on_a_loop

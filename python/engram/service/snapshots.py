@@ -274,34 +274,36 @@ class SnapshotService:
         """Remove all of a conversation, saved or not; the number of snapshots that went."""
         await self.conversation(tenant, conversation_id)
         context = self.context
-        removed = 0
-        while True:
-            page = await self.page(tenant, conversation_id, None, 500, None)
-            for row in page.snapshots:
-                await self._remover.remove(row)
-                removed += 1
-            if page.after is None:
-                break
         for branch in context.tracker.branches_of(tenant, conversation_id):
             await self._pinner.unpin(Tag(conversation_id, branch, tenant))
-        context.tracker.forget_conversation(tenant, conversation_id)
+        removed = await self._delete(tenant, conversation_id, None)
         await context.conversations.set_priority(tenant, conversation_id, DEFAULT_PRIORITY)
         return removed
 
     async def delete_branch(self, tag: Tag) -> int:
         """Remove all of a branch, saved or not; the number of snapshots that went."""
-        context = self.context
+        await self._pinner.unpin(tag)
+        return await self._delete(tag.tenant, tag.conversation_id, tag.branch_name)
+
+    async def _delete(self, tenant: str, conversation_id: str, branch_name: str | None) -> int:
+        """Remove what is saved, what is remembered, and what is on its way from there to there."""
+        context, gone = self.context, (tenant, conversation_id, branch_name)
         removed = 0
         while True:
-            page = await self.page(tag.tenant, tag.conversation_id, tag.branch_name, 500, None)
+            if branch_name is None:
+                context.tracker.forget_conversation(tenant, conversation_id)
+            else:
+                context.tracker.forget_branch(Tag(conversation_id, branch_name, tenant))
+            self._automatic.forget(*gone)
+            self._saver.forget(*gone)
+            async with context.guard.alone():
+                pass  # a save that was past its last look is committed now
+            page = await self.page(*gone, 500, None)
+            if not page.snapshots:
+                return removed
             for row in page.snapshots:
                 await self._remover.remove(row)
                 removed += 1
-            if page.after is None:
-                break
-        await self._pinner.unpin(tag)
-        context.tracker.forget_branch(tag)
-        return removed
 
     async def branch(
         self,

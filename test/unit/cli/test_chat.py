@@ -224,3 +224,14 @@ def test_a_reply_does_nothing_to_the_terminal(talking: tuple[Live, Replies]) -> 
     assert run(live, "c", "--json", "-m", said).returncode == 0
     done = subprocess.run(command(live, "c", "-m", said), capture_output=True, timeout=120)
     assert done.stdout.decode() == f"You said: {said}\n"
+
+
+def test_what_is_no_text_is_refused_in_a_line(talking: tuple[Live, Replies]) -> None:
+    live, replies = talking
+    done = subprocess.run(
+        command(live, "c"), input=b"one\n\xff\xfe\n", capture_output=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert b"engram: error:" in done.stderr
+    assert b"Traceback" not in done.stderr
+    assert len(replies.bodies) <= 1

@@ -22,7 +22,7 @@ from engram.cli.remote.tables import spoken
 from engram.client import Conversation
 from engram.client.chat import Reply
 from engram.client.client import ChatStream
-from engram.errors import EngramError, NotFoundError
+from engram.errors import EngramError, InvalidRequestError, NotFoundError
 
 MessageOption = Annotated[
     str | None, typer.Option("-m", "--message", help="Say this alone, and end.")
@@ -96,6 +96,8 @@ class _Talk:
                 if self._terminal:
                     typer.echo()
                 return
+            except UnicodeDecodeError as error:
+                raise InvalidRequestError(f"what was typed is no text: {error}") from None
             if line == "/quit":
                 return
             if line == "/help":

@@ -104,10 +104,15 @@ CURRENT_MARK: ContextVar[Marked | None] = ContextVar("CURRENT_MARK", default=Non
 def marked_in(body: bytes, route: str) -> Marked | None:
     """The last mark of a chat's messages; None without one."""
     fields = _decode(body) if route == CHAT and MARK in body else None
-    if fields is None or not isinstance(fields.messages, list):
+    return None if fields is None else last_mark(fields.messages, fields.tools)
+
+
+def last_mark(messages: Any, tools: Any) -> Marked | None:
+    """The last mark of messages as they came; None without one."""
+    if not isinstance(messages, list):
         return None
-    for index in range(len(fields.messages) - 1, -1, -1):
-        message = fields.messages[index]
+    for index in range(len(messages) - 1, -1, -1):
+        message = messages[index]
         if not isinstance(message, dict):
             continue
         content = message.get("content")
@@ -118,7 +123,7 @@ def marked_in(body: bytes, route: str) -> Marked | None:
             if isinstance(mark, dict):
                 ttl = mark.get("ttl")
                 seconds = MARK_SECONDS.get(ttl if isinstance(ttl, str) else "", MARK_SECONDS["5m"])
-                return Marked(fields.messages[: index + 1], fields.tools, seconds)
+                return Marked(messages[: index + 1], tools, seconds)
     return None
 
 
@@ -139,7 +144,7 @@ class TaggingMiddleware:
             if tag is not None:
                 tag = OWN_TAG.get() or tag
             stateful = stateful_in(body, tag, route_of(scope))
-            mark = None if stateful else marked_in(body, route_of(scope))
+            mark = marked_in(body, route_of(scope))
         except EngramError as error:
             await error_response(error)(scope, receive, send)
             return

@@ -246,7 +246,7 @@ class PromptMaker:
         async def handle_request(request: Any, raw_request: Any) -> Any:
             tag, asked = CURRENT_TAG.get(), CURRENT_STATEFUL.get()
             mark, held = CURRENT_MARK.get(), 0.0
-            if mark is not None and request.input_ids is None:
+            if mark is not None and asked is None and request.input_ids is None:
                 held = await self._keep_mark(mark)
             plan = None
             if raw_request is not None and (tag is not None or self._may_link(request)):
@@ -257,6 +257,9 @@ class PromptMaker:
                         plan = await self._whole_history(tag, held)
                     else:
                         plan = await self._go_on(tag, asked, request, raw_request)
+                        if mark is not None and plan.recorded is None:
+                            # Nothing is before these messages: their prompt begins with them.
+                            plan.waited = await self._keep_mark(mark)
                 except EngramError as error:
                     return error_response(error)
                 raw_request.scope[PLAN] = plan

@@ -24,7 +24,7 @@ from engram.errors import (
     UpstreamError,
 )
 from engram.server.stateful import CURRENT_STATEFUL, Stateful
-from engram.server.tagging import CURRENT_TAG, HELD
+from engram.server.tagging import CURRENT_MARK, CURRENT_TAG, HELD, Marked
 from engram.server.wire import error_response
 from engram.service.recorded import Place
 from engram.sglang_plugin.chat import PLAN, raise_refusal, watch_chats
@@ -84,6 +84,13 @@ class Chat:
             encode_kwargs={"add_special_tokens": False},
             use_cache=False,
         )[0]
+
+    def _process_messages(self, request: Any, is_multimodal: bool) -> Any:
+        said = [message.model_dump(exclude_none=True) for message in request.messages]
+        ids, _ = self._render_and_encode_chat_template(
+            said, tools=None, encode_kwargs={"add_special_tokens": False}
+        )
+        return SimpleNamespace(prompt_ids=ids)
 
     def _render_and_encode_chat_template(self, messages: Any, **kw: Any) -> tuple[list[int], None]:
         text = self.tokenizer.apply_chat_template(
@@ -328,6 +335,42 @@ async def test_after_a_restart_a_chat_finds_its_conversation_again(linking: Serv
         assert again.service.context.tracker.newest(linked) == 2
     finally:
         again.stop()
+
+
+@on_a_loop
+async def test_a_mark_counts_where_a_conversation_begins(server: Server) -> None:
+    chat, tag, context = Chat(server), Tag("c"), server.service.context
+    seen: list[Tag | None] = []
+    generate = server.engine.generate
+
+    async def noting(*args: Any, **kw: Any) -> Any:
+        seen.append(CURRENT_TAG.get())
+        return await generate(*args, **kw)
+
+    server.engine.generate = noting  # type: ignore[method-assign]
+    document = [{"role": "system", "content": "a document"}]
+
+    async def marked(messages: list[dict[str, Any]], *args: Any) -> list[str]:
+        token = CURRENT_MARK.set(Marked(messages[:1], None, 300.0))
+        try:
+            assert (await chat.ask(messages, *args)).status_code == 200
+        finally:
+            CURRENT_MARK.reset(token)
+        await context.drain()
+        return [one.name for one in (await server.service.prefixes.list("", 9, None))[0]]
+
+    [name] = await marked([*document, *said("one")], tag, Stateful())
+    assert name.startswith("marked.")
+    assert server.engine.generated[0]["input_ids"] == ids("<|system|>a document")
+    assert seen == [None], "its own request is nobody's turn"
+    # What is said later stands on what is recorded.
+    assert await marked(said("two"), tag, Stateful()) == [name]
+    # A chat of nobody's, one that sends its history, and another conversation begin with the same.
+    assert await marked([*document, *said("one")]) == [name]
+    assert await marked([*document, *said("one")], Tag("d")) == [name]
+    assert await marked([*document, *said("three")], Tag("e"), Stateful()) == [name]
+    assert len(seen) == 1
+    assert context.stats.last_failures == []
 
 
 @contextmanager

@@ -287,18 +287,22 @@ def _check_single(fields: _Fields) -> None:
 
 def _check_text_only(fields: _Fields) -> None:
     media = any((fields.image_data, fields.video_data, fields.audio_data))
-    for messages in (fields.messages, fields.input):
-        for message in messages if isinstance(messages, list) else ():
-            content = message.get("content") if isinstance(message, dict) else None
-            parts = content if isinstance(content, list) else ()
-            types = (part.get("type") for part in parts if isinstance(part, dict))
-            media = media or any(kind not in TEXT_PARTS for kind in types)
-    if media:
+    if media or not (is_text(fields.messages) and is_text(fields.input)):
         raise UnsupportedError(
             "image, audio and video inputs cannot be part of a saved conversation yet",
             hint="leave conversation_id out for this request",
             details={"field": "conversation_id"},
         )
+
+
+def is_text(messages: Any) -> bool:
+    """Whether all parts of messages, as they came, are text."""
+    for message in messages if isinstance(messages, list) else ():
+        content = message.get("content") if isinstance(message, dict) else None
+        parts = content if isinstance(content, list) else ()
+        if any(part.get("type") not in TEXT_PARTS for part in parts if isinstance(part, dict)):
+            return False
+    return True
 
 
 async def _read(receive: Receive, announced: bytes | None) -> tuple[bytes, Receive]:

@@ -34,7 +34,7 @@ from engram.errors import (
     UpstreamError,
 )
 from engram.server.stateful import CURRENT_STATEFUL, Stateful
-from engram.server.tagging import CURRENT_MARK, CURRENT_TAG, HELD, Marked
+from engram.server.tagging import CURRENT_MARK, CURRENT_TAG, HELD, Marked, is_text
 from engram.server.wire import error_response, invalid
 from engram.service import SnapshotService
 from engram.service.recorded import RecordedTurn
@@ -178,7 +178,12 @@ def shared_prefix(
     chat: Any, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
 ) -> list[int]:
     """The tokens that all prompts have in common whose messages begin with these, whoever speaks
-    next.  `InvalidRequestError` for what no template renders."""
+    next.  `InvalidRequestError` for what no template renders, `UnsupportedError` for images."""
+    if not is_text(messages):
+        raise UnsupportedError(
+            "image, audio and video inputs cannot be part of a prefix yet",
+            details={"field": "messages"},
+        )
     follow: list[list[dict[str, Any]]] = [
         [{"role": "user", "content": "a"}],
         [{"role": "user", "content": " b"}],

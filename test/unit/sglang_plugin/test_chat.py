@@ -21,13 +21,14 @@ from engram.errors import (
     GenerationAbortedError,
     InvalidRequestError,
     NotFoundError,
+    UnsupportedError,
     UpstreamError,
 )
 from engram.server.stateful import CURRENT_STATEFUL, Stateful
 from engram.server.tagging import CURRENT_MARK, CURRENT_TAG, HELD, Marked
 from engram.server.wire import error_response
 from engram.service.recorded import Place
-from engram.sglang_plugin.chat import PLAN, raise_refusal, watch_chats
+from engram.sglang_plugin.chat import PLAN, raise_refusal, shared_prefix, watch_chats
 from engram.testing.samples import seeded_random
 from engram.testing.tiny_tokenizer import build_tokenizer
 from unit.service.engine import Server, on_a_loop
@@ -371,6 +372,19 @@ async def test_a_mark_counts_where_a_conversation_begins(server: Server) -> None
     assert await marked([*document, *said("three")], Tag("e"), Stateful()) == [name]
     assert len(seen) == 1
     assert context.stats.last_failures == []
+
+
+def test_a_prefix_is_text(server: Server) -> None:
+    """What a template leaves out would be no part of the prefix, and nobody would be told."""
+    chat = Chat(server)
+    for part in ({"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "x"}}):
+        messages = [{"role": "user", "content": [part]}]
+        if part["type"] == "text":
+            assert shared_prefix(chat, messages, None)
+            continue
+        with pytest.raises(UnsupportedError) as refused:
+            shared_prefix(chat, messages, None)
+        assert refused.value.details == {"field": "messages"}
 
 
 @contextmanager

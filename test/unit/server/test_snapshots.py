@@ -219,6 +219,30 @@ async def test_a_file_takes_a_conversation_to_another_server(
 
 
 @on_a_loop
+async def test_an_archive_on_its_way_that_finds_no_room(
+    server: Server, app: FastAPI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [name] = await saved(server, "a")
+    opened = Path.open
+
+    def on_a_full_disk(path: Path, *args: Any, **kw: Any) -> Any:
+        return opened(Path("/dev/full") if path.name == "archive" else path, *args, **kw)
+
+    async with client_of(app) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "open", on_a_full_disk)
+            for size in (10, 1 << 20):  # found when the file is closed, and while it is written
+                response = await client.post("/v1/snapshots/import", content=b"x" * size)
+                body = await refused(response, 507, "store_full")
+                assert body["details"]["needed"] == size
+        assert list((tmp_path / "temporary").iterdir()) == []
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+        response = await client.post("/v1/snapshots/import", content=b"x")
+        await refused(response, 500, "store_error")
+        await refused(await client.get(f"/v1/snapshots/{name}/export"), 500, "store_error")
+
+
+@on_a_loop
 async def test_a_client_that_leaves_a_download_leaves_no_file(
     server: Server, app: FastAPI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

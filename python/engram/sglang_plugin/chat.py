@@ -21,7 +21,14 @@ from uuid import uuid4
 from fastapi import Request, Response
 from pydantic import ValidationError
 
-from engram.conversation.text import extend, join, new_part, reuse, tools_missing
+from engram.conversation.text import (
+    extend,
+    instructions_missing,
+    join,
+    new_part,
+    reuse,
+    tools_missing,
+)
 from engram.conversation.turns import Tag
 from engram.core.ids import DEFAULT_TENANT
 from engram.core.tokens import TokenArray
@@ -520,6 +527,12 @@ class PromptMaker:
         if part is None:
             raise UnsupportedError(
                 "this model's chat template renders a message differently with what is before it",
+                hint=SEND_ALL,
+                details={"field": "messages"},
+            )
+        if instructions_missing(lambda found: self._render(found, kw), messages, uuid4().hex):
+            raise UnsupportedError(
+                "this model's chat template states system messages at the beginning only",
                 hint=SEND_ALL,
                 details={"field": "messages"},
             )

@@ -237,6 +237,38 @@ async def test_tools_that_the_prompt_would_lack_are_refused(server: Server) -> N
     assert server.service.context.tracker.newest(tag) == 3
 
 
+@pytest.mark.parametrize("role", ["system", "developer"])
+@on_a_loop
+async def test_instructions_that_the_prompt_would_lack_are_refused(
+    server: Server, role: str
+) -> None:
+    """Some templates put every system message in front, others leave the later ones out."""
+    rule = {"role": role, "content": "be brief"}
+    front = (
+        "{% for m in messages if m.role not in ('user', 'assistant') %}<|system|>{{ m.content }}"
+        "{% endfor %}"
+    )
+    others = (
+        "{% for m in messages if m.role in ('user', 'assistant') %}<|{{ m.role }}|>{{ m.content }}"
+        "{% if m.role == 'assistant' %}<|endoftext|>{% endif %}{% endfor %}<|assistant|>"
+    )
+    for number, template in enumerate((front + others, others)):
+        chat, tag = Chat(server, template), Tag(f"c{number}")
+        # The first messages are rendered as a whole.
+        assert (await chat.ask([rule, *said("one")], tag, Stateful())).status_code == 200
+        for messages in ([rule, *said("two")], [*said("two"), rule]):
+            refused = await chat.ask(messages, tag, Stateful())
+            assert refused.status_code == 422
+            assert b'"field":"messages"' in refused.body
+        assert (await chat.ask(said("two"), tag, Stateful())).status_code == 200
+        assert len(chat.prompts) == 2
+    chat, tag = Chat(server), Tag("stated")
+    await chat.ask(said("one"), tag, Stateful())
+    asked = [{"role": "system", "content": "be brief"}, *said("two")]
+    assert (await chat.ask(asked, tag, Stateful())).status_code == 200
+    assert "be brief" in TOKENIZER.decode(chat.prompts[1])
+
+
 @on_a_loop
 async def test_what_is_refused_is_not_served_with_the_tools_in_another_form(server: Server) -> None:
     """Upstream tries again with flat tools where a template fails; this one leaves those out."""

@@ -44,7 +44,8 @@ from engram.server.stateful import CURRENT_STATEFUL, Stateful
 from engram.server.tagging import CURRENT_MARK, CURRENT_TAG, HELD, Marked, is_text
 from engram.server.wire import error_response, invalid
 from engram.service import SnapshotService
-from engram.service.recorded import RecordedTurn
+from engram.service.recorded import RecordedTurn, Start
+from engram.service.restores import RESTORE_TIMEOUT_S
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,10 @@ WAITED: ContextVar[float] = ContextVar("WAITED", default=0.0)
 
 NO_MESSAGE: Final = [{"role": "user", "content": ""}]
 """Stands where upstream asks for messages, and the tokens of the prompt are known already."""
+
+READ_TIMEOUT_S: Final = RESTORE_TIMEOUT_S
+"""How long a stateful request, which cannot go on without them, waits for recorded tokens.  As long
+as it waits no other goes on with its branch, even if its client has left."""
 
 SEND_ALL: Final = "send the whole history to /v1/chat/completions instead"
 
@@ -463,18 +468,34 @@ class PromptMaker:
         branch = replace(tag, branch_name=asked.branch_name or tag.branch_name)
         self._recorded.hold(branch)
         raw_request.scope[HELD].callback(self._recorded.release, branch)
-        if asked.kind == "regenerate":
-            start, tokens = await self._recorded.again(branch)
-            request.input_ids = tokens.tolist()
-        elif asked.kind == "continue":
-            start = await self._recorded.further(branch)
-            request.input_ids = self._open_end(start.source)
-        else:
-            start = await self._recorded.start(
-                tag.tenant, tag.conversation_id, asked.branch_name, asked.source
-            )
+        try:
+            start, ids = await asyncio.wait_for(self._start(tag, branch, asked), READ_TIMEOUT_S)
+        except asyncio.TimeoutError:
+            raise DeadlineError(
+                f"what is recorded of conversation {tag.conversation_id!r} was not read in "
+                f"{READ_TIMEOUT_S:g} s",
+                hint="the store is blocked: look at the disk, then send the message again",
+                details={"conversation_id": tag.conversation_id},
+            ) from None
+        if ids is not None:
+            request.input_ids = ids
         recorded = None if start.source is None else start.source.tokens
         return _Plan(replace(start.tag, priority=tag.priority), recorded, stateful=True)
+
+    async def _start(
+        self, tag: Tag, branch: Tag, asked: Stateful
+    ) -> tuple[Start, list[int] | None]:
+        """What a stateful request goes on from, and its prompt where no message makes it."""
+        if asked.kind == "regenerate":
+            start, tokens = await self._recorded.again(branch)
+            return start, tokens.tolist()
+        if asked.kind == "continue":
+            start = await self._recorded.further(branch)
+            return start, self._open_end(start.source)
+        start = await self._recorded.start(
+            tag.tenant, tag.conversation_id, asked.branch_name, asked.source
+        )
+        return start, None
 
     def _open_end(self, turn: Any) -> list[int]:
         """The tokens of a turn without the one that ended its reply."""

@@ -28,6 +28,7 @@ from engram.server.stateful import CURRENT_STATEFUL, Stateful
 from engram.server.tagging import CURRENT_MARK, CURRENT_TAG, HELD, Marked
 from engram.server.wire import error_response
 from engram.service.recorded import Place
+from engram.sglang_plugin import chat as chat_module
 from engram.sglang_plugin.chat import PLAN, raise_refusal, shared_prefix, watch_chats
 from engram.testing.samples import seeded_random
 from engram.testing.tiny_tokenizer import build_tokenizer
@@ -457,6 +458,28 @@ async def test_a_conversation_that_goes_on_asks_no_store(
     assert chat.prompts[1][: len(first)] == first, "not tokenised again"
     second = [*chat.prompts[1], *chat.reply]
     assert chat.prompts[2][: len(second)] == second
+    server.stop()
+
+
+@on_a_loop
+async def test_a_stateful_chat_does_not_wait_for_ever_for_its_tokens(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat, tag = Chat(server), Tag("c")
+    await chat.ask(said("one"), tag, Stateful())
+    await server.service.save(tenant="", conversation_id="c")
+    server = server.restart()
+    chat = Chat(server)
+    with blocked_catalog(server, monkeypatch), monkeypatch.context() as patch:
+        patch.setattr(chat_module, "READ_TIMEOUT_S", 0.2)
+        for kind in ("chat", "continue", "regenerate"):
+            # Each finds the branch free again.
+            refused = await chat.ask(said("two"), tag, Stateful(kind))  # type: ignore[arg-type]
+            assert refused.status_code == 504
+            assert b'"code":"deadline"' in refused.body
+    await server.service.context.drain()
+    assert (await chat.ask(said("two"), tag, Stateful())).status_code == 200
+    assert server.service.context.tracker.newest(tag) == 2
     server.stop()
 
 

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import numpy as np
-
 from engram.catalog.rows import SnapshotRow
 from engram.conversation.turns import FinishedRequest, Tag
 from engram.core.ids import DEFAULT_BRANCH, new_snapshot_id
@@ -93,7 +91,8 @@ class PrefixKeeper:
     async def keep(
         self, tenant: str, name: str, ids: Sequence[int], *, expires_at: float | None = None
     ) -> Prefix:
-        """Compute and store a prefix, durable on return; the one that exists if it is the same.
+        """Compute and store a prefix, durable on return; the one that exists if it is the same, and
+        no request has found it damaged.
 
         Tokens past the last whole page are left out.  Raises `AlreadyExistsError` if the name is
         another prefix's, `InvalidRequestError` for one shorter than a page.
@@ -210,8 +209,12 @@ class PrefixKeeper:
             row, engine = await looking
         progress.looked_up_at = time.monotonic()
         if row is not None and row.namespace == engine.namespace.id:
-            progress.computed.set()
-            return await self._same(name, row, _pages(tokens, engine))
+            whole = self._context.boundaries.serves(row.boundary_key)
+            if whole:
+                progress.computed.set()
+            existing = await self._same(name, row, _pages(tokens, engine))
+            if whole:
+                return existing
         snapshot_id = await self._context.with_engine(
             lambda engine: self._make(engine, tag, _pages(tokens, engine), expires_at, progress)
         )
@@ -225,8 +228,8 @@ class PrefixKeeper:
     async def _same(self, name: str, row: SnapshotRow, tokens: TokenArray) -> Prefix:
         """The prefix that exists, if it is the one that is wanted."""
         # A mark's name says its tokens.
-        if not name.startswith(MARKED) and not np.array_equal(
-            await self._restorer.tokens(row), tokens
+        if not name.startswith(MARKED) and await self._restorer.digest(row) != tokens_digest(
+            tokens
         ):
             raise AlreadyExistsError(
                 f"prefix {name!r} exists already, and is another one",
@@ -249,7 +252,7 @@ class PrefixKeeper:
         async with self._storing:
             other = await context.row(tag, None)
             if other is not None:
-                # Another model's, or another layout's: of no use here any more.
+                # Another model's, another layout's, or damaged: of no use here any more.
                 await self._remover.remove(other)
             await context.write_down(engine)
             try:

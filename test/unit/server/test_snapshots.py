@@ -16,7 +16,7 @@ from fastapi.responses import FileResponse
 
 from engram.catalog.rows import SnapshotRow
 from engram.conversation.turns import Tag
-from engram.errors import SaveQueueFullError, StoreFullError
+from engram.errors import AlreadyExistsError, SaveQueueFullError, StoreFullError
 from engram.server.prefixes import prefixes_router
 from engram.server.snapshots import snapshots_router
 from engram.server.tagging import HoldingMiddleware
@@ -517,6 +517,44 @@ async def test_a_mark_waits_for_a_blocked_catalog_as_long_as_a_request_is_held(
     await prefixes.mark("", [1, 2, 3], 300)
     await context.drain()
     assert len((await prefixes.list("", 9, None))[0]) == 1
+    server.stop()
+
+
+@pytest.mark.parametrize("marked", [False, True])
+@on_a_loop
+async def test_a_prefix_that_was_found_damaged_is_computed_again(
+    server: Server, marked: bool
+) -> None:
+    async def keep(server: Server) -> SnapshotRow:
+        prefixes = server.service.prefixes
+        if marked:
+            await prefixes.mark("", [1, 2, 3], 300)
+        else:
+            await prefixes.keep("", "a", [1, 2, 3])
+        await server.service.context.drain()
+        ((found,), _) = await prefixes.list("", 9, None)
+        return found.row
+
+    first = await keep(server)
+    segment = server.store.get_manifest(first.snapshot_id).segments[0][-1].segment_id
+    (file,) = (server.root / "segments").rglob(f"{segment}*")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    server = server.restart()
+    await server.serve([1, 2, 3, 4])
+    assert server.service.context.stats.hold_failures == 1
+    second = await keep(server)
+    assert second.snapshot_id != first.snapshot_id
+    assert second.pinned == first.pinned
+    assert len(server.engine.generated) == 1
+    assert (await keep(server)).snapshot_id == second.snapshot_id
+    if not marked:
+        with pytest.raises(AlreadyExistsError):
+            await server.service.prefixes.keep("", "a", [1, 2])
+    server = server.restart()
+    await server.serve([1, 2, 3, 4])
+    assert (len(server.engine.promoted), server.service.context.stats.hold_failures) == (1, 0)
     server.stop()
 
 

@@ -157,18 +157,23 @@ def test_a_prefix_is_there_after_a_restart(restarted: World) -> None:
     assert reply.output == facts["reply"].output
 
 
-def test_a_mark_in_a_chat_is_a_prefix(restarted: World) -> None:
+@pytest.mark.parametrize(
+    "path", ["/v1/chat/completions", "/v1/conversations/{name}/chat"], ids=["whole", "stateful"]
+)
+def test_a_mark_in_a_chat_is_a_prefix(restarted: World, path: str) -> None:
     numbers = seeded_random()
     document = "".join(numbers.choices("abcdefgh ", k=80))
     part = {"type": "text", "text": document, "cache_control": {"type": "ephemeral"}}
     marked = {"role": "system", "content": [part]}
+    listed = restarted.client.http.get("/v1/prefixes").json()["prefixes"]
+    before = sum(one["name"].startswith("marked.") for one in listed)
     first, second = (
         StatefulTalk.post(
             restarted.client,
-            "/v1/chat/completions",
+            path.format(name=name),
             {"messages": [marked, {"role": "user", "content": text}]},
         )
-        for text in ("what is it?", "and who wrote it?")
+        for name, text in (("marked-1", "what is it?"), ("marked-2", "and who wrote it?"))
     )
     # The system's own token and its text; that of the user is common to what may follow or not.
     assert first.cached >= len(document) + 1
@@ -176,6 +181,6 @@ def test_a_mark_in_a_chat_is_a_prefix(restarted: World) -> None:
 
     def stored() -> bool:
         listed = restarted.client.http.get("/v1/prefixes").json()["prefixes"]
-        return any(one["name"].startswith("marked.") for one in listed)
+        return sum(one["name"].startswith("marked.") for one in listed) > before
 
     until(stored, "the prefix is stored")

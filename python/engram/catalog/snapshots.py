@@ -123,6 +123,17 @@ class SnapshotTable:
             raise self._unknown(tenant, conversation_id, branch_name, turn_number)
         return self._snapshot(row)
 
+    def before(
+        self, tenant: str, conversation_id: str, branch_name: str, turn_number: int
+    ) -> SnapshotRow | None:
+        """The snapshot of a branch's newest saved turn below ``turn_number``; None without one."""
+        row = self._db.row(
+            "SELECT * FROM snapshots WHERE tenant = ? AND conversation_id = ? AND branch_name = ?"
+            " AND turn_number < ? ORDER BY turn_number DESC LIMIT 1",
+            (tenant, conversation_id, branch_name, turn_number),
+        )
+        return None if row is None else self._snapshot(row)
+
     def find_rid(self, rid: str, tenant: str = "") -> SnapshotRow | None:
         """The newest snapshot of the request ``rid``, on whichever branch; None without one."""
         row = self._db.row(

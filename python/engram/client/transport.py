@@ -12,7 +12,7 @@ import httpx
 
 from engram.client.exchange import Call, Retries, exchange
 from engram.client.files import pieces_of, pieces_of_async
-from engram.errors import ServerUnreachableError
+from engram.errors import InvalidRequestError, ServerUnreachableError
 from engram.version import __version__
 
 T = TypeVar("T")
@@ -47,6 +47,15 @@ def reaching(url: str) -> Iterator[None]:
             hint="does the server run, and is this its address?",
             details={"url": url},
         ) from error
+
+
+@contextmanager
+def _written() -> Iterator[None]:
+    """What cannot be written as JSON is not sent, and is the caller's to mend."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise InvalidRequestError(f"the call cannot be written as JSON: {error}") from error
 
 
 class BlockingTransport(Protocol):
@@ -110,13 +119,14 @@ class Transport:
 
     def _send(self, call: Call[T]) -> httpx.Response:
         with reaching(self.url):
-            request = self._http.build_request(
-                call.method,
-                call.path,
-                json=call.body,
-                content=None if call.file is None else pieces_of(call.file),
-                params=dict(call.query) or None,
-            )
+            with _written():
+                request = self._http.build_request(
+                    call.method,
+                    call.path,
+                    json=call.body,
+                    content=None if call.file is None else pieces_of(call.file),
+                    params=dict(call.query) or None,
+                )
             response = self._http.send(request, stream=True)
             try:
                 if not (call.stream and response.is_success):
@@ -179,13 +189,14 @@ class AsyncTransport:
 
     async def _send(self, call: Call[T]) -> httpx.Response:
         with reaching(self.url):
-            request = self._http.build_request(
-                call.method,
-                call.path,
-                json=call.body,
-                content=None if call.file is None else pieces_of_async(call.file),
-                params=dict(call.query) or None,
-            )
+            with _written():
+                request = self._http.build_request(
+                    call.method,
+                    call.path,
+                    json=call.body,
+                    content=None if call.file is None else pieces_of_async(call.file),
+                    params=dict(call.query) or None,
+                )
             response = await self._http.send(request, stream=True)
             try:
                 if not (call.stream and response.is_success):

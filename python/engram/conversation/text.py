@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 from engram.core.tokens import TokenArray
 
@@ -114,6 +114,9 @@ def _place(ids: list[int], text: str, codec: TextCodec) -> int | None:
     return place if place <= len(ids) and codec.decode(ids[:place]) == text else None
 
 
+SPEAKERS: Final = frozenset({"user", "assistant", "tool", "function"})
+"""Roles whose messages stand where they are said; all others give instructions."""
+
 Render = Callable[[list[dict[str, object]]], str]
 """What the chat template makes of messages, and of the tools of this request."""
 
@@ -139,6 +142,28 @@ def new_part(render: Render, messages: list[dict[str, object]], mark: str) -> st
             return None
         parts.append(found[1])
     return parts[0] if parts[0] == parts[1] else None
+
+
+def instructions_missing(render: Render, messages: list[dict[str, object]], mark: str) -> bool:
+    """Whether system messages among new ones are not in their new part: some templates state them
+    at the beginning wherever they stand, or leave them out.
+
+    `mark` is a text that occurs nowhere else.
+    """
+    texts: list[str] = []
+    marked = []
+    for message in messages:
+        if message.get("role") not in SPEAKERS:
+            texts.append(f"{mark}.{len(texts)}.")
+            text: object = texts[-1]
+            if isinstance(message.get("content"), list):
+                text = [{"type": "text", "text": text}]
+            message = {**message, "content": text}
+        marked.append(message)
+    if not texts:
+        return False
+    part = new_part(render, marked, f"{mark}.reply.")
+    return part is None or any(text not in part for text in texts)
 
 
 def join(recorded: TokenArray, part: str, codec: TextCodec) -> list[int] | None:

@@ -166,6 +166,12 @@ class ConversationTracker:
             return branch.turns.get(branch.newest)
         return branch.turns.get(number)
 
+    def before(self, tag: Tag, number: int) -> Turn | None:
+        """The newest remembered turn of a branch below `number`."""
+        branch = self._branches.get(tag.branch)
+        numbers = [] if branch is None else [n for n in branch.turns if n < number]
+        return branch.turns[max(numbers)] if branch is not None and numbers else None
+
     def newest_turns(self, tenant: str, limit: int) -> list[Turn]:
         """The newest turns of a tenant's branches, of those used last, as far as remembered."""
         found = []
@@ -207,11 +213,13 @@ class ConversationTracker:
         """Drop what is remembered of a conversation (it was deleted)."""
         for key in [k for k in self._branches if k[:2] == (tenant, conversation_id)]:
             self._forget_branch(key)
+        self._forget_unnumbered((tenant, conversation_id))
 
     def forget_branch(self, tag: Tag) -> None:
         """Drop what is remembered of a branch (it was deleted)."""
         if self.knows_branch(tag):
             self._forget_branch(tag.branch)
+        self._forget_unnumbered(tag.branch)
 
     def _append(self, tag: Tag, finished: FinishedRequest) -> Turn:
         branch = self._branch(tag)
@@ -241,6 +249,11 @@ class ConversationTracker:
         for turn in list(self._branches[key].turns.values()):
             self._forget(turn)
         del self._branches[key]
+
+    def _forget_unnumbered(self, gone: tuple[str, ...]) -> None:
+        for rid, (tag, _) in list(self._unnumbered.items()):
+            if tag.branch[: len(gone)] == gone:
+                del self._unnumbered[rid]
 
     def _expire(self) -> None:
         horizon = self._clock() - UNTAGGED_SECONDS

@@ -13,8 +13,10 @@ from engram.errors import EngramError, InternalError, InvalidRequestError
 from engram.server.examples import CHAT_REPLY, ERROR_REPLY
 from engram.server.stateful import CURRENT_STATEFUL, stateful_of
 from engram.server.tagging import (
+    CURRENT_MARK,
     CURRENT_TAG,
     MAX_GENERATION_BODY_BYTES,
+    last_mark,
     tag_of_chat,
 )
 from engram.server.wire import bounded, error_response, parse_json
@@ -83,10 +85,13 @@ async def _serve(engine: ChatEngine, kind: str, request: Request) -> Response:
     tag = tag_of_chat(conversation_id, body)
     own = {name: body.pop(name, None) for name in OWN_FIELDS}
     stateful = stateful_of(kind, conversation_id, own["branch_name"], own["continue_from"])
+    mark = last_mark(body.get("messages"), body.get("tools"))
     token, asked = CURRENT_TAG.set(tag), CURRENT_STATEFUL.set(stateful)
+    marked = CURRENT_MARK.set(mark)
     try:
         return await engine.complete(body, request)
     finally:
+        CURRENT_MARK.reset(marked)
         CURRENT_TAG.reset(token)
         CURRENT_STATEFUL.reset(asked)
 

@@ -19,6 +19,7 @@ from engram.server.schemas import SaveBody, SnapshotBranch, SnapshotRestore
 from engram.server.tagging import HELD
 from engram.server.wire import answering, body_of, error_response, page_of, paged, read_body
 from engram.service import SnapshotService
+from engram.service.finder import check_not_reserved
 from engram.service.restores import Continuation
 from engram.upkeep.importing import Names
 
@@ -262,6 +263,8 @@ class _Routes:
             for name in ("conversation_id", "snapshot_id")
             if name in request.query_params
         }
+        if "conversation_id" in ids:
+            check_not_reserved("conversation_id", ids["conversation_id"])
         received = await self._service.transfer.receive(_bounded(request))
         names = Names(DEFAULT_TENANT, ids.get("conversation_id"), ids.get("snapshot_id"))
         report = await self._service.transfer.take(received, names)

@@ -21,7 +21,7 @@ from engram.core.ids import DEFAULT_TENANT, check_id
 from engram.errors import EngramError, InvalidRequestError, UnsupportedError
 from engram.server.stateful import CURRENT_STATEFUL, Stateful, stateful_of
 from engram.server.wire import bounded, error_response
-from engram.service.prefixes import RESERVED
+from engram.service.finder import check_not_reserved
 from engram.snapshot.conversation import MAX_PRIORITY
 
 Scope = MutableMapping[str, Any]
@@ -36,7 +36,7 @@ GENERATION_ROUTES: Final = frozenset(
 HEADER: Final = b"x-override-conversation-id"
 FIELD: Final = b'"conversation_id"'
 MARK: Final = b'"cache_control"'
-MARK_SECONDS: Final[dict[Any, float]] = {"5m": 300.0, "1h": 3600.0}
+MARK_SECONDS: Final[dict[str, float]] = {"5m": 300.0, "1h": 3600.0}
 STATEFUL: Final = b'"stateful"'
 CHAT: Final = "/v1/chat/completions"
 TEXT_PARTS: Final = ("text", "input_text", "output_text", "refusal")
@@ -104,10 +104,15 @@ CURRENT_MARK: ContextVar[Marked | None] = ContextVar("CURRENT_MARK", default=Non
 def marked_in(body: bytes, route: str) -> Marked | None:
     """The last mark of a chat's messages; None without one."""
     fields = _decode(body) if route == CHAT and MARK in body else None
-    if fields is None or not isinstance(fields.messages, list):
+    return None if fields is None else last_mark(fields.messages, fields.tools)
+
+
+def last_mark(messages: Any, tools: Any) -> Marked | None:
+    """The last mark of messages as they came; None without one."""
+    if not isinstance(messages, list):
         return None
-    for index in range(len(fields.messages) - 1, -1, -1):
-        message = fields.messages[index]
+    for index in range(len(messages) - 1, -1, -1):
+        message = messages[index]
         if not isinstance(message, dict):
             continue
         content = message.get("content")
@@ -116,8 +121,9 @@ def marked_in(body: bytes, route: str) -> Marked | None:
         marks += [part.get("cache_control") for part in parts if isinstance(part, dict)]
         for mark in reversed(marks):
             if isinstance(mark, dict):
-                seconds = MARK_SECONDS.get(mark.get("ttl"), MARK_SECONDS["5m"])
-                return Marked(fields.messages[: index + 1], fields.tools, seconds)
+                ttl = mark.get("ttl")
+                seconds = MARK_SECONDS.get(ttl if isinstance(ttl, str) else "", MARK_SECONDS["5m"])
+                return Marked(messages[: index + 1], tools, seconds)
     return None
 
 
@@ -138,7 +144,7 @@ class TaggingMiddleware:
             if tag is not None:
                 tag = OWN_TAG.get() or tag
             stateful = stateful_in(body, tag, route_of(scope))
-            mark = None if stateful else marked_in(body, route_of(scope))
+            mark = marked_in(body, route_of(scope))
         except EngramError as error:
             await error_response(error)(scope, receive, send)
             return
@@ -213,14 +219,10 @@ def tag_of_chat(conversation_id: str, body: Mapping[str, Any]) -> Tag:
 
 
 def _tag(given: Any, fields: _Fields) -> Tag:
-    if isinstance(given, str) and given.startswith(RESERVED):
-        raise InvalidRequestError(
-            f"ids that begin with {RESERVED!r} are those of named prefixes",
-            hint="a request need not name a prefix: it starts from the one that it begins with",
-            details={"field": "conversation_id"},
-        )
+    name = check_id("conversation_id", given)
+    check_not_reserved("conversation_id", name)
     tag = Tag(
-        check_id("conversation_id", given),
+        name,
         tenant=DEFAULT_TENANT,
         priority=_priority(fields.conversation_priority),
     )
@@ -285,18 +287,22 @@ def _check_single(fields: _Fields) -> None:
 
 def _check_text_only(fields: _Fields) -> None:
     media = any((fields.image_data, fields.video_data, fields.audio_data))
-    for messages in (fields.messages, fields.input):
-        for message in messages if isinstance(messages, list) else ():
-            content = message.get("content") if isinstance(message, dict) else None
-            parts = content if isinstance(content, list) else ()
-            types = (part.get("type") for part in parts if isinstance(part, dict))
-            media = media or any(kind not in TEXT_PARTS for kind in types)
-    if media:
+    if media or not (is_text(fields.messages) and is_text(fields.input)):
         raise UnsupportedError(
             "image, audio and video inputs cannot be part of a saved conversation yet",
             hint="leave conversation_id out for this request",
             details={"field": "conversation_id"},
         )
+
+
+def is_text(messages: Any) -> bool:
+    """Whether all parts of messages, as they came, are text."""
+    for message in messages if isinstance(messages, list) else ():
+        content = message.get("content") if isinstance(message, dict) else None
+        parts = content if isinstance(content, list) else ()
+        if any(part.get("type") not in TEXT_PARTS for part in parts if isinstance(part, dict)):
+            return False
+    return True
 
 
 async def _read(receive: Receive, announced: bytes | None) -> tuple[bytes, Receive]:

@@ -158,11 +158,17 @@ def _short(text: str, length: int = 200) -> str:
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
+class _ErrorResponse(JSONResponse):
+    def render(self, content: Any) -> bytes:
+        # In ASCII: half a surrogate pair, which SGLang's routes let pass, has no UTF-8.
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
+
+
 def error_response(error: EngramError) -> JSONResponse:
     """The reply to a request that failed."""
     busy = error.http_status == HTTPStatus.SERVICE_UNAVAILABLE
     headers = {"retry-after": str(RETRY_AFTER_S)} if busy else None
-    return JSONResponse(error.to_reply(), status_code=error.http_status, headers=headers)
+    return _ErrorResponse(error.to_reply(), status_code=error.http_status, headers=headers)
 
 
 def body_of(schema: type[BaseModel]) -> dict[str, Any]:

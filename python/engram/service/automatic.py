@@ -91,6 +91,13 @@ class AutomaticSaver:
             if due is not None and due.turn is turn:
                 await due.over.wait()
 
+    def forget(self, tenant: str, conversation_id: str, branch_name: str | None = None) -> None:
+        """A conversation, or one of its branches, is being deleted: none of its turns is due."""
+        for branch, line in self._due.items():
+            if branch[:2] == (tenant, conversation_id) and branch_name in (None, branch[2]):
+                while line:
+                    line.popleft().over.set()
+
     def close(self) -> None:
         """Put nothing off any longer: what is due is saved now."""
         self._closing.set()

@@ -75,11 +75,15 @@ class BoundaryIndex:
         if key in self._references:
             self._damaged.add(key)
 
+    def serves(self, key: str) -> bool:
+        """Whether a request can start from this boundary, as far as is known."""
+        return key in self._references and key not in self._damaged
+
     def longest(self, keys: Sequence[str], page_size: int) -> StoredBoundary | None:
         """The last of a request's page keys at which a boundary is stored."""
         if not self._references:
             return None
         for index in range(len(keys) - 1, -1, -1):
-            if keys[index] in self._references and keys[index] not in self._damaged:
+            if self.serves(keys[index]):
                 return StoredBoundary(keys[index], (index + 1) * page_size)
         return None

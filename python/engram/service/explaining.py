@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from engram.catalog.rows import SnapshotRow
-from engram.conversation.turns import FinishedRequest, RunningRequest, Tag, Turn
+from engram.conversation.turns import RunningRequest, Tag, Turn
 from engram.core.tokens import TokenArray, common_prefix_length
 from engram.errors import NotFoundError
 from engram.service.context import ServiceContext
@@ -165,31 +165,32 @@ class Explainer:
     async def _earlier(self, tag: Tag, number: int, prompt: TokenArray) -> Earlier | None:
         """The newest turn before, on the branch."""
         context = self._context
-        for before in range(number - 1, 0, -1):
-            turn = context.tracker.find(tag, before)
-            row = await context.row(tag, before)
-            if turn is None and row is None:
-                continue
-            if turn is not None:
-                request: FinishedRequest = turn.request
-                recorded = request.tokens
-            else:
-                assert row is not None
-                recorded = await self._restorer.tokens(row)
-            common = common_prefix_length(recorded, prompt)
-            difference = None
-            if common < min(len(recorded), len(prompt)):
-                difference = Difference(common, int(recorded[common]), int(prompt[common]))
-            return Earlier(
-                tag.branch_name,
-                before,
-                None if row is None else row.snapshot_id,
-                None if row is None else row.token_count,
-                len(recorded),
-                common,
-                difference,
-            )
-        return None
+        turn = context.tracker.before(tag, number)
+        row = await context.in_catalog(
+            context.catalog.before, tag.tenant, tag.conversation_id, tag.branch_name, number
+        )
+        before = max(0 if turn is None else turn.number, 0 if row is None else row.turn_number)
+        if row is not None and row.turn_number < before:
+            row = None
+        if turn is not None and turn.number == before:
+            recorded = turn.request.tokens
+        elif row is not None:
+            recorded = await self._restorer.tokens(row)
+        else:
+            return None
+        common = common_prefix_length(recorded, prompt)
+        difference = None
+        if common < min(len(recorded), len(prompt)):
+            difference = Difference(common, int(recorded[common]), int(prompt[common]))
+        return Earlier(
+            tag.branch_name,
+            before,
+            None if row is None else row.snapshot_id,
+            None if row is None else row.token_count,
+            len(recorded),
+            common,
+            difference,
+        )
 
 
 def _is_of(served: Served, tenant: str) -> bool:

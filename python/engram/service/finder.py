@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Final
 
 from engram.catalog.rows import SnapshotRow
 from engram.conversation.turns import Tag, Turn
@@ -14,6 +15,18 @@ HOW_TO_TAG = (
     'send "conversation_id" with the request (or the header x-override-conversation-id), or save '
     'a finished request by its id: {"rid": ..., "conversation_id": ...}'
 )
+RESERVED: Final = "prefix:"
+"""How the ids of the conversations begin that prefixes are kept as; no client may write to them."""
+
+
+def check_not_reserved(field: str, conversation_id: str) -> None:
+    """Raise `InvalidRequestError` for a conversation that a turn of a client's cannot be of."""
+    if conversation_id.startswith(RESERVED):
+        raise InvalidRequestError(
+            f"ids that begin with {RESERVED!r} are those of named prefixes",
+            hint="a request need not name a prefix: it starts from the one that it begins with",
+            details={"field": field},
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +93,7 @@ class TurnFinder:
                 return Found(tag, row=row)
             # A request that was in no conversation starts one under its own id, if that can be one.
             name = conversation_id or check_id("rid", rid)
+            check_not_reserved("rid" if conversation_id is None else "conversation_id", name)
             tag = Tag(name, branch_name or DEFAULT_BRANCH, tenant)
             await self._context.learn(tag)
             turn = tracker.adopt(rid, tag)

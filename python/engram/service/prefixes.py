@@ -9,15 +9,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import numpy as np
-
 from engram.catalog.rows import SnapshotRow
 from engram.conversation.turns import FinishedRequest, Tag
 from engram.core.ids import DEFAULT_BRANCH, new_snapshot_id
 from engram.core.tokens import TokenArray, to_tokens, tokens_digest
-from engram.errors import AlreadyExistsError, InvalidRequestError, NotFoundError
+from engram.errors import (
+    AlreadyExistsError,
+    CaptureLostError,
+    DeadlineError,
+    InvalidRequestError,
+    NotFoundError,
+    SaveQueueFullError,
+)
 from engram.service.changes import SnapshotChanger
 from engram.service.context import ServiceContext
+from engram.service.finder import RESERVED
 from engram.service.ports import EngineInfo
 from engram.service.removals import Remover
 from engram.service.restores import Restorer
@@ -26,10 +32,10 @@ from engram.snapshot.manifest import LayerConfig, make_manifest
 
 logger = logging.getLogger(__name__)
 
-RESERVED: Final = "prefix:"
-"""How the ids of the conversations begin that prefixes are kept as; no client may use them."""
 MARKED: Final = "marked."
 """How the names of prefixes begin that requests mark with `cache_control`."""
+MAX_MARKS: Final = 256
+"""Marked prefixes on their way into the store; while there are so many, no other mark is kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +48,22 @@ class Prefix:
     existing: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class _Keeping:
-    """A prefix on its way into the store; `computed` is set when the engine has its state, or when
-    it is over."""
+@dataclass(slots=True)
+class _Progress:
+    """How far a prefix is: `computed` is set when the engine has its state, or when it is over.
+
+    `looked_up_at` is when the catalog had said whether it is stored, in monotonic seconds.
+    """
 
     computed: asyncio.Event
+    looked_up_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Keeping:
+    """A prefix on its way into the store."""
+
+    progress: _Progress
     task: asyncio.Task[Prefix]
 
 
@@ -69,11 +85,14 @@ class PrefixKeeper:
         self._remover = remover
         self._changer = changer
         self._running: dict[tuple[str, str], _Keeping] = {}
+        # What is written is held in RAM on every rank: one at a time.
+        self._storing = asyncio.Lock()
 
     async def keep(
         self, tenant: str, name: str, ids: Sequence[int], *, expires_at: float | None = None
     ) -> Prefix:
-        """Compute and store a prefix, durable on return; the one that exists if it is the same.
+        """Compute and store a prefix, durable on return; the one that exists if it is the same, and
+        no request has found it damaged.
 
         Tokens past the last whole page are left out.  Raises `AlreadyExistsError` if the name is
         another prefix's, `InvalidRequestError` for one shorter than a page.
@@ -83,29 +102,42 @@ class PrefixKeeper:
         # A client that goes away must not tear it in the middle.
         return await asyncio.shield(self._begin(tenant, name, ids, expires_at).task)
 
-    async def mark(self, tenant: str, ids: Sequence[int], seconds: float) -> None:
+    async def mark(self, tenant: str, ids: Sequence[int], seconds: float) -> float:
         """Keep a prefix that a request has marked, from its last use on for so many seconds.
 
-        Returns when the engine has its state: the request does not wait for the store, and what
-        goes wrong there costs the prefix alone.
+        Returns when the engine has its state: the request does not wait until that is stored, and
+        what goes wrong there costs the prefix alone.  To learn whether it is stored already, it
+        waits for `--snapshot-promote-timeout` at most: the seconds of that are returned.
+        `SaveQueueFullError` if too many marks are on their way.
         """
         tokens = to_tokens(ids)
         name = MARKED + tokens_digest(tokens)[:32]
-        until = time.time() + seconds
-        running = self._running.get((tenant, name)) or self._begin(tenant, name, ids, until)
+        begun, until = time.monotonic(), time.time() + seconds
+        running = self._running.get((tenant, name))
+        if running is None:
+            marks = sum(other.startswith(MARKED) for _, other in self._running)
+            if marks >= MAX_MARKS:
+                raise SaveQueueFullError(
+                    f"{marks} marked prefixes wait to be stored already",
+                    hint="the store is slower than what is marked",
+                    details={"waiting": marks, "limit": MAX_MARKS},
+                )
+            running = self._begin(tenant, name, ids, until)
         self._context.start(self._marked(tenant, running, until))
-        await running.computed.wait()
+        await running.progress.computed.wait()
+        looked_up_at = running.progress.looked_up_at
+        return max((time.monotonic() if looked_up_at is None else looked_up_at) - begun, 0.0)
 
     def _begin(
         self, tenant: str, name: str, ids: Sequence[int], expires_at: float | None
     ) -> _Keeping:
-        computed = asyncio.Event()
-        work = self._keep(tenant, name, ids, expires_at, computed)
-        running = _Keeping(computed, self._context.start(work))
+        progress = _Progress(asyncio.Event())
+        work = self._keep(tenant, name, ids, expires_at, progress)
+        running = _Keeping(progress, self._context.start(work))
         self._running[tenant, name] = running
 
         def over(_: asyncio.Task[Prefix]) -> None:
-            computed.set()
+            progress.computed.set()
             del self._running[tenant, name]
 
         # Before all who wait for the task: they find nothing running.
@@ -161,27 +193,43 @@ class PrefixKeeper:
         name: str,
         ids: Sequence[int],
         expires_at: float | None,
-        computed: asyncio.Event,
+        progress: _Progress,
     ) -> Prefix:
         tokens, tag = to_tokens(ids, "input_ids"), _tag(tenant, name)
-        row = await self._context.row(tag, None)
-        if row is not None:
-            engine = await self._context.engine()
-            if row.namespace == engine.namespace.id:
-                computed.set()
-                return await self._same(name, row, _pages(tokens, engine))
+        looking = self._look_up(tag)
+        if name.startswith(MARKED):
+            timeout = self._context.settings.snapshot_promote_timeout
+            try:
+                row, engine = await asyncio.wait_for(looking, timeout)
+            except asyncio.TimeoutError:
+                raise DeadlineError(
+                    f"the store has not said in {timeout:g} s whether it is there"
+                ) from None
+        else:
+            row, engine = await looking
+        progress.looked_up_at = time.monotonic()
+        if row is not None and row.namespace == engine.namespace.id:
+            whole = self._context.boundaries.serves(row.boundary_key)
+            if whole:
+                progress.computed.set()
+            existing = await self._same(name, row, _pages(tokens, engine))
+            if whole:
+                return existing
         snapshot_id = await self._context.with_engine(
-            lambda engine: self._make(engine, tag, _pages(tokens, engine), expires_at, computed)
+            lambda engine: self._make(engine, tag, _pages(tokens, engine), expires_at, progress)
         )
         catalog = self._context.catalog
         row = await self._context.in_catalog(catalog.get, snapshot_id, tenant)
         return Prefix(name, row, usable=True)
 
+    async def _look_up(self, tag: Tag) -> tuple[SnapshotRow | None, EngineInfo]:
+        return await self._context.row(tag, None), await self._context.engine()
+
     async def _same(self, name: str, row: SnapshotRow, tokens: TokenArray) -> Prefix:
         """The prefix that exists, if it is the one that is wanted."""
         # A mark's name says its tokens.
-        if not name.startswith(MARKED) and not np.array_equal(
-            await self._restorer.tokens(row), tokens
+        if not name.startswith(MARKED) and await self._restorer.digest(row) != tokens_digest(
+            tokens
         ):
             raise AlreadyExistsError(
                 f"prefix {name!r} exists already, and is another one",
@@ -196,20 +244,40 @@ class PrefixKeeper:
         tag: Tag,
         tokens: TokenArray,
         expires_at: float | None,
-        computed: asyncio.Event,
+        progress: _Progress,
     ) -> str:
-        context, namespace = self._context, engine.namespace.id
-        # A request for exactly these tokens leaves a state at their end; what it samples is unused.
-        generation = await context.generator.generate(
-            tokens.tolist(), {"max_new_tokens": 1, "ignore_eos": True}
-        )
-        computed.set()
-        other = await context.row(tag, None)
-        if other is not None:
-            # Another model's, or another layout's: of no use here any more.
-            await self._remover.remove(other)
-        await context.write_down(engine)
-        request = FinishedRequest(generation.rid, tokens, time.time())
+        context = self._context
+        request = await self._computed(tokens)
+        progress.computed.set()
+        async with self._storing:
+            other = await context.row(tag, None)
+            if other is not None:
+                # Another model's, another layout's, or damaged: of no use here any more.
+                await self._remover.remove(other)
+            await context.write_down(engine)
+            try:
+                return await self._store(engine, tag, request, expires_at)
+            except CaptureLostError:
+                # It has waited for longer than its state has stayed.
+                request = await self._computed(tokens)
+                return await self._store(engine, tag, request, expires_at)
+
+    async def _computed(self, tokens: TokenArray) -> FinishedRequest:
+        """A request for exactly these tokens, which leaves a state at their end; what it samples
+        is unused."""
+        params = {"max_new_tokens": 1, "ignore_eos": True}
+        try:
+            generation = await self._context.generator.generate(tokens.tolist(), params)
+        except InvalidRequestError as error:
+            if "field" in error.details:
+                error.details["field"] = "input_ids"
+            raise
+        return FinishedRequest(generation.rid, tokens, time.time())
+
+    async def _store(
+        self, engine: EngineInfo, tag: Tag, request: FinishedRequest, expires_at: float | None
+    ) -> str:
+        context, namespace, tokens = self._context, engine.namespace.id, request.tokens
         async with self._saver.room(request, len(tokens)):
             stored = await context.ranks.persist(namespace, request, len(tokens))
             manifest = make_manifest(

@@ -69,20 +69,30 @@ class Recorded:
         Raises `NamespaceMismatchError` for tokens of another model, and as a restore does for files
         that are damaged.
         """
-        context = self._context
-        await context.learn(tag)
-        row = await context.row(tag, number)
-        turn = context.tracker.find(tag, number)
-        if turn is not None and (row is None or row.turn_number <= turn.number):
-            request = turn.request
-            return RecordedTurn(
-                tag, turn.number, request.tokens, request.prompt_count, turn.snapshot_id
-            )
+        await self._context.learn(tag)
+        turn = self.at_hand(tag, number)
+        if turn is not None:
+            return turn
+        row = await self._context.row(tag, number)
         if row is None:
             return None
         await self._require_model(row)
         tokens, prompt_count = await self._restorer.recorded(row)
         return RecordedTurn(tag, row.turn_number, tokens, prompt_count, row.snapshot_id)
+
+    def at_hand(self, tag: Tag, number: int | None = None) -> RecordedTurn | None:
+        """`find` where it needs no store: a conversation that goes on does not wait for it.
+
+        What is saved of a branch that is known is counted there: no snapshot is newer than the
+        newest turn.
+        """
+        turn = self._context.tracker.find(tag, number)
+        if turn is None:
+            return None
+        request = turn.request
+        return RecordedTurn(
+            tag, turn.number, request.tokens, request.prompt_count, turn.snapshot_id
+        )
 
     async def start(
         self, tenant: str, conversation_id: str, branch_name: str | None, source: Place | None

@@ -133,6 +133,11 @@ class Restorer:
         """All recorded tokens of a snapshot, u32 [token_count + pending]."""
         return await self._reading(self._tokens_of, row)
 
+    async def digest(self, row: SnapshotRow) -> str:
+        """`tokens_digest` of all recorded tokens of a snapshot, whatever state its segments are
+        in."""
+        return await self._reading(lambda row: self._manifest(row).tokens_digest, row)
+
     async def recorded(self, row: SnapshotRow) -> tuple[TokenArray, int | None]:
         """All recorded tokens of a snapshot, and how many of them are its turn's prompt."""
         return await self._reading(self._recorded_of, row)

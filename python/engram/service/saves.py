@@ -56,6 +56,8 @@ class _Saving:
     snapshot_id: str
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     users: int = 0
+    deleted: bool = False
+    """Its branch has been deleted: nothing of it may be stored any more."""
 
 
 class TurnSaver:
@@ -156,8 +158,16 @@ class TurnSaver:
             yield saving
         finally:
             saving.users -= 1
-            if not saving.users:
+            if not saving.users and self._turns.get(place) is saving:
                 del self._turns[place]
+
+    def forget(self, tenant: str, conversation_id: str, branch_name: str | None = None) -> None:
+        """See to it that no save under way stores a turn of a conversation, or of one of its
+        branches, that is being deleted.  One that commits just now is over when the guard can be
+        had alone."""
+        gone = (tenant, conversation_id, branch_name)[: 2 if branch_name is None else 3]
+        for place in [one for one in self._turns if one[0][: len(gone)] == gone]:
+            self._turns.pop(place).deleted = True
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:
@@ -215,12 +225,13 @@ class TurnSaver:
     ) -> SaveResult:
         """The save itself; those of the same turn wait for it and find what it made."""
         async with saving.lock:
-            return await self._once(found, saving.snapshot_id, durability, begun)
+            return await self._once(found, saving, durability, begun)
 
     async def _once(
-        self, found: Found, snapshot_id: str, durability: Durability, begun: float
+        self, found: Found, saving: _Saving, durability: Durability, begun: float
     ) -> SaveResult:
-        context = self._context
+        context, snapshot_id = self._context, saving.snapshot_id
+        _check_wanted(found, saving)
         await self.check_free(found, snapshot_id)
         row = await context.row(found.tag, found.number)
         if row is not None:
@@ -240,6 +251,7 @@ class TurnSaver:
                 manifest = await self._manifest(found, engine, snapshot_id, durability, stored)
             else:
                 manifest = await context.in_store(self._branch, found, snapshot_id, durability)
+            _check_wanted(found, saving)
             await context.in_store(self.commit, manifest)
             context.stored(manifest)
         context.stats.saves += 1
@@ -490,6 +502,16 @@ class TurnSaver:
                 if key in keys:
                     return snapshot_id
         return None
+
+
+def _check_wanted(found: Found, saving: _Saving) -> None:
+    if saving.deleted:
+        tag = found.tag
+        raise NotFoundError(
+            f"conversation {tag.conversation_id!r}, branch {tag.branch_name!r} was deleted while "
+            f"its turn {found.number} was being saved",
+            details={"conversation_id": tag.conversation_id},
+        )
 
 
 def _row(found: Found) -> SnapshotRow:

@@ -19,7 +19,7 @@ from engram.service.changes import SnapshotChanger
 from engram.service.context import ServiceContext
 from engram.service.demotion import Demoter
 from engram.service.explaining import Explainer
-from engram.service.finder import Found, TurnFinder, need_place
+from engram.service.finder import Found, TurnFinder, check_not_reserved, need_place
 from engram.service.housekeeping import Housekeeper
 from engram.service.linking import PrefixLinks
 from engram.service.pins import PinResult, VramPinner
@@ -125,6 +125,8 @@ class SnapshotService:
         else:
             assert conversation_id is not None
             found = await self._finder.by_place(tenant, conversation_id, branch_name, turn_number)
+        if not found.saved:
+            check_not_reserved("conversation_id", found.tag.conversation_id)
         await self._saver.check_free(found, snapshot_id)
         if durability == "async" and not found.saved:
             return await self._saver.save_later(found, snapshot_id)
@@ -136,6 +138,9 @@ class SnapshotService:
         self, row: SnapshotRow, continuation: Continuation | None = None
     ) -> RestoreResult:
         """Bring a snapshot into memory, and generate from it if asked to."""
+        if continuation is not None:
+            # The generation is the next turn of the snapshot's conversation.
+            check_not_reserved("create_new_request", row.conversation_id)
         return await self._restorer.restore(row, continuation)
 
     async def find(
@@ -269,34 +274,36 @@ class SnapshotService:
         """Remove all of a conversation, saved or not; the number of snapshots that went."""
         await self.conversation(tenant, conversation_id)
         context = self.context
-        removed = 0
-        while True:
-            page = await self.page(tenant, conversation_id, None, 500, None)
-            for row in page.snapshots:
-                await self._remover.remove(row)
-                removed += 1
-            if page.after is None:
-                break
         for branch in context.tracker.branches_of(tenant, conversation_id):
             await self._pinner.unpin(Tag(conversation_id, branch, tenant))
-        context.tracker.forget_conversation(tenant, conversation_id)
+        removed = await self._delete(tenant, conversation_id, None)
         await context.conversations.set_priority(tenant, conversation_id, DEFAULT_PRIORITY)
         return removed
 
     async def delete_branch(self, tag: Tag) -> int:
         """Remove all of a branch, saved or not; the number of snapshots that went."""
-        context = self.context
+        await self._pinner.unpin(tag)
+        return await self._delete(tag.tenant, tag.conversation_id, tag.branch_name)
+
+    async def _delete(self, tenant: str, conversation_id: str, branch_name: str | None) -> int:
+        """Remove what is saved, what is remembered, and what is on its way from there to there."""
+        context, gone = self.context, (tenant, conversation_id, branch_name)
         removed = 0
         while True:
-            page = await self.page(tag.tenant, tag.conversation_id, tag.branch_name, 500, None)
+            if branch_name is None:
+                context.tracker.forget_conversation(tenant, conversation_id)
+            else:
+                context.tracker.forget_branch(Tag(conversation_id, branch_name, tenant))
+            self._automatic.forget(*gone)
+            self._saver.forget(*gone)
+            async with context.guard.alone():
+                pass  # a save that was past its last look is committed now
+            page = await self.page(*gone, 500, None)
+            if not page.snapshots:
+                return removed
             for row in page.snapshots:
                 await self._remover.remove(row)
                 removed += 1
-            if page.after is None:
-                break
-        await self._pinner.unpin(tag)
-        context.tracker.forget_branch(tag)
-        return removed
 
     async def branch(
         self,
@@ -311,6 +318,7 @@ class SnapshotService:
             branch_name or DEFAULT_BRANCH,
             row.tenant,
         )
+        check_not_reserved("conversation_id", tag.conversation_id)
         if tag.conversation_id != row.conversation_id:
             self.recorded.require_references("conversation_id")
         await self.context.learn(tag)

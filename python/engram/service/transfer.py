@@ -15,6 +15,7 @@ from engram.conversation.turns import Tag
 from engram.errors import SnapshotCorruptError
 from engram.service.context import ServiceContext
 from engram.store.disk import DiskStore
+from engram.store.durable import store_error
 from engram.upkeep.exporting import plan_export, write_archive
 from engram.upkeep.importing import ArchiveFile, ImportReport, Names, import_archive
 
@@ -54,7 +55,7 @@ class Transfer:
 
     def _write(self, row: SnapshotRow) -> ArchiveAtHand:
         store = self._context.store
-        folder = Path(tempfile.mkdtemp(prefix="engram-export-"))
+        folder = _new_folder("engram-export-")
         try:
             archive = plan_export(store, [store.get_manifest(row.snapshot_id, row.tenant)])
             path = folder / f"{row.snapshot_id}.engram"
@@ -65,14 +66,21 @@ class Transfer:
         return ArchiveAtHand(path, archive.file_length)
 
     async def receive(self, parts: AsyncIterator[bytes]) -> ArchiveAtHand:
-        """Keep what a client sends until it is imported."""
-        folder = Path(await self._context.in_store(tempfile.mkdtemp, prefix="engram-import-"))
+        """Keep what a client sends until it is imported.
+
+        `StoreFullError` if there is no room for it, `StoreError` for what else the system refuses.
+        """
+        folder = await self._context.in_store(_new_folder, "engram-import-")
         path, size = folder / "archive", 0
         try:
             with path.open("wb") as file:
                 async for part in parts:
                     size += len(part)
                     await self._context.in_store(file.write, part)
+        except OSError as error:
+            refusal = store_error("write", path, error, needed=size)
+            shutil.rmtree(folder, ignore_errors=True)
+            raise refusal from error
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -106,3 +114,11 @@ class Transfer:
         # The one store that a server runs on; others are wrapped around it.
         store = cast(DiskStore, self._context.store)
         return import_archive(store, self._context.catalog, file, names)
+
+
+def _new_folder(prefix: str) -> Path:
+    """A folder for an archive on its way (blocks).  `StoreFullError` or `StoreError`."""
+    try:
+        return Path(tempfile.mkdtemp(prefix=prefix))
+    except OSError as error:
+        raise store_error("make a folder in", Path(tempfile.gettempdir()), error) from error

@@ -21,11 +21,19 @@ from uuid import uuid4
 from fastapi import Request, Response
 from pydantic import ValidationError
 
-from engram.conversation.text import extend, join, new_part, reuse, tools_missing
+from engram.conversation.text import (
+    extend,
+    instructions_missing,
+    join,
+    new_part,
+    reuse,
+    tools_missing,
+)
 from engram.conversation.turns import Tag
 from engram.core.ids import DEFAULT_TENANT
 from engram.core.tokens import TokenArray
 from engram.errors import (
+    DeadlineError,
     EngramError,
     GenerationAbortedError,
     InvalidRequestError,
@@ -33,9 +41,11 @@ from engram.errors import (
     UpstreamError,
 )
 from engram.server.stateful import CURRENT_STATEFUL, Stateful
-from engram.server.tagging import CURRENT_MARK, CURRENT_TAG, HELD, Marked
+from engram.server.tagging import CURRENT_MARK, CURRENT_TAG, HELD, Marked, is_text
 from engram.server.wire import error_response, invalid
 from engram.service import SnapshotService
+from engram.service.recorded import RecordedTurn, Start
+from engram.service.restores import RESTORE_TIMEOUT_S
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +59,10 @@ WAITED: ContextVar[float] = ContextVar("WAITED", default=0.0)
 
 NO_MESSAGE: Final = [{"role": "user", "content": ""}]
 """Stands where upstream asks for messages, and the tokens of the prompt are known already."""
+
+READ_TIMEOUT_S: Final = RESTORE_TIMEOUT_S
+"""How long a stateful request, which cannot go on without them, waits for recorded tokens.  As long
+as it waits no other goes on with its branch, even if its client has left."""
 
 SEND_ALL: Final = "send the whole history to /v1/chat/completions instead"
 
@@ -176,7 +190,12 @@ def shared_prefix(
     chat: Any, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
 ) -> list[int]:
     """The tokens that all prompts have in common whose messages begin with these, whoever speaks
-    next.  `InvalidRequestError` for what no template renders."""
+    next.  `InvalidRequestError` for what no template renders, `UnsupportedError` for images."""
+    if not is_text(messages):
+        raise UnsupportedError(
+            "image, audio and video inputs cannot be part of a prefix yet",
+            details={"field": "messages"},
+        )
     follow: list[list[dict[str, Any]]] = [
         [{"role": "user", "content": "a"}],
         [{"role": "user", "content": " b"}],
@@ -236,34 +255,41 @@ class PromptMaker:
         self._chat = chat
         self._service = service
         self._recorded = service.recorded
+        self._late: asyncio.Task[list[RecordedTurn]] | None = None
 
     def around_handle_request(self, original: Any) -> Any:
         """Plan a request before upstream looks at it; answer in its place if that fails."""
 
         async def handle_request(request: Any, raw_request: Any) -> Any:
             tag, asked = CURRENT_TAG.get(), CURRENT_STATEFUL.get()
-            mark = CURRENT_MARK.get()
-            if mark is not None and request.input_ids is None:
-                await self._keep_mark(mark)
-            if raw_request is None or (tag is None and not self._may_link(request)):
-                return await original(request, raw_request)
-            try:
-                if tag is None:
-                    plan = _Plan(None, None, False, asyncio.get_running_loop())
-                elif asked is None:
-                    plan = await self._whole_history(tag)
-                else:
-                    plan = await self._go_on(tag, asked, request, raw_request)
-            except EngramError as error:
-                return error_response(error)
-            raw_request.scope[PLAN] = plan
-            token, waited = CURRENT_TAG.set(plan.tag), WAITED.set(plan.waited)
+            mark, held = CURRENT_MARK.get(), 0.0
+            if mark is not None and asked is None and request.input_ids is None:
+                held = await self._keep_mark(mark)
+            plan = None
+            if raw_request is not None and (tag is not None or self._may_link(request)):
+                try:
+                    if tag is None:
+                        plan = _Plan(None, None, False, asyncio.get_running_loop(), held)
+                    elif asked is None:
+                        plan = await self._whole_history(tag, held)
+                    else:
+                        plan = await self._go_on(tag, asked, request, raw_request)
+                        if mark is not None and plan.recorded is None:
+                            # Nothing is before these messages: their prompt begins with them.
+                            plan.waited = await self._keep_mark(mark)
+                except EngramError as error:
+                    return error_response(error)
+                raw_request.scope[PLAN] = plan
+            token = CURRENT_TAG.set(tag if plan is None else plan.tag)
+            waited = WAITED.set(held if plan is None else plan.waited)
             try:
                 response = await original(request, raw_request)
             finally:
                 WAITED.reset(waited)
                 CURRENT_TAG.reset(token)
-            return response if plan.error is None else error_response(plan.error)
+            if plan is None or plan.error is None:
+                return response
+            return error_response(plan.error)
 
         return handle_request
 
@@ -303,6 +329,10 @@ class PromptMaker:
             if plan is None or plan.recorded is None:
                 return original(messages, **kw)
             if plan.stateful:
+                if plan.error is not None:
+                    # Upstream tries again with the tools in another form, for templates that want
+                    # them so: what is refused stays refused.
+                    raise ValueError(str(plan.error))
                 try:
                     return self._append(plan.recorded, messages, kw), None
                 except EngramError as error:
@@ -318,10 +348,11 @@ class PromptMaker:
 
         return encode
 
-    async def _keep_mark(self, mark: Marked) -> None:
+    async def _keep_mark(self, mark: Marked) -> float:
         """Have the state at a mark computed, and stored; if that fails, it costs the prefix alone.
 
-        Not in the time a request is held for: what is computed here it need not compute.
+        For how many seconds the store was waited for.  The computing is not in the time a request
+        is held for: what is computed here it need not compute.
         """
         try:
             loop = asyncio.get_running_loop()
@@ -331,12 +362,13 @@ class PromptMaker:
             # Its own request is nobody's turn.
             token = CURRENT_TAG.set(None)
             try:
-                await self._service.prefixes.mark(DEFAULT_TENANT, ids, mark.seconds)
+                return await self._service.prefixes.mark(DEFAULT_TENANT, ids, mark.seconds)
             finally:
                 CURRENT_TAG.reset(token)
         except Exception as error:
             self._service.context.stats.note(f"prefix marked with cache_control: {error}")
             logger.warning("Engram: a prefix marked with cache_control is not kept: %s", error)
+            return 0.0
 
     def _may_link(self, request: Any) -> bool:
         """Whether a chat that names no conversation may be a turn of one."""
@@ -379,22 +411,44 @@ class PromptMaker:
             return links.begin(DEFAULT_TENANT, opening), None
         rendered = self._render(messages, kw)
         begun = time.monotonic()
-        asked = self._service.gate.in_time(links.candidates(DEFAULT_TENANT, ids, opening))
+        asked = self._candidates(ids, opening, plan.waited)
         try:
             turns = asyncio.run_coroutine_threadsafe(asked, loop).result()
         finally:
-            plan.waited = time.monotonic() - begun
+            plan.waited += time.monotonic() - begun
         for turn in turns:
             found = extend(turn.tokens, rendered, codec)
             if found is not None:
                 return turn.tag, found
         return links.begin(DEFAULT_TENANT, opening), None
 
-    async def _whole_history(self, tag: Tag) -> _Plan:
-        """A client that sends everything: what of it is recorded is taken from there."""
+    async def _candidates(self, ids: list[int], opening: str, waited: float) -> list[RecordedTurn]:
+        """Turns that an untagged chat may go on from; `DeadlineError` if that takes too long.
+
+        A thread waits for this that is one of the few on which SGLang makes all prompts.  While the
+        store owes one chat its answer, no other waits for it.
+        """
+        if self._late is not None and not self._late.done():
+            raise DeadlineError("the store has not answered an earlier chat yet")
+        looking = self._service.context.start(
+            self._service.links.candidates(DEFAULT_TENANT, ids, opening)
+        )
+        try:
+            return await self._service.gate.in_time(asyncio.shield(looking), waited)
+        except DeadlineError:
+            self._late = looking
+            raise
+
+    async def _whole_history(self, tag: Tag, held: float) -> _Plan:
+        """A client that sends everything: what of it is recorded is taken from there.
+
+        It has been held for `held` seconds already.
+        """
         begun = time.monotonic()
         try:
-            turn = await self._service.gate.in_time(self._recorded.find(tag))
+            turn = self._recorded.at_hand(tag)
+            if turn is None:
+                turn = await self._service.gate.in_time(self._recorded.find(tag), held)
         except EngramError as error:
             # It is a plain request: what is recorded only saves it from being tokenised again.
             self._service.context.stats.note(f"recorded tokens of {tag.conversation_id}: {error}")
@@ -406,7 +460,7 @@ class PromptMaker:
             )
             turn = None
         recorded = None if turn is None else turn.tokens
-        return _Plan(tag, recorded, stateful=False, waited=time.monotonic() - begun)
+        return _Plan(tag, recorded, stateful=False, waited=held + time.monotonic() - begun)
 
     async def _go_on(self, tag: Tag, asked: Stateful, request: Any, raw_request: Any) -> _Plan:
         """A client that sends what is new."""
@@ -414,18 +468,34 @@ class PromptMaker:
         branch = replace(tag, branch_name=asked.branch_name or tag.branch_name)
         self._recorded.hold(branch)
         raw_request.scope[HELD].callback(self._recorded.release, branch)
-        if asked.kind == "regenerate":
-            start, tokens = await self._recorded.again(branch)
-            request.input_ids = tokens.tolist()
-        elif asked.kind == "continue":
-            start = await self._recorded.further(branch)
-            request.input_ids = self._open_end(start.source)
-        else:
-            start = await self._recorded.start(
-                tag.tenant, tag.conversation_id, asked.branch_name, asked.source
-            )
+        try:
+            start, ids = await asyncio.wait_for(self._start(tag, branch, asked), READ_TIMEOUT_S)
+        except asyncio.TimeoutError:
+            raise DeadlineError(
+                f"what is recorded of conversation {tag.conversation_id!r} was not read in "
+                f"{READ_TIMEOUT_S:g} s",
+                hint="the store is blocked: look at the disk, then send the message again",
+                details={"conversation_id": tag.conversation_id},
+            ) from None
+        if ids is not None:
+            request.input_ids = ids
         recorded = None if start.source is None else start.source.tokens
         return _Plan(replace(start.tag, priority=tag.priority), recorded, stateful=True)
+
+    async def _start(
+        self, tag: Tag, branch: Tag, asked: Stateful
+    ) -> tuple[Start, list[int] | None]:
+        """What a stateful request goes on from, and its prompt where no message makes it."""
+        if asked.kind == "regenerate":
+            start, tokens = await self._recorded.again(branch)
+            return start, tokens.tolist()
+        if asked.kind == "continue":
+            start = await self._recorded.further(branch)
+            return start, self._open_end(start.source)
+        start = await self._recorded.start(
+            tag.tenant, tag.conversation_id, asked.branch_name, asked.source
+        )
+        return start, None
 
     def _open_end(self, turn: Any) -> list[int]:
         """The tokens of a turn without the one that ended its reply."""
@@ -478,6 +548,12 @@ class PromptMaker:
         if part is None:
             raise UnsupportedError(
                 "this model's chat template renders a message differently with what is before it",
+                hint=SEND_ALL,
+                details={"field": "messages"},
+            )
+        if instructions_missing(lambda found: self._render(found, kw), messages, uuid4().hex):
+            raise UnsupportedError(
+                "this model's chat template states system messages at the beginning only",
                 hint=SEND_ALL,
                 details={"field": "messages"},
             )

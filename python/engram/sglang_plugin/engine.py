@@ -22,6 +22,7 @@ from engram.service.ports import (
     ResidentSegment,
     Stored,
 )
+from engram.sglang_plugin.chat import WAITED
 from engram.sglang_plugin.control import RankClient, Result
 from engram.sglang_plugin.keys import page_keys
 from engram.sglang_plugin.messages import (
@@ -276,13 +277,15 @@ class SglangGenerator:
             cache_salt=cache_salt,
         )
         self._check(input_ids, sampling_params)
-        token = CURRENT_TAG.set(tag)
+        # Nothing of the request in whose context this happens to be done is its own.
+        token, waited = CURRENT_TAG.set(tag), WAITED.set(0.0)
         try:
             answers = [answer async for answer in self._manager.generate_request(request, None)]
         except ValueError as error:
             # What SGLang's own routes answer with 400: parameters, lengths, a request id in use.
             raise InvalidRequestError(f"SGLang refuses the generation: {error}") from error
         finally:
+            WAITED.reset(waited)
             CURRENT_TAG.reset(token)
         answer = answers[-1]
         meta = answer["meta_info"]

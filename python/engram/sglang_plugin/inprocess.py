@@ -24,10 +24,10 @@ from engram.client.exchange import Call
 from engram.client.results import Restored, Saved
 from engram.client.transport import AsyncTransport
 from engram.conversation.turns import Tag
-from engram.core.ids import DEFAULT_BRANCH, check_id
+from engram.core.ids import DEFAULT_BRANCH
 from engram.core.settings import Settings
 from engram.errors import UnsupportedError
-from engram.server.tagging import CURRENT_TAG
+from engram.server.tagging import CURRENT_TAG, tag_of_chat
 from engram.sglang_plugin import compat
 from engram.sglang_plugin.args import apply_flags
 from engram.sglang_plugin.chat import watch_chats
@@ -38,6 +38,15 @@ from engram.sglang_plugin.plugin import HOOKS
 T = TypeVar("T")
 URL: Final = "http://engram"
 """Stands where an address is asked for."""
+POSITIONAL: Final = (
+    "prompt",
+    "sampling_params",
+    "input_ids",
+    "image_data",
+    "audio_data",
+    "video_data",
+)
+"""What `sglang.Engine.generate` takes by place, as far as a turn's rules ask for it."""
 
 
 class Engine(SglangEngine):
@@ -143,17 +152,19 @@ class Engine(SglangEngine):
     def generate(self, *args: Any, conversation_id: str | None = None, **kwargs: Any) -> Any:
         """As `sglang.Engine.generate`; with `conversation_id` it is that conversation's next turn.
 
-        Such a request has one prompt: `UnsupportedError` for a batch.
+        Such a request has one prompt, of text, and one reply: `UnsupportedError` for others, as of
+        the server's routes; `InvalidRequestError` for an id that cannot be a conversation's.
         """
         if conversation_id is None:
             return super().generate(*args, **kwargs)
-        tag = Tag(check_id("conversation_id", conversation_id))
-        for name, prompt in (("prompt", args[0] if args else None), *kwargs.items()):
-            if name in ("prompt", "input_ids") and _is_batch(prompt):
+        given = dict(zip(POSITIONAL, args, strict=False)) | kwargs
+        for name in ("prompt", "input_ids"):
+            if _is_batch(given.get(name)):
                 raise UnsupportedError(
                     "a request with a conversation_id must have one prompt",
                     details={"field": name},
                 )
+        tag = tag_of_chat(conversation_id, given)
         with _tagged(tag):
             made = super().generate(*args, **kwargs)
         return _tagged_stream(tag, made) if kwargs.get("stream") else made

@@ -209,3 +209,29 @@ def test_ctrl_c_stops_a_reply_and_then_the_command(talking: tuple[Live, Replies]
         assert "Traceback" not in terminal.seen
     finally:
         terminal.close()
+
+
+def test_a_reply_does_nothing_to_the_terminal(talking: tuple[Live, Replies]) -> None:
+    live, _ = talking
+    said = "\x1b]52;c;ZXZpbA==\x07 \x9b31mred\r\ttab"
+    terminal = Terminal(live, "c", "-m", said)
+    try:
+        terminal.wait_for("You said: \\x1b]52;c;ZXZpbA==\\x07 \\x9b31mred\\x0d\ttab")
+        terminal.wait_for("(5 of 9 tokens were cached)")
+    finally:
+        terminal.close()
+    # To a file it goes as it is.
+    assert run(live, "c", "--json", "-m", said).returncode == 0
+    done = subprocess.run(command(live, "c", "-m", said), capture_output=True, timeout=120)
+    assert done.stdout.decode() == f"You said: {said}\n"
+
+
+def test_what_is_no_text_is_refused_in_a_line(talking: tuple[Live, Replies]) -> None:
+    live, replies = talking
+    done = subprocess.run(
+        command(live, "c"), input=b"one\n\xff\xfe\n", capture_output=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert b"engram: error:" in done.stderr
+    assert b"Traceback" not in done.stderr
+    assert len(replies.bodies) <= 1

@@ -90,6 +90,13 @@ def test_show(command: Command, tour: list[str]) -> None:
     assert "no turn 9" in command.fails(4, "show", "tour@9")
 
 
+def test_a_time_that_no_calendar_has(command: Command, live: Live, tour: list[str]) -> None:
+    far = 2.0**40
+    live.run(live.server.service.change("", tour[0], expires_at=far))
+    assert command.json("show", tour[0])["expires_at"] == far
+    assert "after the year 9999" in command.ok("show", tour[0])
+
+
 def test_a_snapshot_of_that_id_goes_before_the_conversation(command: Command, live: Live) -> None:
     live.chat("a")
     live.chat("b")

@@ -430,3 +430,20 @@ def test_a_full_ram_tier_is_told_with_a_moment_to_come_back(live: Live) -> None:
         live.server.engine.promote_error = RamTierFullError("no room")
         assert client.restore("c").verified
     assert waits == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "said", ["\ud800", {"role": "user", "n": float("nan")}, {"role": object()}]
+)
+def test_what_no_json_can_say_is_refused_on_this_side(
+    live: Live, client: EngramClient, said: Any
+) -> None:
+    with pytest.raises(InvalidRequestError, match="cannot be written as JSON"):
+        client.conversation("c").send(said)
+
+    async def asked() -> None:
+        async with AsyncEngramClient(live.url) as other:
+            await other.conversation("c").send(said)
+
+    with pytest.raises(InvalidRequestError, match="cannot be written as JSON"):
+        asyncio.run(asked())

@@ -15,6 +15,7 @@ from engram.errors import EngramError, InvalidRequestError, UnsupportedError
 from engram.server.chat import chat_router
 from engram.server.stateful import CURRENT_STATEFUL, Stateful
 from engram.server.tagging import (
+    CURRENT_MARK,
     CURRENT_TAG,
     HELD,
     HoldingMiddleware,
@@ -168,8 +169,10 @@ def test_the_last_mark_of_a_chat_counts() -> None:
     hour: dict[str, Any] = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
     plain = {"role": "user", "content": "x"}
     part = {"role": "system", "content": [{"type": "text", "text": "x", **mark}]}
+    odd: dict[str, Any] = {"cache_control": {"type": "ephemeral", "ttl": ["1h"]}}
     for messages, count, seconds in (
         ([part, plain], 1, 300.0),
+        ([{**plain, **odd}], 1, 300.0),
         ([part, {**plain, **hour}, plain], 2, 3600.0),
         ([{**part, **hour}], 1, 300.0),
     ):
@@ -180,6 +183,27 @@ def test_the_last_mark_of_a_chat_counts() -> None:
     for messages in ([plain], "x", None, [1, "x"]):
         body = json.dumps({"messages": messages, "cache_control": None}).encode()
         assert marked_in(body, "/v1/chat/completions") is None
+
+
+@on_a_loop
+async def test_a_mark_of_a_stateful_chat_reaches_the_engine(
+    engine: Engine, app: FastAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Marked | None] = []
+    complete = engine.complete
+
+    async def looking(body: dict[str, Any], request: Request) -> Response:
+        found.append(CURRENT_MARK.get())
+        return await complete(body, request)
+
+    monkeypatch.setattr(engine, "complete", looking)
+    marked = [{**SAID[0], "cache_control": {"type": "ephemeral", "ttl": "1h"}}]
+    async with client_of(app) as client:
+        for messages in (marked, SAID):
+            body = {"messages": messages, "tools": [1]}
+            await client.post("/v1/conversations/c/chat", json=body)
+        await client.post("/v1/conversations/c/continue", json={})
+    assert found == [Marked(marked, [1], 3600.0), None, None]
 
 
 @on_a_loop

@@ -136,3 +136,21 @@ async def test_why_a_stored_prefix_was_not_used_is_told(server: Server, app: Fas
     found = await get(app, f"/v1/requests/{rid}")
     assert "on fire" in found["problem"]
     assert (found["fetched_tokens"], found["fetched_from"]) == (0, None)
+
+
+@on_a_loop
+async def test_the_turn_before_is_found_however_far_back(server: Server, app: FastAPI) -> None:
+    """Turns between are not saved, or were removed; numbers come from archives too."""
+    tokens = await server.chat("c")
+    name = await saved(server, "c")
+    far = Tag("c", after_turn=10**12)
+    served = server.service.gate.served
+    for before in (1, 10**12 + 1):
+        rid, tokens = await server.serve([*tokens, 5], far)
+        served.cached(rid, 0, None, None)
+        earlier = (await get(app, f"/v1/requests/{rid}"))["earlier"]
+        assert earlier["turn_number"] == before
+        assert earlier["snapshot_id"] == (name if before == 1 else None)
+    alone, _ = await server.serve([1, 2], Tag("d", after_turn=10**12))
+    served.cached(alone, 0, None, None)
+    assert (await get(app, f"/v1/requests/{alone}"))["earlier"] is None

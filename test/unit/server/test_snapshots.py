@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from fastapi.responses import FileResponse
 
 from engram.catalog.rows import SnapshotRow
 from engram.conversation.turns import Tag
-from engram.errors import StoreFullError
+from engram.errors import AlreadyExistsError, SaveQueueFullError, StoreFullError
 from engram.server.prefixes import prefixes_router
 from engram.server.snapshots import snapshots_router
 from engram.server.tagging import HoldingMiddleware
+from engram.service import prefixes as prefixes_module
 from engram.testing.samples import seeded_random
 from refusals import refusal
 from unit.server.test_compatible import client_of
@@ -217,6 +219,30 @@ async def test_a_file_takes_a_conversation_to_another_server(
 
 
 @on_a_loop
+async def test_an_archive_on_its_way_that_finds_no_room(
+    server: Server, app: FastAPI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [name] = await saved(server, "a")
+    opened = Path.open
+
+    def on_a_full_disk(path: Path, *args: Any, **kw: Any) -> Any:
+        return opened(Path("/dev/full") if path.name == "archive" else path, *args, **kw)
+
+    async with client_of(app) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "open", on_a_full_disk)
+            for size in (10, 1 << 20):  # found when the file is closed, and while it is written
+                response = await client.post("/v1/snapshots/import", content=b"x" * size)
+                body = await refused(response, 507, "store_full")
+                assert body["details"]["needed"] == size
+        assert list((tmp_path / "temporary").iterdir()) == []
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+        response = await client.post("/v1/snapshots/import", content=b"x")
+        await refused(response, 500, "store_error")
+        await refused(await client.get(f"/v1/snapshots/{name}/export"), 500, "store_error")
+
+
+@on_a_loop
 async def test_a_client_that_leaves_a_download_leaves_no_file(
     server: Server, app: FastAPI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -323,6 +349,50 @@ async def test_a_malformed_prefix_is_refused(
 
 
 @on_a_loop
+async def test_no_client_writes_to_the_conversation_of_a_prefix(
+    server: Server, app: FastAPI
+) -> None:
+    """Else the prefix would be another one, unpinned, and the same one again refused."""
+    [name] = await saved(server, "a")
+    async with client_of(app) as client:
+        body = {"name": "guide", "text": "You are a guide."}
+        made = await ok(await client.post("/v1/prefixes", json=body))
+        rid, _ = await server.serve([7, 8])
+        await server.serve([7, 8, 9], rid="prefix:rid")
+        archive = (await client.get(f"/v1/snapshots/{name}/export")).content
+        prefix, other = f"/v1/snapshots/{made['snapshot_id']}", f"/v1/snapshots/{name}"
+        generating = {"create_new_request": True, "continuation_ids": [1], "max_new_tokens": 1}
+        for path, sent, field in (
+            ("/v1/snapshots", {"rid": rid, "conversation_id": "prefix:b"}, "conversation_id"),
+            ("/v1/snapshots", {"rid": "prefix:rid"}, "rid"),
+            (
+                "/v1/snapshots",
+                {"conversation_id": "prefix:guide", "branch_name": "b"},
+                "conversation_id",
+            ),
+            (f"{other}/branch", {"conversation_id": "prefix:b"}, "conversation_id"),
+            (f"{prefix}/branch", {"branch_name": "b"}, "conversation_id"),
+            (f"{prefix}/restore", generating, "create_new_request"),
+        ):
+            response = await client.post(path, json=sent)
+            body_of = await refused(response, 422, "invalid_request")
+            assert body_of["details"]["field"] == field, sent
+        response = await client.post(
+            "/v1/snapshots/import", params={"conversation_id": "prefix:b"}, content=archive
+        )
+        await refused(response, 422, "invalid_request")
+        listed = await ok(await client.get("/v1/prefixes"))
+        assert [one["name"] for one in listed["prefixes"]] == ["guide"]
+        # What writes nothing there goes.
+        await ok(await client.post(f"{prefix}/restore", json={}))
+        await ok(await client.post(f"{prefix}/branch", json={"conversation_id": "c"}))
+        again = await ok(await client.post("/v1/prefixes", json=body))
+        assert again["snapshot_id"] == made["snapshot_id"]
+    assert server.catalog.get(made["snapshot_id"]).pinned
+    assert len(server.engine.generated) == 1
+
+
+@on_a_loop
 async def test_a_mark_is_kept_until_it_expires(server: Server) -> None:
     prefixes, context = server.service.prefixes, server.service.context
 
@@ -382,6 +452,110 @@ async def test_a_mark_that_cannot_be_stored_is_told_and_costs_nothing_else(
     await prefixes.mark("", [1, 2, 3], 300)
     await context.drain()
     assert len((await prefixes.list("", 9, None))[0]) == 1
+
+
+@on_a_loop
+async def test_marks_are_written_one_at_a_time_and_bounded(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written is held in RAM on every rank."""
+    prefixes, context, engine = server.service.prefixes, server.service.context, server.engine
+    monkeypatch.setattr(prefixes_module, "MAX_MARKS", 3)
+    persist, running, most = engine.persist, 0, 0
+
+    async def counted(*args: Any) -> Any:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        try:
+            return await persist(*args)
+        finally:
+            running -= 1
+
+    monkeypatch.setattr(engine, "persist", counted)
+    engine.persist_gate.shut()
+    for count in (1, 2, 3):
+        await prefixes.mark("", [count, 2, 3], 300)
+    await engine.persist_gate.reached.wait()
+    with pytest.raises(SaveQueueFullError):
+        await prefixes.mark("", [4, 2, 3], 300)
+    await prefixes.mark("", [3, 2, 3], 300)  # on its way already
+    assert len(engine.generated) == 3
+    # The states of those that wait leave memory: they are computed again.
+    engine.forget()
+    engine.persist_gate.open.set()
+    await context.drain()
+    assert most == 1
+    assert len((await prefixes.list("", 9, None))[0]) == 3
+    assert len(engine.generated) == 5
+    await prefixes.mark("", [4, 2, 3], 300)
+    await context.drain()
+    assert len((await prefixes.list("", 9, None))[0]) == 4
+
+
+@on_a_loop
+async def test_a_mark_waits_for_a_blocked_catalog_as_long_as_a_request_is_held(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = server.restart(snapshot_promote_timeout=0.2)
+    prefixes, context = server.service.prefixes, server.service.context
+    await context.engine()
+    let_go = threading.Event()
+    find = server.catalog.find
+
+    def waits(*args: Any) -> Any:
+        let_go.wait(30)
+        return find(*args)
+
+    monkeypatch.setattr(server.catalog, "find", waits)
+    waited = await prefixes.mark("", [1, 2, 3], 300)
+    assert waited >= 0.2
+    assert server.engine.generated == [], "the request computes it itself"
+    let_go.set()
+    await context.drain()
+    assert "prefix marked with cache_control" in context.stats.last_failures[-1]
+    await prefixes.mark("", [1, 2, 3], 300)
+    await context.drain()
+    assert len((await prefixes.list("", 9, None))[0]) == 1
+    server.stop()
+
+
+@pytest.mark.parametrize("marked", [False, True])
+@on_a_loop
+async def test_a_prefix_that_was_found_damaged_is_computed_again(
+    server: Server, marked: bool
+) -> None:
+    async def keep(server: Server) -> SnapshotRow:
+        prefixes = server.service.prefixes
+        if marked:
+            await prefixes.mark("", [1, 2, 3], 300)
+        else:
+            await prefixes.keep("", "a", [1, 2, 3])
+        await server.service.context.drain()
+        ((found,), _) = await prefixes.list("", 9, None)
+        return found.row
+
+    first = await keep(server)
+    segment = server.store.get_manifest(first.snapshot_id).segments[0][-1].segment_id
+    (file,) = (server.root / "segments").rglob(f"{segment}*")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    server = server.restart()
+    await server.serve([1, 2, 3, 4])
+    assert server.service.context.stats.hold_failures == 1
+    second = await keep(server)
+    assert second.snapshot_id != first.snapshot_id
+    assert second.pinned == first.pinned
+    assert len(server.engine.generated) == 1
+    assert (await keep(server)).snapshot_id == second.snapshot_id
+    if not marked:
+        with pytest.raises(AlreadyExistsError):
+            await server.service.prefixes.keep("", "a", [1, 2])
+    server = server.restart()
+    await server.serve([1, 2, 3, 4])
+    assert (len(server.engine.promoted), server.service.context.stats.hold_failures) == (1, 0)
+    server.stop()
 
 
 @on_a_loop

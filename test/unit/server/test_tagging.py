@@ -307,6 +307,14 @@ async def test_a_request_behind_a_root_path_is_tagged() -> None:
     assert app.tags == [Tag("c")]
 
 
+@on_a_loop
+async def test_a_refusal_can_name_what_has_no_utf8() -> None:
+    asked = body(conversation_id="c", stateful=True, continue_from={"\ud800": 1})
+    start, reply = await ask(App(), whole(asked), path="/v1/chat/completions")
+    assert start["status"] == 422
+    assert json.loads(reply["body"])["error"]["details"] == {"field": "continue_from.\ud800"}
+
+
 @pytest.mark.parametrize(
     "body", [b'{"conversation_id": "c", "x": NaN}', b'{"conversation_id": "c", "x": "\\ud800"}']
 )

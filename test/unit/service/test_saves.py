@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from engram.conversation.turns import Tag
+from engram.conversation.turns import RunningRequest, Tag
+from engram.core.tokens import to_tokens
 from engram.errors import (
     AlreadyExistsError,
     GenerationAbortedError,
@@ -22,6 +23,7 @@ from engram.snapshot.listing import manifest_name
 from engram.snapshot.manifest import encode_manifest
 from engram.store.layout import Layout
 from engram.testing.faults import SimulatedCrash
+from engram.testing.samples import seeded_random
 from engram.testing.tamper import DAMAGES
 from unit.service.engine import Server, on_a_loop
 
@@ -467,3 +469,68 @@ async def test_a_snapshot_deleted_meanwhile_is_not_taken_for_a_damaged_one(serve
     with pytest.raises(NotFoundError):
         server.service._saver._check_whole(row)
     assert server.service.context.stats.corrupt == 0
+
+
+@pytest.mark.parametrize("branch", [None, "other"])
+@on_a_loop
+async def test_what_is_deleted_while_it_is_saved_does_not_come_back(
+    tmp_path: Path, branch: str | None
+) -> None:
+    server = Server.start(tmp_path / "store", seeded_random(), snapshot_trigger_policy="every_turn")
+    service, gate = server.service, server.engine.persist_gate
+    named = {} if branch is None else {"branch_name": branch}
+    await server.chat("kept")
+    await server.chat("c", **named)
+    await service.context.drain()
+    gate.shut()
+    # Being written, waiting behind it for its turn, and asked for.
+    tokens = await server.chat("c", **named)
+    await server.chat("c", 2, tokens, **named)
+    await server.chat("kept")
+    await gate.reached.wait()
+    asked = asyncio.ensure_future(
+        service.save(tenant="", conversation_id="c", turn_number=3, **named)
+    )
+    while not service.context.saves.waiting:
+        await asyncio.sleep(0)
+    if branch is None:
+        deleting = asyncio.ensure_future(service.delete_conversation("", "c"))
+    else:
+        deleting = asyncio.ensure_future(service.delete_branch(Tag("c", branch)))
+    while service.context.tracker.knows_conversation("", "c"):
+        await asyncio.sleep(0)
+    assert not deleting.done(), "a save that may be committing is waited for"
+    gate.open.set()
+    assert await deleting == 1
+    with pytest.raises(NotFoundError, match="was deleted while its turn 3"):
+        await asked
+    await service.context.drain()
+    assert service.context.saves.running == 0
+    assert not service.context.tracker.knows_conversation("", "c")
+    assert (await service.page("", "c", None, 9, None)).snapshots == ()
+    assert len((await service.page("", "kept", None, 9, None)).snapshots) == 2
+    # What comes next is another conversation.
+    await server.chat("c", **named)
+    await service.context.drain()
+    assert [row.turn_number for row in (await service.page("", "c", None, 9, None)).snapshots] == [
+        1
+    ]
+    server.stop()
+
+
+@on_a_loop
+async def test_a_turn_that_waits_for_its_number_is_deleted_with_its_conversation(
+    server: Server,
+) -> None:
+    """Its branch was not asked for yet when it finished."""
+    tracker = server.service.context.tracker
+    for name in ("c", "d"):
+        tag = Tag(name)
+        tracker.begin(RunningRequest(name, to_tokens([1, 2]), tag))
+        assert tracker.finish(name, [3]) is None
+    tracker.forget_conversation("", "c")
+    assert (tracker.unnumbered("c"), tracker.unnumbered("d")) == (None, Tag("d"))
+    tracker.forget_branch(Tag("d", "other"))
+    assert tracker.unnumbered("d") == Tag("d")
+    tracker.forget_branch(Tag("d"))
+    assert tracker.unnumbered("d") is None

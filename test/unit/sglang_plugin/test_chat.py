@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -20,13 +21,15 @@ from engram.errors import (
     GenerationAbortedError,
     InvalidRequestError,
     NotFoundError,
+    UnsupportedError,
     UpstreamError,
 )
 from engram.server.stateful import CURRENT_STATEFUL, Stateful
-from engram.server.tagging import CURRENT_TAG, HELD
+from engram.server.tagging import CURRENT_MARK, CURRENT_TAG, HELD, Marked
 from engram.server.wire import error_response
 from engram.service.recorded import Place
-from engram.sglang_plugin.chat import PLAN, raise_refusal, watch_chats
+from engram.sglang_plugin import chat as chat_module
+from engram.sglang_plugin.chat import PLAN, raise_refusal, shared_prefix, watch_chats
 from engram.testing.samples import seeded_random
 from engram.testing.tiny_tokenizer import build_tokenizer
 from unit.service.engine import Server, on_a_loop
@@ -83,6 +86,13 @@ class Chat:
             encode_kwargs={"add_special_tokens": False},
             use_cache=False,
         )[0]
+
+    def _process_messages(self, request: Any, is_multimodal: bool) -> Any:
+        said = [message.model_dump(exclude_none=True) for message in request.messages]
+        ids, _ = self._render_and_encode_chat_template(
+            said, tools=None, encode_kwargs={"add_special_tokens": False}
+        )
+        return SimpleNamespace(prompt_ids=ids)
 
     def _render_and_encode_chat_template(self, messages: Any, **kw: Any) -> tuple[list[int], None]:
         text = self.tokenizer.apply_chat_template(
@@ -228,6 +238,62 @@ async def test_tools_that_the_prompt_would_lack_are_refused(server: Server) -> N
     assert server.service.context.tracker.newest(tag) == 3
 
 
+@pytest.mark.parametrize("role", ["system", "developer"])
+@on_a_loop
+async def test_instructions_that_the_prompt_would_lack_are_refused(
+    server: Server, role: str
+) -> None:
+    """Some templates put every system message in front, others leave the later ones out."""
+    rule = {"role": role, "content": "be brief"}
+    front = (
+        "{% for m in messages if m.role not in ('user', 'assistant') %}<|system|>{{ m.content }}"
+        "{% endfor %}"
+    )
+    others = (
+        "{% for m in messages if m.role in ('user', 'assistant') %}<|{{ m.role }}|>{{ m.content }}"
+        "{% if m.role == 'assistant' %}<|endoftext|>{% endif %}{% endfor %}<|assistant|>"
+    )
+    for number, template in enumerate((front + others, others)):
+        chat, tag = Chat(server, template), Tag(f"c{number}")
+        # The first messages are rendered as a whole.
+        assert (await chat.ask([rule, *said("one")], tag, Stateful())).status_code == 200
+        for messages in ([rule, *said("two")], [*said("two"), rule]):
+            refused = await chat.ask(messages, tag, Stateful())
+            assert refused.status_code == 422
+            assert b'"field":"messages"' in refused.body
+        assert (await chat.ask(said("two"), tag, Stateful())).status_code == 200
+        assert len(chat.prompts) == 2
+    chat, tag = Chat(server), Tag("stated")
+    await chat.ask(said("one"), tag, Stateful())
+    asked = [{"role": "system", "content": "be brief"}, *said("two")]
+    assert (await chat.ask(asked, tag, Stateful())).status_code == 200
+    assert "be brief" in TOKENIZER.decode(chat.prompts[1])
+
+
+@on_a_loop
+async def test_what_is_refused_is_not_served_with_the_tools_in_another_form(server: Server) -> None:
+    """Upstream tries again with flat tools where a template fails; this one leaves those out."""
+    whole = "{% for t in tools or [] if t.type == 'function' %}{{ t | tojson }}{% endfor %}"
+    chat, tag = Chat(server, whole + TOKENIZER.chat_template), Tag("c")
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    encode = chat._render_and_encode_chat_template
+
+    def twice(messages: Any, **kw: Any) -> Any:
+        try:
+            return encode(messages, **kw)
+        except ValueError:
+            flat = [tool["function"] for tool in kw["tools"]]
+            return encode(messages, **{**kw, "tools": flat})
+
+    chat._render_and_encode_chat_template = twice  # type: ignore[method-assign]
+    await chat.ask(said("one"), tag, Stateful())
+    refused = await chat.ask(said("two"), tag, Stateful(), tools=tools)
+    assert refused.status_code == 422
+    assert b'"field":"tools"' in refused.body
+    assert len(chat.prompts) == 1, "nothing was generated for it"
+    assert server.service.context.tracker.newest(tag) == 1
+
+
 @pytest.mark.parametrize("what", ["encoder", "template", "input_ids", "looks back"])
 @on_a_loop
 async def test_what_cannot_be_rendered_in_part_is_refused(server: Server, what: str) -> None:
@@ -303,6 +369,142 @@ async def test_after_a_restart_a_chat_finds_its_conversation_again(linking: Serv
         assert again.service.context.tracker.newest(linked) == 2
     finally:
         again.stop()
+
+
+@on_a_loop
+async def test_a_mark_counts_where_a_conversation_begins(server: Server) -> None:
+    chat, tag, context = Chat(server), Tag("c"), server.service.context
+    seen: list[Tag | None] = []
+    generate = server.engine.generate
+
+    async def noting(*args: Any, **kw: Any) -> Any:
+        seen.append(CURRENT_TAG.get())
+        return await generate(*args, **kw)
+
+    server.engine.generate = noting  # type: ignore[method-assign]
+    document = [{"role": "system", "content": "a document"}]
+
+    async def marked(messages: list[dict[str, Any]], *args: Any) -> list[str]:
+        token = CURRENT_MARK.set(Marked(messages[:1], None, 300.0))
+        try:
+            assert (await chat.ask(messages, *args)).status_code == 200
+        finally:
+            CURRENT_MARK.reset(token)
+        await context.drain()
+        return [one.name for one in (await server.service.prefixes.list("", 9, None))[0]]
+
+    [name] = await marked([*document, *said("one")], tag, Stateful())
+    assert name.startswith("marked.")
+    assert server.engine.generated[0]["input_ids"] == ids("<|system|>a document")
+    assert seen == [None], "its own request is nobody's turn"
+    # What is said later stands on what is recorded.
+    assert await marked(said("two"), tag, Stateful()) == [name]
+    # A chat of nobody's, one that sends its history, and another conversation begin with the same.
+    assert await marked([*document, *said("one")]) == [name]
+    assert await marked([*document, *said("one")], Tag("d")) == [name]
+    assert await marked([*document, *said("three")], Tag("e"), Stateful()) == [name]
+    assert len(seen) == 1
+    assert context.stats.last_failures == []
+
+
+def test_a_prefix_is_text(server: Server) -> None:
+    """What a template leaves out would be no part of the prefix, and nobody would be told."""
+    chat = Chat(server)
+    for part in ({"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "x"}}):
+        messages = [{"role": "user", "content": [part]}]
+        if part["type"] == "text":
+            assert shared_prefix(chat, messages, None)
+            continue
+        with pytest.raises(UnsupportedError) as refused:
+            shared_prefix(chat, messages, None)
+        assert refused.value.details == {"field": "messages"}
+
+
+@contextmanager
+def blocked_catalog(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Within, whoever asks the catalog for a branch waits; the names of those who have asked."""
+    let_go, asked = threading.Event(), []
+    with monkeypatch.context() as patch, ExitStack() as stack:
+        for name in ("find", "branches_of_many"):
+            ask = getattr(server.catalog, name)
+
+            def waits(*args: Any, ask: Any = ask, name: str = name, **kw: Any) -> Any:
+                asked.append(name)
+                let_go.wait(30)
+                return ask(*args, **kw)
+
+            patch.setattr(server.catalog, name, waits)
+        stack.callback(let_go.set)
+        yield asked
+
+
+@pytest.mark.parametrize("timeout", [0.0, 10.0])
+@on_a_loop
+async def test_a_conversation_that_goes_on_asks_no_store(
+    server: Server, monkeypatch: pytest.MonkeyPatch, timeout: float
+) -> None:
+    server = server.restart(snapshot_promote_timeout=timeout)
+    chat, tag = Chat(server), Tag("c")
+    no_utf8 = TOKENIZER.convert_tokens_to_ids("<0xFF>")
+    text = TOKENIZER.decode([no_utf8])
+    assert ids(text) != [no_utf8]
+    chat.reply = [no_utf8, END]
+    await chat.ask(said("one"), tag, Stateful())
+    with blocked_catalog(server, monkeypatch) as asked:
+        await chat.ask(said("one", text, "two"), tag)
+        await chat.ask(said("three"), tag, Stateful())
+        assert asked == []
+    first = [*chat.prompts[0], *chat.reply]
+    assert chat.prompts[1][: len(first)] == first, "not tokenised again"
+    second = [*chat.prompts[1], *chat.reply]
+    assert chat.prompts[2][: len(second)] == second
+    server.stop()
+
+
+@on_a_loop
+async def test_a_stateful_chat_does_not_wait_for_ever_for_its_tokens(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat, tag = Chat(server), Tag("c")
+    await chat.ask(said("one"), tag, Stateful())
+    await server.service.save(tenant="", conversation_id="c")
+    server = server.restart()
+    chat = Chat(server)
+    with blocked_catalog(server, monkeypatch), monkeypatch.context() as patch:
+        patch.setattr(chat_module, "READ_TIMEOUT_S", 0.2)
+        for kind in ("chat", "continue", "regenerate"):
+            # Each finds the branch free again.
+            refused = await chat.ask(said("two"), tag, Stateful(kind))  # type: ignore[arg-type]
+            assert refused.status_code == 504
+            assert b'"code":"deadline"' in refused.body
+    await server.service.context.drain()
+    assert (await chat.ask(said("two"), tag, Stateful())).status_code == 200
+    assert server.service.context.tracker.newest(tag) == 2
+    server.stop()
+
+
+@on_a_loop
+async def test_one_untagged_chat_at_a_time_waits_for_a_store_that_is_blocked(
+    linking: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    linking = linking.restart(snapshot_promote_timeout=0.2)
+    chat = Chat(linking)
+    await chat.ask(said("one"))
+    first = chat.tags[0]
+    with blocked_catalog(linking, monkeypatch) as asked:
+        for count in (1, 2):
+            response = await chat.ask(said("one", "fine", "two"))
+            assert (response.status_code, asked.count("branches_of_many")) == (200, 1)
+            assert (
+                "conversation of an untagged chat"
+                in linking.service.context.stats.last_failures[-1]
+            )
+            linking.service.context.stats.last_failures.clear()
+            assert len(chat.prompts) == 1 + count
+    await linking.service.context.drain()
+    await chat.ask(said("one", "fine", "three"))
+    assert chat.tags == [first, None, None, first]
+    linking.stop()
 
 
 @on_a_loop

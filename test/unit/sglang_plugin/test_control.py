@@ -28,6 +28,7 @@ from engram.errors import (
     StoreFullError,
 )
 from engram.server.tagging import CURRENT_TAG
+from engram.sglang_plugin.chat import WAITED
 from engram.sglang_plugin.control import RankClient, RankControl
 from engram.sglang_plugin.engine import SglangGenerator, SglangRanks
 from engram.sglang_plugin.keys import page_keys
@@ -332,11 +333,13 @@ class Manager:
     def __init__(self, answer: Callable[[Any], dict[str, Any]]) -> None:
         self.answer = answer
         self.tags: list[Tag | None] = []
+        self.waited: list[float] = []
         self.model_config = SimpleNamespace(vocab_size=1000)
         self.sampling_params_class = SamplingParams
 
     async def generate_request(self, request: Any, raw: Any) -> Any:
         self.tags.append(CURRENT_TAG.get())
+        self.waited.append(WAITED.get())
         yield self.answer(request)
 
 
@@ -349,10 +352,14 @@ async def test_a_generation_is_tagged_and_untagged_again() -> None:
     manager = Manager(answer)
     tag = Tag("c", parent_snapshot="s")
     ids = np.asarray([1, 2]).tolist()
+    # A task of the service's has the context of some request that was held.
+    WAITED.set(9.0)
     made = await SglangGenerator(manager).generate(ids, {"max_new_tokens": 1}, rid="r", tag=tag)
     assert (made.rid, made.output_ids, made.cached_tokens) == ("r", [1, 2, 9], 5)
     assert manager.tags == [tag]
     assert CURRENT_TAG.get() is None
+    assert manager.waited == [0.0], "what is generated here has its own time to be held"
+    assert WAITED.get() == 9.0
 
 
 @on_a_loop

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import AsyncIterator
+from typing import Any, cast
 
 import httpx
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
+from sglang.srt.entrypoints.engine import Engine as SglangEngine
 
+from engram.errors import EngramError
+from engram.sglang_plugin.inprocess import POSITIONAL, Engine
 from engram.sglang_plugin.inside import InsideTransport
 from unit.service.engine import on_a_loop
 
@@ -98,3 +103,32 @@ async def test_what_is_raised_before_any_reply_comes_out() -> None:
     async with httpx.AsyncClient(transport=InsideTransport(broken), base_url="http://i") as client:
         with pytest.raises(RuntimeError, match="as it is"):
             await client.get("/")
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "field"),
+    [
+        (("x", {"n": 2}), {}, "n"),
+        (("x",), {"sampling_params": {"n": 2}}, "n"),
+        (("x",), {"sampling_params": [{}, {"n": 1}]}, "prompt"),
+        ((["x", "y"],), {}, "prompt"),
+        ((), {"input_ids": [[1], [2]]}, "input_ids"),
+        ((None, None, [[1]]), {}, "input_ids"),
+        (("x", None, None, ["image"]), {}, "conversation_id"),
+        (("x",), {"video_data": "v"}, "conversation_id"),
+        (("x",), {"conversation_id": "prefix:guide"}, "conversation_id"),
+        (("x",), {"conversation_id": "../x"}, "conversation_id"),
+    ],
+)
+def test_a_turn_without_a_server_has_the_rules_of_one(
+    args: tuple[Any, ...], kwargs: dict[str, Any], field: str
+) -> None:
+    # Refused before anything of the engine is asked: there is none.
+    with pytest.raises(EngramError) as refused:
+        Engine.generate(cast(Any, None), *args, **{"conversation_id": "c", **kwargs})
+    assert refused.value.details["field"] == field
+
+
+def test_what_is_known_by_place_is_what_sglang_takes_there() -> None:
+    names = list(inspect.signature(SglangEngine.generate).parameters)
+    assert tuple(names[1 : 1 + len(POSITIONAL)]) == POSITIONAL

@@ -11,6 +11,7 @@ from rich.table import Table
 from engram.cli.remote.connection import URL, JsonOption, KeyOption, UrlOption, answer, connected
 from engram.cli.remote.connection import console as new_console
 from engram.cli.remote.places import SHAPE_HELP, snapshot_at
+from engram.cli.remote.tables import spoken
 from engram.cli.size import shown
 from engram.client.results import Comparison, Snapshot
 from engram.errors import SnapshotCorruptError
@@ -86,12 +87,12 @@ def _show(
         console.print(f"both have the same {common:,} tokens")
     else:
         console.print(f"the first {common:,} tokens are the same, up to:")
-        console.print(escape(("..." if cut else "") + before), style="dim")
+        console.print(escape(("..." if cut else "") + spoken(before)), style="dim")
         table = Table(show_lines=True)
         for one in found.snapshots:
             place = f"{one.conversation_id}/{one.branch_name}@{one.turn_number}"
             table.add_column(escape(place), overflow="fold", ratio=1)
-        table.add_row(*(escape(text) or "[dim](nothing more)[/]" for text in own))
+        table.add_row(*(escape(spoken(text)) or "[dim](nothing more)[/]" for text in own))
         table.add_row(*(f"{len(ids) - common:,} tokens of its own" for ids in tokens))
         console.print(table)
     sizes = " and ".join(shown(one.bytes) for one in found.snapshots)

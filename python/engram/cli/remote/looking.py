@@ -12,7 +12,7 @@ from rich.tree import Tree as RichTree
 from engram.cli.remote.connection import URL, JsonOption, KeyOption, UrlOption, answer, connected
 from engram.cli.remote.connection import console as new_console
 from engram.cli.remote.places import PlaceArgument, branch_in, snapshot_at
-from engram.cli.remote.tables import conversations_table, moment, snapshots_table
+from engram.cli.remote.tables import conversations_table, moment, snapshots_table, spoken
 from engram.cli.size import shown
 from engram.client import EngramClient
 from engram.client.results import ConversationSummary, Snapshot, SnapshotSummary, Tree
@@ -74,7 +74,7 @@ def show(
             return
         new_console().print(_described(snapshot))
         if words is not None:
-            new_console().print(f"\n{escape(words)}")
+            new_console().print(f"\n{escape(spoken(words))}")
 
 
 def tree(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from datetime import datetime
+from typing import Final
 
 from rich.markup import escape
 from rich.table import Table
@@ -11,10 +13,24 @@ from rich.table import Table
 from engram.cli.size import shown
 from engram.client.results import ConversationSummary, SnapshotSummary
 
+CONTROLS: Final = {
+    code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"
+}
+
 
 def moment(seconds: float) -> str:
     """Local time; `seconds` since the epoch."""
-    return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    try:
+        found = datetime.fromtimestamp(seconds).astimezone()
+    except (ValueError, OverflowError, OSError):
+        return "after the year 9999"  # what the server takes is more than a calendar has
+    return found.strftime("%Y-%m-%d %H:%M:%S")
+
+
+def spoken(text: str) -> str:
+    """What a model or a user has said, as it may be shown: at a terminal no character of it moves
+    the cursor, changes colours or does anything else but stand there."""
+    return text.translate(CONTROLS) if sys.stdout.isatty() else text
 
 
 def table_of(*columns: str, right: Iterable[str] = ()) -> Table:

@@ -18,10 +18,11 @@ from engram.cli.remote.connection import (
     connected,
 )
 from engram.cli.remote.places import BranchArgument, branch_in
+from engram.cli.remote.tables import spoken
 from engram.client import Conversation
 from engram.client.chat import Reply
 from engram.client.client import ChatStream
-from engram.errors import EngramError, NotFoundError
+from engram.errors import EngramError, InvalidRequestError, NotFoundError
 
 MessageOption = Annotated[
     str | None, typer.Option("-m", "--message", help="Say this alone, and end.")
@@ -95,6 +96,8 @@ class _Talk:
                 if self._terminal:
                     typer.echo()
                 return
+            except UnicodeDecodeError as error:
+                raise InvalidRequestError(f"what was typed is no text: {error}") from None
             if line == "/quit":
                 return
             if line == "/help":
@@ -126,12 +129,13 @@ class _Talk:
     def _shown(self, stream: ChatStream) -> Reply:
         for text in stream:
             if not self._as_json:
-                typer.echo(text, nl=False)
+                typer.echo(spoken(text), nl=False)
         reply = stream.reply
         if not self._as_json:
             typer.echo()
             for call in reply.tool_calls:
-                typer.echo(f"(calls {call.function.name} {call.function.arguments})")
+                what = f"{call.function.name} {call.function.arguments}"
+                typer.echo(f"(calls {spoken(what)})")
             if self._terminal and reply.usage is not None:
                 usage = reply.usage
                 self._note(f"({usage.cached_tokens} of {usage.prompt_tokens} tokens were cached)")

@@ -9,13 +9,12 @@ from typing import Annotated, Any
 import typer
 from rich.console import Group
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from engram.cli.remote.connection import URL, JsonOption, KeyOption, UrlOption, connected
 from engram.cli.remote.connection import console as new_console
-from engram.cli.remote.tables import moment, table_of
+from engram.cli.remote.tables import moment, spoken, table_of
 from engram.cli.size import shown
 from engram.client import EngramClient
 from engram.client.results import Tiers
@@ -89,7 +88,7 @@ def _drawn(client: EngramClient) -> Group:
         lines.append("pinned in VRAM: " + ", ".join(pins))
     lines += [f"failed: {what}" for what in service["last_failures"][-3:]]
     header = Text(f"{client.url}  {moment(time.time())}", style="bold")
-    return Group(header, _table(tiers), Text.from_markup(escape("\n".join(lines))))
+    return Group(header, _table(tiers), Text(spoken("\n".join(lines))))
 
 
 def _table(tiers: Tiers) -> Table:

@@ -16,24 +16,30 @@ import pytest
 from e2e.agents_world import agents_world
 from e2e.battered_world import battered_world
 from e2e.matrix import Recorder
+from e2e.off_world import off_world
 from e2e.pressured_world import alone_world, pressured_world
 from e2e.slow_world import SlowWorld, slow_world
 from e2e.small_world import small_world
 from e2e.worlds import Stage, World, restarted_world
 
-WORLDS = ("restarted", "other", "small", "battered", "pressured", "alone", "slow", "agents")
+WORLDS = ("restarted", "other", "small", "battered", "pressured", "alone", "slow", "agents", "off")
 STANDS_ON = {"other": "restarted", "alone": "pressured"}
 """Worlds that begin with what another has left behind."""
 SECONDS = {
-    "restarted": 200,
     "battered": 230,
     "small": 200,
-    "agents": 160,
-    "pressured": 130,
-    "test_demo": 95,
-    "test_encryption": 90,
-    "test_flag_off": 80,
-    "test_triggers": 70,
+    "restarted": 190,
+    "pressured": 180,
+    "agents": 150,
+    "off": 120,
+    "test_demo": 120,
+    "slow": 110,
+    "test_encryption": 105,
+    "granite-hybrid-float32-extra-buffer-1": 95,
+    "llama-float32-lora": 95,
+    "test_docs_commands": 90,
+    "test_triggers": 85,
+    "mamba2-float32": 70,
 }
 """About how long those take that take longer than the others."""
 USUAL_S = 50
@@ -166,6 +172,12 @@ def pressured(stage: Stage) -> World:
 def alone(stage: Stage) -> World:
     """What the server under pressure stored, on one that runs one request at a time."""
     return stage.world("alone", alone_world)
+
+
+@pytest.fixture
+def off(stage: Stage) -> World:
+    """float32 without the plug-in's flag, beside SGLang without the plug-in."""
+    return stage.world("off", off_world)
 
 
 @pytest.fixture

@@ -2,134 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-from dataclasses import dataclass
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
-from e2e.helpers import TIMEOUT_S, random_ids, random_text
-from e2e.worlds import QUICK, Stage, fresh
-from engram.testing.samples import seeded_random
-from engram.testing.server import ServerProcess
-
-# What the plug-in would choose for a machine without an accelerator, said to both servers.
-ARGS = (
-    *QUICK,
-    *("--device", "cpu", "--attention-backend", "torch_native"),
-    *("--mamba-radix-cache-strategy", "no_buffer", "--disable-overlap-schedule"),
-)
-VARYING = {
-    *("id", "created", "e2e_latency", "response_sent_to_client_ts", "request_received_ts"),
-    *("queue_time", "inference_time", "decode_throughput", "forward_entry_time"),
-    *("prefill_launch_delay", "prefill_launch_latency", "request_sent_to_scheduler_ts"),
-    *("prefill_waiting_latency", "prefill_finished_ts", "operationId"),
-}
-"""Times and ids of one request; FastAPI names operations after one of a set, in no order."""
-
-ONLY_CPU = "cpu_kernels_alone"
-
-
-@dataclass(frozen=True)
-class Answer:
-    """Status and body; a stream is the list of its events."""
-
-    status: int
-    body: Any
-
-
-def requests() -> list[tuple[str, str, Any]]:
-    numbers = seeded_random()
-    ids = random_ids(numbers, 150)
-    greedy = {"temperature": 0, "max_new_tokens": 8}
-    chat = {
-        "model": "default",
-        "messages": [{"role": "user", "content": random_text(numbers, 60)}],
-        "temperature": 0,
-        "max_tokens": 8,
-        "logprobs": True,
-        "top_logprobs": 3,
-    }
-    native = {"input_ids": ids, "sampling_params": greedy, "return_logprob": True}
-    prompt = {"model": "default", "prompt": random_text(numbers, 50), "max_tokens": 8}
-    tag = {"conversation_id": "a-conversation"}
-    bad_tag = {"conversation_id": "../x"}
-    return [
-        ("POST", "/generate", native),
-        ("POST", "/generate", native | {"input_ids": [*ids, *random_ids(numbers, 20)]}),
-        ("POST", "/generate", native | {"stream": True}),
-        ("POST", "/generate", {"text": ["abc", "defg"], "sampling_params": greedy}),
-        ("POST", "/generate", native | {"sampling_params": {"temperature": -1}}),
-        ("POST", "/generate", native | {"input_ids": [10] * 9000}),
-        ("POST", "/v1/chat/completions", chat),
-        ("POST", "/v1/chat/completions", chat | tag),
-        ("POST", "/v1/chat/completions", chat | bad_tag),
-        ("POST", "/v1/chat/completions", chat | {"stream": True}),
-        ("POST", "/v1/chat/completions", {"model": "default"}),
-        ("POST", "/v1/completions", prompt | {"temperature": 0, "logprobs": 2}),
-        ("POST", "/v1/completions", prompt | {"temperature": 0} | tag),
-        ("GET", "/v1/models", None),
-        ("GET", "/model_info", None),
-        ("GET", "/openapi.json", None),
-        ("POST", "/save_snapshot", {"conversation_id": "a-conversation"}),
-        ("POST", "/restore_snapshot", {"conversation_id": "a-conversation"}),
-        ("POST", "/list_snapshots", {"conversation_id": "a-conversation"}),
-        ("POST", "/flush_cache", None),
-        ("POST", "/generate", native),
-    ]
-
-
-def answers(server: ServerProcess, sent: list[tuple[str, str, Any]]) -> list[Answer]:
-    found = []
-    with httpx.Client(base_url=server.url, timeout=TIMEOUT_S) as http:
-        for method, path, body in sent:
-            response = http.request(method, path, json=body)
-            body = comparable(parsed(response))
-            streamed = isinstance(body, list) and "[DONE]" in body
-            found.append(Answer(response.status_code, folded(body) if streamed else body))
-    return found
-
-
-def parsed(response: httpx.Response) -> Any:
-    if response.headers.get("content-type", "").startswith("text/event-stream"):
-        events = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
-        return [event if event == "[DONE]" else json.loads(event) for event in events]
-    try:
-        return response.json()
-    except ValueError:
-        return response.text
-
-
-def folded(events: list[Any]) -> list[Any]:
-    """A stream however it was cut: how many tokens an event has depends on how busy the machine is.
-
-    Of `/generate`, each of whose events has all so far, the last; of chunks, their texts and
-    log-probabilities put together, then each other value they have had.
-    """
-    chunks = [event for event in events if isinstance(event, dict)]
-    if not any("choices" in chunk for chunk in chunks):
-        return [*chunks[-1:], *(event for event in events if not isinstance(event, dict))]
-    text, logprobs, others = "", [], []
-    for event in events:
-        for choice in event.get("choices", ()) if isinstance(event, dict) else ():
-            text += choice["delta"].pop("content", None) or ""
-            logprobs += (choice.pop("logprobs", None) or {}).get("content") or []
-        if event not in others:
-            others.append(event)
-    return [text, logprobs, *others]
-
-
-def comparable(value: Any) -> Any:
-    """The value with what no two requests have in common replaced, but not removed."""
-    if isinstance(value, dict):
-        return {k: "..." if k in VARYING else comparable(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [comparable(item) for item in value]
-    return value
+from e2e.worlds import World
 
 
 def differences(one: Any, other: Any, place: str = "") -> list[tuple[str, Any, Any]]:
@@ -150,68 +28,29 @@ def differences(one: Any, other: Any, place: str = "") -> list[tuple[str, Any, A
     return [] if one == other else [(place, one, other)]
 
 
-def kernels_alone(folder: Path) -> dict[str, str]:
-    """Variables with which SGLang loads Engram's CPU kernels and nothing else of it.
-
-    They are a plug-in of their own here, the only one that SGLang is allowed.
-    """
-    info = folder / "cpu_kernels_alone-0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: cpu-kernels-alone\nVersion: 0\n")
-    (info / "entry_points.txt").write_text(
-        f"[sglang.srt.plugins]\n{ONLY_CPU} = engram.sglang_plugin.cpu:install\n"
-    )
-    path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
-    # The list holds for both kinds of plug-ins; `engram_cpu` is the platform.
-    return {"PYTHONPATH": path, "SGLANG_PLUGINS": f"{ONLY_CPU},engram_cpu"}
+def compared(off: World) -> tuple[Any, Any, Any]:
+    """The requests, and the answers of both servers."""
+    return off.facts["sent"], off.facts["plugin"], off.facts["stock"]
 
 
-@dataclass(frozen=True)
-class Compared:
-    """The same requests to both servers."""
-
-    sent: list[tuple[str, str, Any]]
-    plugin: list[Answer]
-    stock: list[Answer]
-    stock_log: str
-
-
-@pytest.fixture(scope="module")
-def compared(stage: Stage) -> Compared:
-    stage.clear()
-    folder = fresh(stage.folder / "off")
-    sent = requests()
-    with stage.server(folder, ARGS) as server:
-        plugin = answers(server, sent)
-    server = stage.server(folder, ARGS, env=kernels_alone(folder / "site"))
-    server.log_path = folder / "stock.log"
-    with server:
-        stock = answers(server, sent)
-    return Compared(sent, plugin, stock, server.log_path.read_text())
-
-
-def test_replies_are_those_of_sglang(compared: Compared) -> None:
+def test_replies_are_those_of_sglang(off: World) -> None:
     found = [
         (request[:2], difference)
-        for request, plugin, stock in zip(
-            compared.sent, compared.plugin, compared.stock, strict=True
-        )
+        for request, plugin, stock in zip(*compared(off), strict=True)
         for difference in differences((plugin.status, plugin.body), (stock.status, stock.body))
     ]
     assert found == []
 
 
-def test_requests_were_served(compared: Compared) -> None:
+def test_requests_were_served(off: World) -> None:
     """Else the comparison would be one of errors."""
-    served = {
-        path
-        for (_, path, _), a in zip(compared.sent, compared.plugin, strict=True)
-        if a.status == 200
-    }
+    sent, plugin, _ = compared(off)
+    served = {path for (_, path, _), a in zip(sent, plugin, strict=True) if a.status == 200}
     assert {"/generate", "/v1/chat/completions", "/v1/completions"} <= served
 
 
 @pytest.mark.parametrize("path", ["/save_snapshot", "/restore_snapshot", "/list_snapshots"])
-def test_snapshot_routes_are_not_there(compared: Compared, path: str) -> None:
-    index = next(n for n, (_, p, _) in enumerate(compared.sent) if p == path)
-    assert compared.plugin[index].status == 404
+def test_snapshot_routes_are_not_there(off: World, path: str) -> None:
+    sent, plugin, _ = compared(off)
+    index = next(n for n, (_, p, _) in enumerate(sent) if p == path)
+    assert plugin[index].status == 404

@@ -5,7 +5,6 @@ Here the dense Granite, without persistence; the other families are in `test_fam
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,43 +12,27 @@ from typing import Any
 import httpx
 import pytest
 
+from e2e.off_world import SEED
 from e2e.reference import (
     ALL_LOG_PROBABILITIES,
-    CHUNK,
     Expected,
     ask_for,
     assert_as_expected,
     expect,
     prompts_of,
 )
+from e2e.worlds import Stage, World
 from engram.testing.server import ServerProcess
-from engram.testing.tiny_model import write_tiny_model
 
-SEED = 20
 
-FLAGS = [
-    *("--device", "cpu", "--dtype", "float32"),
-    *("--mamba-radix-cache-strategy", "no_buffer", "--disable-overlap-schedule"),
-    *("--chunked-prefill-size", str(CHUNK), "--enable-mixed-chunk"),
-    *("--max-total-tokens", "8192", "--max-mamba-cache-size", "64"),
-]
+@pytest.fixture
+def server(off: World) -> ServerProcess:
+    return off.server
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model"), seed=SEED)
-
-
-@pytest.fixture(scope="module")
-def expected(model_folder: Path) -> list[Expected]:
-    return expect(model_folder, prompts_of(SEED))
-
-
-@pytest.fixture(scope="module")
-def server(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    log = tmp_path_factory.mktemp("server") / "server.log"
-    with ServerProcess(model_folder, FLAGS, {"SGLANG_MAMBA_CONV_DTYPE": "float32"}, log) as process:
-        yield process
+def expected(stage: Stage) -> list[Expected]:
+    return expect(stage.model(SEED, dtype="float32"), prompts_of(SEED))
 
 
 def generate(server: ServerProcess, prompts: list[list[int]], **options: Any) -> list[Any]:
@@ -92,12 +75,12 @@ def test_prefill_joins_a_running_decode(server: ServerProcess, expected: list[Ex
 
 
 def test_a_next_turn_goes_on_from_the_cached_state(
-    server: ServerProcess, expected: list[Expected], model_folder: Path
+    server: ServerProcess, expected: list[Expected]
 ) -> None:
     first = expected[-1]
     generate(server, [first.prompt])
     turn = [*first.prompt, *first.reply, *expected[1].prompt]
     [reply] = generate(server, [turn])
     assert reply["meta_info"]["cached_tokens"] == len(first.prompt) + len(first.reply) - 1
-    [wanted] = expect(model_folder, [turn])
+    [wanted] = expect(Path(server.model), [turn])
     assert reply["output_ids"] == wanted.reply

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from fastapi import Request
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -175,6 +176,18 @@ class Terminal:
                 self.seen += os.read(self.master, 4096).decode()
         self.seen = self.seen.partition(text)[2]
 
+    def wait_until_it_reads(self) -> None:
+        """Return when it sleeps at its prompt.
+
+        Python sees a signal that comes between the prompt and the read after the next line only.
+        """
+        process, asleep = psutil.Process(self.process.pid), 0
+        deadline = time.monotonic() + 60
+        while asleep < 3:
+            assert time.monotonic() < deadline, "it does not read"
+            asleep = asleep + 1 if process.status() == psutil.STATUS_SLEEPING else 0
+            time.sleep(0.05)
+
     def interrupt(self) -> None:
         self.process.send_signal(signal.SIGINT)
 
@@ -204,6 +217,7 @@ def test_ctrl_c_stops_a_reply_and_then_the_command(talking: tuple[Live, Replies]
         terminal.wait_for("(5 of 9 tokens were cached)")
         terminal.wait_for("> ")
         assert replies.stopped
+        terminal.wait_until_it_reads()
         terminal.interrupt()
         assert terminal.process.wait(60) == 130
         assert "Traceback" not in terminal.seen

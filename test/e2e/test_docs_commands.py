@@ -101,7 +101,8 @@ def test_the_commands_of_the_documents(server: ServerProcess, folder: Path) -> N
         result = run(block, folder, server)
         assert result.returncode == 0, f"{block}\n{result.stdout}{result.stderr}"
         assert result.stdout
-        if block.language != "bash":
+        if not re.search("^curl ", block.code, re.MULTILINE):
+            # It may print what the model says, and that anything, a brace too.
             continue
         routes |= set(re.findall(r"localhost:30000(/\w+)", block.code))
         for reply in json_values(result.stdout):

@@ -4,7 +4,7 @@
 |---|---|
 | `tool.py` | `@tool`: a function with a schema |
 | `worker.py`, `framing.py`, `pool.py` | processes in which an operator's tools run |
-| `execution.py`, `within.py` | one way to run any tool, for so long at most |
+| `execution.py` | one way to run any tool, for so long at most |
 | `built_in.py`, `calculator.py` | the tools every server has |
 | `database.py` | the SQLite file of what follows |
 | `memory.py` | what agents keep |

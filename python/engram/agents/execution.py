@@ -12,7 +12,7 @@ import pydantic_core
 
 from engram.agents.pool import ToolOutput, WorkerPool
 from engram.agents.tool import Tool, ToolContext, ToolSpec
-from engram.agents.within import within
+from engram.core.waiting import within
 from engram.errors import (
     AgentsBusyError,
     AlreadyExistsError,

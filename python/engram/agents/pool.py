@@ -16,7 +16,7 @@ import psutil
 
 from engram.agents import framing
 from engram.agents.tool import OnProgress, ToolContext, ToolSpec
-from engram.agents.within import within
+from engram.core.waiting import within
 from engram.errors import (
     EngramError,
     InvalidRequestError,

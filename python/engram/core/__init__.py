@@ -1,1 +1,1 @@
-"""Ids, tokens and namespaces: pure values without torch, SGLang or any other room of ours."""
+"""Ids, tokens, namespaces and bounded waits, without torch, SGLang or any other room of ours."""

@@ -13,6 +13,7 @@ from engram.catalog.rows import SnapshotRow
 from engram.conversation.turns import FinishedRequest, Tag
 from engram.core.ids import DEFAULT_BRANCH, new_snapshot_id
 from engram.core.tokens import TokenArray, to_tokens, tokens_digest
+from engram.core.waiting import within
 from engram.errors import (
     AlreadyExistsError,
     CaptureLostError,
@@ -200,7 +201,7 @@ class PrefixKeeper:
         if name.startswith(MARKED):
             timeout = self._context.settings.snapshot_promote_timeout
             try:
-                row, engine = await asyncio.wait_for(looking, timeout)
+                row, engine = await within(timeout, looking)
             except asyncio.TimeoutError:
                 raise DeadlineError(
                     f"the store has not said in {timeout:g} s whether it is there"

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Sequence
 from typing import Final, TypeVar
 
 from engram.conversation.turns import RunningRequest, Tag
+from engram.core.waiting import within
 from engram.errors import DeadlineError, NotFoundError, SnapshotCorruptError
 from engram.service.automatic import AutomaticSaver
 from engram.service.boundaries import StoredBoundary
@@ -83,7 +84,7 @@ class RequestGate:
         timeout = self._context.settings.snapshot_promote_timeout
         self.holding += 1
         try:
-            return await asyncio.wait_for(work, max(timeout - waited, 0.0))
+            return await within(max(timeout - waited, 0.0), work)
         except asyncio.TimeoutError:
             raise DeadlineError(f"it is not there after {timeout:g} s") from None
         finally:

@@ -32,6 +32,7 @@ from engram.conversation.text import (
 from engram.conversation.turns import Tag
 from engram.core.ids import DEFAULT_TENANT
 from engram.core.tokens import TokenArray
+from engram.core.waiting import within
 from engram.errors import (
     DeadlineError,
     EngramError,
@@ -469,7 +470,7 @@ class PromptMaker:
         self._recorded.hold(branch)
         raw_request.scope[HELD].callback(self._recorded.release, branch)
         try:
-            start, ids = await asyncio.wait_for(self._start(tag, branch, asked), READ_TIMEOUT_S)
+            start, ids = await within(READ_TIMEOUT_S, self._start(tag, branch, asked))
         except asyncio.TimeoutError:
             raise DeadlineError(
                 f"what is recorded of conversation {tag.conversation_id!r} was not read in "

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import zmq
 from sglang.srt.managers.io_struct import sock_send
 
+from engram.core.waiting import within
 from engram.errors import (
     CaptureLostError,
     DeadlineError,
@@ -394,7 +395,7 @@ class RankClient:
         self._calls[call_id] = call
         try:
             self.tell(kind, call_id=call_id, replica=replica, **fields)
-            return await asyncio.wait_for(call.future, timeout)
+            return await within(timeout, call.future)
         except asyncio.TimeoutError:
             raise DeadlineError(
                 f"{kind.__name__}: no answer from every rank within {timeout:g} s",

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from collections.abc import Awaitable
+from typing import TypeVar
 
 T = TypeVar("T")
 
 
-async def within(seconds: float, work: Coroutine[Any, Any, T]) -> T:
+async def within(seconds: float, work: Awaitable[T]) -> T:
     """What `work` returns; `TimeoutError` of asyncio after so many seconds.  It has ended then.
 
     Unlike `asyncio.wait_for` of Python 3.10 and 3.11 this never takes in a cancellation that comes
-    just as the work is done: a run would go on that was told to stop.
+    just as the work is done: what was told to stop would go on.
     """
     task = asyncio.ensure_future(work)
     try:

@@ -107,16 +107,18 @@ class Stage:
         self._recorded: dict[str, World] = {}
         self._failed: dict[str, BaseException] = {}
         self._models: dict[str, Path] = {}
+        self._servers: list[ServerProcess] = []
 
     def world(self, name: str, make: Callable[[Stage, Path], World]) -> World:
         if name in self._failed:
-            pytest.fail(f"the world could not be made: {self._failed[name]}", pytrace=False)
+            pytest.fail(f"the world could not be made: {self._failed[name]!r}", pytrace=False)
         if name not in self._worlds:
             self.clear()
             try:
                 world = make(self, self.folder / name)
             except BaseException as error:
                 self._failed[name] = error
+                self.clear()
                 raise
             self._worlds[name] = self._recorded[name] = world
         return self._worlds[name]
@@ -126,8 +128,10 @@ class Stage:
         return self._recorded.get(name) or self.world(name, make)
 
     def clear(self) -> None:
+        for server in self._servers:
+            server.kill()
+        self._servers.clear()
         for world in self._worlds.values():
-            world.server.kill()
             world.client.http.close()
         self._worlds.clear()
 
@@ -150,9 +154,11 @@ class Stage:
     ) -> ServerProcess:
         """A server that is not started yet; its log is in `folder`."""
         where = [] if store is None else ["--snapshot-dir", str(store)]
-        return ServerProcess(
+        server = ServerProcess(
             model or self.model(seed), [*args, *where], env, folder / "server.log", timeout=600
         )
+        self._servers.append(server)
+        return server
 
 
 # ---- the published command, bfloat16 ----

@@ -34,7 +34,7 @@ SECONDS = {
     "off": 120,
     "test_demo": 120,
     "slow": 110,
-    "test_encryption": 105,
+    "test_encryption": 130,
     "granite-hybrid-float32-extra-buffer-1": 95,
     "llama-float32-lora": 95,
     "test_docs_commands": 90,

@@ -15,6 +15,7 @@ from typing import Any
 
 from e2e.helpers import PRINTABLE_IDS, Client, Reply, random_ids
 from e2e.matrix import gpu
+from e2e.ranks import CONSENSUS
 from e2e.reference import ALL_LOG_PROBABILITIES, CHUNK, ask_for, expect, prompts_of
 from e2e.talks import ChatTalk, GenerateTalk, KeyedTalk, Talk
 from e2e.worlds import (
@@ -118,8 +119,7 @@ class Variant:
     @property
     def env(self) -> Mapping[str, str]:
         dtype = FLOAT32 if self.dtype == "float32" else {}
-        # SGLang ends a server whose ranks do not ask their trees the same things in the same order.
-        return {**dtype, "SGLANG_ENABLE_RANK_CONSENSUS_CHECKER": "1"} if self.ranks > 1 else dtype
+        return {**dtype, **CONSENSUS} if self.ranks > 1 else dtype
 
 
 VARIANTS = (

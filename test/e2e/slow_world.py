@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,17 +113,18 @@ def stream(client: Client, body: dict[str, Any]) -> Any:
                 yield json.loads(line.removeprefix("data: "))
 
 
+def faulty_environment(faults: Path) -> Mapping[str, str]:
+    """With it a server's store meets the faults that `FaultControl(faults)` sets."""
+    path = [str(PLUGIN), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"ENGRAM_TEST_FAULTS": str(faults), "PYTHONPATH": os.pathsep.join(path)}
+
+
 def slow_world(stage: Stage, folder: Path) -> World:
     """Conversations that are on disk, and nowhere else."""
     folder = fresh(folder)
     numbers = seeded_random()
     store = folder / "store" / "snapshots"
-    path = [str(PLUGIN), *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = {
-        **FLOAT32,
-        "ENGRAM_TEST_FAULTS": str(folder / "faults"),
-        "PYTHONPATH": os.pathsep.join(path),
-    }
+    env = {**FLOAT32, **faulty_environment(folder / "faults")}
     server = stage.server(folder, SLOW, store=store, env=env)
     server.start()
     world = SlowWorld(server, store, Client(server.url))

@@ -10,6 +10,7 @@ import random
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from e2e.worlds import (
     World,
     fresh,
     interleaved,
+    launcher,
     save_and_peek,
     start,
 )
@@ -42,6 +44,10 @@ LONG, SHORT = 40, 20
 """New tokens of two replies to one prompt: the shorter ends inside the longer one's path."""
 
 
+STATE = frozenset({"conv0", "ssm"})
+"""The parts of a buffer's name that are of a state, not of rows."""
+
+
 @dataclass(frozen=True)
 class Variant:
     """A tiny model of a family, in a dtype, on so many tensor-parallel ranks; a `quick` one is part
@@ -53,7 +59,8 @@ class Variant:
     ranks: int = 1
     """Tensor-parallel ranks."""
     page: int | None = None
-    """Tokens a page under `extra_buffer` with overlap scheduling; None for `no_buffer`."""
+    """Tokens a page under `extra_buffer` with overlap scheduling; None for `no_buffer` and pages of
+    one token.  Models without recurrent state have pages alone, no strategy."""
     interval: int = 0
     """Tokens between the states kept inside prompts and replies; 0 for the usual ones."""
     adapters: bool = False
@@ -61,7 +68,8 @@ class Variant:
 
     @property
     def name(self) -> str:
-        strategy = "" if self.page is None else f"-extra-buffer-{self.page}"
+        kind = "extra-buffer" if self.has_state else "page"
+        strategy = "" if self.page is None else f"-{kind}-{self.page}"
         ranks = f"-tp{self.ranks}" if self.ranks > 1 else ""
         adapters = "-lora" if self.adapters else ""
         return f"{self.family}-{self.dtype}{strategy}{ranks}{adapters}"
@@ -79,10 +87,15 @@ class Variant:
     def layers(self) -> tuple[str, ...]:
         return FAMILIES[self.family].default_layers
 
-    def boundary(self, tokens: int) -> int:
-        """Where the state of a turn stands that ended after so many computed tokens."""
+    def boundary(self, tokens: int, prompt: int = 0) -> int:
+        """Where the state of a turn stands that ended after so many computed tokens, of which so
+        many were its prompt."""
         page = self.page or 1
-        return tokens // page * page
+        end = tokens // page * page
+        # The state at the end of a prompt of whole pages is gone with the first token of the reply,
+        # and SGLang copies none between two of the model's chunks: those are longer than a page.
+        gone = self.has_state and page > 1 and end == prompt
+        return end - page if gone else end
 
     @property
     def altered(self) -> dict[str, str]:
@@ -122,6 +135,17 @@ class Variant:
         return {**dtype, **CONSENSUS} if self.ranks > 1 else dtype
 
 
+def under_both_strategies(family: str) -> tuple[Variant, ...]:
+    """A family of which SGLang tracks the states."""
+    return (
+        Variant(family, "float32"),
+        Variant(family, "bfloat16"),
+        Variant(family, "float32", page=1),
+        Variant(family, "float32", page=16, interval=INTERVAL),
+        Variant(family, "bfloat16", page=16, interval=INTERVAL),
+    )
+
+
 VARIANTS = (
     Variant("granite-hybrid", "float32"),
     Variant("granite-hybrid", "bfloat16"),
@@ -131,12 +155,10 @@ VARIANTS = (
     Variant("granite-hybrid", "bfloat16", page=1),
     Variant("granite-hybrid", "float32", page=16, interval=INTERVAL),
     Variant("granite-hybrid", "bfloat16", page=16, interval=INTERVAL),
-    Variant("granite-moe", "float32"),
-    Variant("granite-moe", "bfloat16"),
+    *under_both_strategies("granite-moe"),
     Variant("mamba2", "float32", quick=True),
     Variant("mamba2", "bfloat16"),
-    Variant("falcon-h1", "float32"),
-    Variant("falcon-h1", "bfloat16"),
+    *under_both_strategies("falcon-h1"),
     Variant("mamba", "float32"),
     Variant("mamba", "bfloat16"),
     Variant("falcon-mamba", "float32"),
@@ -145,29 +167,50 @@ VARIANTS = (
     Variant("lfm2", "bfloat16"),
     Variant("lfm2-moe", "float32"),
     Variant("lfm2-moe", "bfloat16"),
-    Variant("qwen3-next", "float32"),
-    Variant("qwen3-next", "bfloat16"),
-    Variant("qwen3.5", "float32"),
-    Variant("qwen3.5", "bfloat16"),
-    Variant("qwen3.5-moe", "float32"),
-    Variant("qwen3.5-moe", "bfloat16"),
-    Variant("nemotron-h", "float32"),
-    Variant("nemotron-h", "bfloat16"),
-    Variant("nemotron-h-latent", "float32"),
-    Variant("nemotron-h-latent", "bfloat16"),
-    Variant("kimi-linear", "float32"),
-    Variant("kimi-linear", "bfloat16"),
+    *under_both_strategies("qwen3-next"),
+    *under_both_strategies("qwen3.5"),
+    *under_both_strategies("qwen3.5-moe"),
+    *under_both_strategies("nemotron-h"),
+    *under_both_strategies("nemotron-h-latent"),
+    *under_both_strategies("kimi-linear"),
     Variant("llama", "float32"),
     Variant("llama", "float32", quick=True, adapters=True),
     Variant("llama", "bfloat16"),
+    Variant("llama", "float32", page=16),
     Variant("qwen3", "float32"),
     Variant("qwen3", "bfloat16"),
+    Variant("qwen3", "float32", page=16),
 )
 """The quick ones have no attention, nothing else, or both under the strategy of a GPU. The other
 worlds are of the dense Granite too, under the other strategy."""
 
-STATE = frozenset({"conv0", "ssm"})
-"""The parts of a buffer's name that are of a state, not of rows."""
+
+@dataclass(frozen=True)
+class Refusal:
+    """A family, a strategy and a page size that SGLang itself does not serve together."""
+
+    family: str
+    strategy: str
+    page: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.family}-{self.strategy.replace('_', '-')}-{self.page}"
+
+
+_VARIANTS_OF = {
+    family: [one for one in VARIANTS if one.family == family and one.has_state]
+    for family in sorted(FAMILIES)
+}
+REFUSALS = (
+    *(
+        Refusal(family, "extra_buffer", 1)
+        for family, own in _VARIANTS_OF.items()
+        if own and all(one.page is None for one in own)
+    ),
+    *(Refusal(family, "no_buffer", 16) for family, own in _VARIANTS_OF.items() if own),
+)
+"""What is missing in `VARIANTS`."""
 
 LORA = ("--lora-backend", "torch_native", "--max-loras-per-batch", "4")
 ADAPTERS = ("kept", "exchanged")
@@ -191,7 +234,10 @@ def exactness_world(stage: Stage, folder: Path, variant: Variant) -> World:
     flags = [*variant.flags, *([*LORA, "--lora-paths", *adapters] if variant.adapters else [])]
     if variant.adapters:
         write_adapters(folder, model, {name: seed for seed, name in enumerate(ADAPTERS)})
-    world = start(stage.server(folder, flags, model=model, store=store, env=variant.env), store)
+    world = start(
+        stage.server(folder, flags, model=model, store=store, env=variant.env, kind=launcher()),
+        store,
+    )
     client = world.client
     if variant.exact:
         world.facts["expected"] = expect(model, prompts_of(SEED))
@@ -208,7 +254,7 @@ def exactness_world(stage: Stage, folder: Path, variant: Variant) -> World:
     if variant.interval:
         world.facts["parted"] = _parted(client, numbers)
     world.cases["evicted"] = _evicted(world, numbers)
-    world.cases["branch"] = _branch(client, numbers)
+    world.cases["branch"] = _branch(client, variant, numbers)
     counts: Counter[str] = Counter()
     block = replace(linear.draw_block(numbers, 0, HISTORIES), killed=True)
     play = world.facts["histories"] = linear.Play(block, variant.boundary, counts)
@@ -290,7 +336,7 @@ def _evicted(world: World, numbers: random.Random) -> Case:
     return case
 
 
-def _branch(client: Client, numbers: random.Random) -> Case:
+def _branch(client: Client, variant: Variant, numbers: random.Random) -> Case:
     """Two replies to one prompt; the one that ends inside the other's path is saved."""
     prompt = random_ids(numbers, PROMPT)
     long = client.generate(prompt, LONG, "long")
@@ -299,5 +345,9 @@ def _branch(client: Client, numbers: random.Random) -> Case:
     assert len(short.tokens) == SHORT < len(long.tokens)
     talk.history = [*prompt, *short.tokens]
     saved = client.save(conversation_id="branch")
-    message = talk.message(numbers, NEXT_LENGTH)
+    # Up to the last token of a page: the end of the reply to it lies past it, and cannot serve the
+    # same message again.
+    page = variant.page or 1
+    length = next(n for n in count(NEXT_LENGTH) if (len(talk.history) + n + 1) % page == 0)
+    message = talk.message(numbers, length)
     return Case("branch", talk, saved, message, talk.peek(client, message))

@@ -52,7 +52,10 @@ COLUMNS: Final[dict[str, tuple[str, ...]]] = {
         "test_adapters_are_not_loaded_while_the_server_runs",
     ),
 }
-"""Heading -> the tests of `test_families.py` that it stands for; every one is in one of them."""
+"""Heading -> the tests of `test_families.py` that it stands for; every other one is of refusals."""
+
+REFUSED: Final = "test_what_sglang_itself_does_not_serve"
+UNSERVED: Final = "What SGLang itself does not serve, without Engram too, counts as neither:"
 
 
 @dataclass
@@ -85,6 +88,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.results: dict[str, Result] = {}
+        self.refusals: dict[str, dict[str, str]] = {}
 
     @property
     def on(self) -> bool:
@@ -107,17 +111,27 @@ class Recorder:
             pools |= pools_of(json.loads(path.read_text()))
         result.pools = pools
 
+    def refused(self, name: str, model: Path, message: str) -> None:
+        """What SGLang says where it does not serve a model."""
+        [model_class] = json.loads((model / "config.json").read_text())["architectures"]
+        self.refusals[name] = {"model_class": model_class, "refusal": message}
+
     def write(self) -> None:
-        """Files for the variants that were run as a whole."""
+        """Files for the variants that were run as a whole, and for refusals."""
         date = datetime.now(timezone.utc).date().isoformat()
         card = gpu()
         folder = RESULTS / ("gpu" if card else "cpu")
         folder.mkdir(parents=True, exist_ok=True)
-        for name, result in self.results.items():
-            if result.complete:
-                found = result.as_json(date, card or "CPU")
-                text = json.dumps(found, indent=2, sort_keys=True)
-                (folder / f"{name}.json").write_text(text + "\n")
+        run_on = {"date": date, "device": card or "CPU"}
+        found: dict[str, Mapping[str, Any]] = {
+            name: result.as_json(**run_on)
+            for name, result in self.results.items()
+            if result.complete
+        }
+        found |= {name: {**refusal, **run_on} for name, refusal in self.refusals.items()}
+        for name, result in found.items():
+            text = json.dumps(result, indent=2, sort_keys=True)
+            (folder / f"{name}.json").write_text(text + "\n")
 
 
 @functools.cache
@@ -174,6 +188,19 @@ def markdown(variants: Iterable[str], found: Mapping[str, Mapping[str, Any]]) ->
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
+def refusals(names: Iterable[str], found: Mapping[str, Mapping[str, Any]]) -> str:
+    """The table of what SGLang does not serve, in its own words."""
+    rows = [["what", "model class", "what SGLang says", "run on"], ["---"] * 4]
+    for name in names:
+        if name not in found:
+            rows.append([f"`{name}`", *["not run"] * 3])
+            continue
+        refusal = found[name]
+        where = f"{refusal['device']}, {refusal['date']}"
+        rows.append([f"`{name}`", f"`{refusal['model_class']}`", refusal["refusal"], where])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
 def _cell(result: Mapping[str, Any], tests: Iterable[str]) -> str:
     run = sum(result["run"].get(test, 0) for test in tests)
     passed = sum(result["passed"].get(test, 0) for test in tests)
@@ -187,13 +214,15 @@ def documented(device: str) -> str:
 
 
 def made(device: str) -> str:
-    """The table that it should have: of all variants, or that none was run."""
-    from e2e.exactness import VARIANTS
+    """The tables that it should have: of all variants and refusals, or that none was run."""
+    from e2e.exactness import REFUSALS, VARIANTS
 
     found = results(device)
     if device == "gpu" and not found:
         return "None of it was run on a GPU."
-    return markdown([variant.name for variant in VARIANTS], found)
+    served = markdown([variant.name for variant in VARIANTS], found)
+    refused = refusals([refusal.name for refusal in REFUSALS], found)
+    return f"{served}\n\n{UNSERVED}\n\n{refused}"
 
 
 def _marks(device: str) -> tuple[str, str]:

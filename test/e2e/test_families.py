@@ -5,6 +5,7 @@ The variants that are not quick are run by `scripts/test --matrix`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,10 +16,13 @@ from e2e.exactness import (
     ADAPTERS,
     HISTORIES,
     PROMPT,
+    REFUSALS,
     RESTORED,
+    SEED,
     SHORT,
     UNTAGGED,
     VARIANTS,
+    Refusal,
     Variant,
     exactness_world,
 )
@@ -26,8 +30,12 @@ from e2e.helpers import Reply, assert_close
 from e2e.matrix import Recorder, require_gpus
 from e2e.reference import assert_as_expected
 from e2e.talks import KeyedTalk
-from e2e.worlds import TURNS, Stage, World, next_turn_is_exact
+from e2e.worlds import TURNS, Stage, World, fresh, next_turn_is_exact
 from engram.sglang_plugin.adapters import content_id
+from engram.testing.server import ServerError
+
+WORDS = {"extra_buffer": "extra_buffer", "no_buffer": "no_buffer only supports page_size=1"}
+"""What SGLang's refusal of a strategy has in it."""
 
 
 @pytest.fixture
@@ -213,6 +221,24 @@ def test_adapters_are_not_loaded_while_the_server_runs(world: World) -> None:
     body = {"lora_name": "late", "lora_path": "anywhere"}
     refused = world.client.refused("/load_lora_adapter", body, 422)
     assert refused["error"] == "unsupported"
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.name)
+def test_what_sglang_itself_does_not_serve(
+    stage: Stage, recorder: Recorder, refusal: Refusal
+) -> None:
+    """Without Engram's flag, so that nobody else can be to blame."""
+    stage.clear()
+    model = stage.model(SEED, refusal.family)
+    strategy = ("--mamba-scheduler-strategy", refusal.strategy)
+    args = [*strategy, "--page-size", str(refusal.page), "--skip-server-warmup"]
+    server = stage.server(fresh(stage.folder / refusal.name), args, model=model)
+    with pytest.raises(ServerError, match="before it served"):
+        server.start()
+    said = re.findall(r"^(?:AssertionError|ValueError): (.+)$", server.log_tail(), re.MULTILINE)
+    assert any(re.search(WORDS[refusal.strategy], words) for words in said), said
+    recorder.refused(refusal.name, model, said[-1])
 
 
 @each_case(lambda variant: list(variant.altered))

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from e2e.helpers import Client, Reply, random_ids, random_text
+from e2e.matrix import gpu
 from e2e.talks import (
     ChatTalk,
     CompletionTalk,
@@ -24,6 +25,7 @@ from e2e.talks import (
 )
 from engram.store.layout import Layout
 from engram.testing.chat import NEVER_END
+from engram.testing.preloaded import PreloadedServer
 from engram.testing.samples import seeded_random
 from engram.testing.server import ServerProcess
 from engram.testing.tamper import add_to_value, rewrite_segment
@@ -98,6 +100,12 @@ class World:
         return {path.stem for path in self.store.rglob("*.seg")}
 
 
+def launcher() -> type[ServerProcess]:
+    """The quickest way to start a server more than once."""
+    # Importing SGLang may initialise CUDA, which does not survive a fork.
+    return ServerProcess if gpu() else PreloadedServer
+
+
 class Stage:
     """Keeps one world at a time: an idle SGLang server still takes a core."""
 
@@ -129,7 +137,7 @@ class Stage:
 
     def clear(self) -> None:
         for server in self._servers:
-            server.kill()
+            server.close()
         self._servers.clear()
         for world in self._worlds.values():
             world.client.http.close()
@@ -151,10 +159,11 @@ class Stage:
         model: Path | None = None,
         store: Path | None = None,
         env: Mapping[str, str] | None = None,
+        kind: type[ServerProcess] = ServerProcess,
     ) -> ServerProcess:
         """A server that is not started yet; its log is in `folder`."""
         where = [] if store is None else ["--snapshot-dir", str(store)]
-        server = ServerProcess(
+        server = kind(
             model or self.model(seed), [*args, *where], env, folder / "server.log", timeout=600
         )
         self._servers.append(server)

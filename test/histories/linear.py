@@ -154,10 +154,13 @@ class Side:
 class Play:
     """A block on its way: `start`, the end of the server, `finish`, `check`.
 
-    `boundary(tokens)` is where a server has the state of a turn that computed so many.
+    `boundary(tokens, prompt)` is where a server has the state of a turn that computed so many, of
+    which so many were its prompt.
     """
 
-    def __init__(self, block: Block, boundary: Callable[[int], int], counts: Counter[str]) -> None:
+    def __init__(
+        self, block: Block, boundary: Callable[[int, int], int], counts: Counter[str]
+    ) -> None:
         self.block = block
         self.counts = counts
         self.reference, self.restarted = Side(), Side()
@@ -191,15 +194,15 @@ class Play:
                 self.counts["taken up"] += 1
                 if history.restored:
                     restored = client.restore(conversation_id=history.name)
-                    told = len(self.restarted.told[step.history])
-                    assert restored["token_count"] == self._boundary(told - 1)
+                    last = self.restarted.replies[step.history, history.before - 1]
+                    assert restored["token_count"] == self._end(last)
                     self.counts["restored"] += 1
             self._request(client, self.restarted, step)
 
     def check(self) -> None:
         """Every reply has the bits of the reference, and both computed what is new and no more."""
         for index, history in enumerate(self.block.histories):
-            told = 0
+            told, kept = 0, 0
             for turn, what in enumerate(history.turns):
                 wanted, found = (
                     side.replies[index, turn] for side in (self.reference, self.restarted)
@@ -207,18 +210,23 @@ class Play:
                 where = (history, turn, wanted, found)
                 assert found.output == wanted.output, where
                 assert found.prompt_tokens == wanted.prompt_tokens == told + len(what.message)
-                assert found.cached == wanted.cached == self._cached(told, what), where
+                assert found.cached == wanted.cached == self._cached(told, kept, what), where
+                kept = self._end(found)
                 told = found.prompt_tokens + len(found.tokens)
                 self.counts["turns"] += 1
                 self.counts["tokens"] += len(found.tokens)
             assert self.reference.told[index] == self.restarted.told[index]
             self.counts["histories"] += 1
 
-    def _cached(self, told: int, turn: Turn) -> int:
-        """What a turn must not compute that has been told so many tokens before."""
-        if turn.broken_off:
-            return self._boundary(told + len(turn.message) - 1)
-        return self._boundary(told - 1) if told else 0
+    def _end(self, reply: Reply) -> int:
+        """Where the state of a turn stands."""
+        told = reply.prompt_tokens + len(reply.tokens)
+        return self._boundary(told - 1, reply.prompt_tokens)
+
+    def _cached(self, told: int, kept: int, turn: Turn) -> int:
+        """What a turn must not compute that has been told so many tokens before, up to the `kept`
+        state of the turn before it."""
+        return self._boundary(told + len(turn.message) - 1, 0) if turn.broken_off else kept
 
     def _request(self, client: Client, side: Side, step: Step) -> None:
         history = self.block.histories[step.history]

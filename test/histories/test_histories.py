@@ -16,8 +16,8 @@ import pytest
 
 from e2e.exactness import Variant
 from e2e.helpers import Client
+from e2e.worlds import launcher
 from engram.testing.samples import seeded_random
-from engram.testing.server import ServerProcess
 from engram.testing.tiny_model import FAMILIES, write_tiny_model
 from histories import linear, trees
 
@@ -80,7 +80,7 @@ def play_all(
     """Every play, each over one end of the server; the next starts on what that left."""
     model = write_tiny_model(folder / "model", variant.family, seed=1, dtype=variant.dtype)
     args = [*_flags(variant), *MORE, "--snapshot-dir", str(folder / "snapshots")]
-    server = ServerProcess(model, args, variant.env, folder / "server.log", timeout=600)
+    server = launcher()(model, args, variant.env, folder / "server.log", timeout=600)
     with server:
         client = Client(server.url)
         for play, killed in plays():

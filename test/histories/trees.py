@@ -114,7 +114,7 @@ class Play:
     def __init__(
         self,
         forest: Forest,
-        boundary: Callable[[int], int],
+        boundary: Callable[[int, int], int],
         counts: Counter[str],
         numbers: random.Random,
     ) -> None:
@@ -149,7 +149,7 @@ class Play:
                 assert found.prompt == wanted.prompt
                 assert_close(found.reply, wanted.reply, TOLERANCE)
                 for node in (wanted, found):
-                    least = self._boundary(node.before - 1) if node.before else 0
+                    least = self._boundary(node.before - 1, 0) if node.before else 0
                     assert node.reply.cached >= least, (node, least)
                 self.counts["turns"] += 1
                 self.counts["equal bits"] += found.reply.output == wanted.reply.output
@@ -166,7 +166,11 @@ class Play:
                 client.restore(rid=node.reply.rid)
                 replies.append(client.generate(prompt, LONGEST_REPLY, cache_salt=node.key))
             first, second = replies
-            assert first.cached == second.cached == self._boundary(len(node.told) - 1)
+            assert (
+                first.cached
+                == second.cached
+                == self._boundary(len(node.told) - 1, len(node.prompt))
+            )
             assert first.output == second.output
             self.counts["restored twice"] += 1
 

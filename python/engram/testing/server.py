@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 import httpx
 
@@ -81,20 +82,29 @@ class ServerProcess:
             raise ServerError("the server is already started")
         # SGLang leaves its sockets and locks behind, killed or not: they get a directory that goes.
         self._temporary = tempfile.TemporaryDirectory(prefix="sglang-")
+        env = {**os.environ, "TMPDIR": self._temporary.name, **self.env}
         with self.log_path.open("ab") as log:
-            self.process = subprocess.Popen(
-                self.command(),
-                env={**os.environ, "TMPDIR": self._temporary.name, **self.env},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            self.process = self._launch(env, log)
         try:
             self._wait_until_serving(self.process)
         except BaseException:
             self.kill()
             raise
+
+    def _launch(self, env: Mapping[str, str], log: IO[bytes]) -> subprocess.Popen[bytes]:
+        """The leader of a process group that writes to `log`."""
+        return subprocess.Popen(
+            self.command(),
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def close(self) -> None:
+        """Kill the server, which will not be started again."""
+        self.kill()
 
     def kill(self) -> None:
         """Kill every process of the server at once (SIGKILL), as a crash would."""
@@ -128,7 +138,7 @@ class ServerProcess:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.kill()
+        self.close()
 
     def _wait_until_serving(self, process: subprocess.Popen[bytes]) -> None:
         # /health_generate runs a token through the model, so a 200 says that all processes work.

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from e2e import matrix, test_families
-from e2e.exactness import VARIANTS
-from e2e.matrix import COLUMNS, DEVICES, Recorder, documented, made, pools_of, results
+from e2e.exactness import REFUSALS, VARIANTS
+from e2e.matrix import COLUMNS, DEVICES, REFUSED, Recorder, documented, made, pools_of, results
+from engram.testing.tiny_model import write_tiny_model
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -20,14 +21,20 @@ def test_the_table_is_that_of_the_results(device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_result_is_of_a_variant_and_of_tests_there_are(device: str) -> None:
-    assert set(results(device)) <= {variant.name for variant in VARIANTS}
+    served = {variant.name for variant in VARIANTS}
+    refused = {refusal.name for refusal in REFUSALS}
+    assert not served & refused
+    assert set(results(device)) <= served | refused
     columns = [test for tests in COLUMNS.values() for test in tests]
     assert len(set(columns)) == len(columns)
     functions = inspect.getmembers(test_families, inspect.isfunction)
     tests = {name for name, _ in functions if name.startswith("test_")}
-    assert set(columns) == tests
-    for found in results(device).values():
+    assert {*columns, REFUSED} == tests
+    for name, found in results(device).items():
         assert (found["device"] == "CPU") == (device == "cpu")
+        if name in refused:
+            assert found["refusal"]
+            continue
         assert set(found["run"]) <= tests
         assert found["pools"]
 
@@ -65,3 +72,16 @@ def test_what_was_run_in_part_or_without_a_server_is_not_recorded(
     assert found["device"] == (card or "CPU")
     assert found["passed"] == {"test_a": 1, "test_b": 0}
     assert found["run"] == {"test_a": 1, "test_b": 1}
+
+
+def test_a_refusal_is_recorded_in_sglangs_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matrix, "RESULTS", tmp_path / "results")
+    recorder = Recorder()
+    model = write_tiny_model(tmp_path / "model", "lfm2")
+    recorder.refused("lfm2-extra-buffer-1", model, "no")
+    recorder.write()
+    table = matrix.refusals(["lfm2-extra-buffer-1", "lfm2-no-buffer-16"], results("cpu"))
+    assert "| `lfm2-extra-buffer-1` | `Lfm2ForCausalLM` | no | CPU, " in table
+    assert "| `lfm2-no-buffer-16` | not run | not run | not run |" in table

@@ -174,8 +174,8 @@ class Play:
             self._request(client, self.reference, step)
         for step in before:
             self._request(client, self.restarted, step)
-        for history in self.block.histories:
-            if history.tag and history.before < len(history.turns):
+        for index, history in enumerate(self.block.histories):
+            if history.tag and history.before < len(history.turns) and self._last_end(index):
                 client.save(conversation_id=history.name)
                 self.counts["saves"] += 1
         if self.block.caught is not None:
@@ -192,10 +192,9 @@ class Play:
             if step.history not in met:
                 met.add(step.history)
                 self.counts["taken up"] += 1
-                if history.restored:
+                if history.restored and (end := self._last_end(step.history)):
                     restored = client.restore(conversation_id=history.name)
-                    last = self.restarted.replies[step.history, history.before - 1]
-                    assert restored["token_count"] == self._end(last)
+                    assert restored["token_count"] == end
                     self.counts["restored"] += 1
             self._request(client, self.restarted, step)
 
@@ -223,6 +222,11 @@ class Play:
         told = reply.prompt_tokens + len(reply.tokens)
         return self._boundary(told - 1, reply.prompt_tokens)
 
+    def _last_end(self, index: int) -> int:
+        """Where the last turn before the restart stands; 0 if it is too short to be saved."""
+        history = self.block.histories[index]
+        return self._end(self.restarted.replies[index, history.before - 1])
+
     def _cached(self, told: int, kept: int, turn: Turn) -> int:
         """What a turn must not compute that has been told so many tokens before, up to the `kept`
         state of the turn before it."""
@@ -240,7 +244,7 @@ class Play:
         reply = client.generate(prompt, turn.new_tokens, **fields)
         side.replies[step.history, step.turn] = reply
         side.told[step.history] = [*prompt, *reply.tokens]
-        if side is self.restarted:
+        if side is self.restarted and self._end(reply):
             self._save(client, history, step.turn, reply.rid)
 
     def _fields(self, side: Side, history: History) -> dict[str, Any]:

@@ -202,6 +202,13 @@ class RankControl:
         page_size = self._rank.page_size
         keys = page_keys(request.tokens, page_size, request.extra_key, request.cache_salt)
         end = self._end(request, keys)
+        if end == 0:
+            raise CaptureLostError(
+                f"a turn of {len(request.tokens)} tokens is too short to be saved: its state is kept "
+                f"up to a whole page of {page_size}",
+                hint="save it when the conversation is longer, or serve with a smaller --page-size",
+                details={"boundary": 0},
+            )
         if end % page_size or not 0 < end <= len(keys) * page_size:
             raise CaptureLostError(
                 f"there is no boundary at token {end} of {len(request.tokens)}",

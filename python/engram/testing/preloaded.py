@@ -17,13 +17,15 @@ import runpy
 import select
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, Final
 
-from engram.testing.server import ServerProcess
+from engram.testing.server import ServerError, ServerProcess
 
+END_S: Final = 30.0
 LAUNCHER: Final = "sglang.launch_server"
 MODULES: Final = (
     LAUNCHER,
@@ -53,6 +55,23 @@ class PreloadedServer(ServerProcess):
                 start_new_session=True,
             )
         return _Forked(self._helper, self.command()[3:], env, self.log_path)
+
+    def kill(self) -> None:
+        """Kill every process of the server, and wait until none is left.
+
+        All have what the first had open when it was forked, the lock of the store too.
+        """
+        group = None if self.process is None else self.process.pid
+        super().kill()
+        deadline = time.monotonic() + END_S
+        while group is not None:
+            try:
+                os.killpg(group, 0)
+            except ProcessLookupError:
+                return
+            if time.monotonic() > deadline:
+                raise ServerError(f"processes of the server are left after {END_S:g} s")
+            time.sleep(0.01)
 
     def close(self) -> None:
         """Kill the server and the process that has everything imported."""

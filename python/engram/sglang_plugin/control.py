@@ -204,8 +204,8 @@ class RankControl:
         end = self._end(request, keys)
         if end == 0:
             raise CaptureLostError(
-                f"a turn of {len(request.tokens)} tokens is too short to be saved: its state is kept "
-                f"up to a whole page of {page_size}",
+                f"a turn of {len(request.tokens)} tokens is too short to be saved: states are kept "
+                f"at the ends of pages, of {page_size} tokens",
                 hint="save it when the conversation is longer, or serve with a smaller --page-size",
                 details={"boundary": 0},
             )

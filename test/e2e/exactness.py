@@ -92,7 +92,7 @@ class Variant:
         many were its prompt."""
         page = self.page or 1
         end = tokens // page * page
-        # The state at the end of a prompt of whole pages is gone with the second token of the reply,
+        # The state at the end of a prompt of whole pages is gone with the reply's second token,
         # and SGLang copies none between two of the model's chunks: those are longer than a page.
         gone = self.has_state and page > 1 and end == prompt < tokens
         return end - page if gone else end

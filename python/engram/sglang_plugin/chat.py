@@ -11,24 +11,15 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from http import HTTPStatus
 from typing import Any, Final
-from uuid import uuid4
 
 from fastapi import Request, Response
 from pydantic import ValidationError
 
-from engram.conversation.text import (
-    extend,
-    instructions_missing,
-    join,
-    new_part,
-    reuse,
-    tools_missing,
-)
+from engram.conversation.text import extend, reuse
 from engram.conversation.turns import Tag
 from engram.core.ids import DEFAULT_TENANT
 from engram.core.tokens import TokenArray
@@ -42,11 +33,13 @@ from engram.errors import (
     UpstreamError,
 )
 from engram.server.stateful import CURRENT_STATEFUL, Stateful
-from engram.server.tagging import CURRENT_MARK, CURRENT_TAG, HELD, Marked, is_text
+from engram.server.tagging import CURRENT_MARK, CURRENT_TAG, HELD, Marked
 from engram.server.wire import error_response, invalid
 from engram.service import SnapshotService
 from engram.service.recorded import RecordedTurn, Start
 from engram.service.restores import RESTORE_TIMEOUT_S
+from engram.sglang_plugin.shared_prefix import shared_prefix
+from engram.sglang_plugin.templates import SEND_ALL, ChatTemplate
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +58,6 @@ READ_TIMEOUT_S: Final = RESTORE_TIMEOUT_S
 """How long a stateful request, which cannot go on without them, waits for recorded tokens.  As long
 as it waits no other goes on with its branch, even if its client has left."""
 
-SEND_ALL: Final = "send the whole history to /v1/chat/completions instead"
-
 
 @dataclass
 class _Plan:
@@ -84,41 +75,6 @@ class _Plan:
     loop: asyncio.AbstractEventLoop | None = None
     waited: float = 0.0
     error: EngramError | None = None
-
-
-class Codec:
-    """SGLang's tokenizer as `engram.conversation.text.TextCodec`."""
-
-    def __init__(self, manager: Any, encode_kwargs: dict[str, Any]) -> None:
-        self._tokenizer = manager.tokenizer
-        self._encode_kwargs = encode_kwargs
-        added = getattr(self._tokenizer, "added_tokens_decoder", {})
-        self.added = frozenset(added)
-        self.added_texts = tuple(str(token) for token in added.values())
-        self.ends = end_tokens(manager)
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text, as upstream has them of a rendered prompt."""
-        ids = self._tokenizer.encode(text, **self._encode_kwargs)
-        return [int(one) for one in ids]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, special ones included."""
-        text: str = self._tokenizer.decode(
-            list(ids),
-            skip_special_tokens=False,
-            spaces_between_special_tokens=False,
-            clean_up_tokenization_spaces=False,
-        )
-        return text
-
-
-def end_tokens(manager: Any) -> frozenset[int]:
-    """The tokens at which a reply ends by itself."""
-    tokenizer = manager.tokenizer
-    found = {tokenizer.eos_token_id, *(manager.model_config.hf_eos_token_id or ())}
-    found |= set(getattr(tokenizer, "additional_stop_token_ids", None) or ())
-    return frozenset(int(one) for one in found if one is not None)
 
 
 class SglangChat:
@@ -162,81 +118,6 @@ def raise_refusal(response: Response) -> None:
     raise UpstreamError(message, hint="the server's log has more", details=details)
 
 
-class SglangPrompts:
-    """Upstream's way from messages to prompts (`engram.server.prefixes.Prompts`)."""
-
-    async def prefix_of_messages(
-        self, request: Request, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
-    ) -> list[int]:
-        """The tokens with which every prompt begins whose messages begin with these."""
-        chat = request.app.state.openai_serving_chat
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(None, shared_prefix, chat, messages, tools)
-
-    async def prefix_of_text(self, request: Request, text: str) -> list[int]:
-        """The tokens with which every prompt begins that begins with `text`."""
-        tokenizer = request.app.state.openai_serving_chat.tokenizer_manager.tokenizer
-
-        def tokens() -> list[int]:
-            return common_prefix([tokenizer.encode(text + more) for more in CONTINUATIONS])
-
-        return await asyncio.get_running_loop().run_in_executor(None, tokens)
-
-
-CONTINUATIONS: Final = ("", "a", " b", "\n\n0")
-"""What may follow a text: its last tokens may be others then."""
-
-
-def shared_prefix(
-    chat: Any, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
-) -> list[int]:
-    """The tokens that all prompts have in common whose messages begin with these, whoever speaks
-    next.  `InvalidRequestError` for what no template renders, `UnsupportedError` for images."""
-    if not is_text(messages):
-        raise UnsupportedError(
-            "image, audio and video inputs cannot be part of a prefix yet",
-            details={"field": "messages"},
-        )
-    follow: list[list[dict[str, Any]]] = [
-        [{"role": "user", "content": "a"}],
-        [{"role": "user", "content": " b"}],
-        [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}],
-    ]
-    found, problem = [], "it is empty"
-    for more in follow:
-        try:
-            found.append(prompt_of(chat, [*messages, *more], tools))
-        except (ValueError, ValidationError) as error:
-            # Most templates refuse one of them: two users, or an assistant who speaks first.
-            problem = str(error)
-    if not found:
-        raise InvalidRequestError(
-            f"the chat template does not render these messages: {problem}",
-            details={"field": "messages"},
-        )
-    return common_prefix(found)
-
-
-def prompt_of(
-    chat: Any, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
-) -> list[int]:
-    """The tokens of the prompt that upstream makes of messages."""
-    from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
-
-    request = ChatCompletionRequest.model_validate({"messages": messages, "tools": tools})
-    ids: list[int] = chat._process_messages(request, False).prompt_ids
-    return ids
-
-
-def common_prefix(found: Sequence[Sequence[int]]) -> list[int]:
-    """The tokens with which all begin."""
-    first = min(found, key=len)
-    for index, one in enumerate(first):
-        if any(other[index] != one for other in found):
-            return list(first[:index])
-    return list(first)
-
-
 def watch_chats(chat: Any, service: SnapshotService) -> None:
     """Wrap SGLang's object that serves chats."""
     maker = PromptMaker(chat, service)
@@ -254,6 +135,7 @@ class PromptMaker:
 
     def __init__(self, chat: Any, service: SnapshotService) -> None:
         self._chat = chat
+        self._template = ChatTemplate(chat)
         self._service = service
         self._recorded = service.recorded
         self._late: asyncio.Task[list[RecordedTurn]] | None = None
@@ -335,14 +217,14 @@ class PromptMaker:
                     # them so: what is refused stays refused.
                     raise ValueError(str(plan.error))
                 try:
-                    return self._append(plan.recorded, messages, kw), None
+                    return self._template.append(plan.recorded, messages, kw), None
                 except EngramError as error:
                     plan.error = error
                     # What upstream answers with 400; ours takes its place.
                     raise ValueError(str(error)) from error
-            if self._plain() and not kw["use_cache"]:
-                codec = Codec(self._chat.tokenizer_manager, kw["encode_kwargs"])
-                ids = reuse(plan.recorded, self._render(messages, kw), codec)
+            if self._template.plain() and not kw["use_cache"]:
+                codec = self._template.codec(kw["encode_kwargs"])
+                ids = reuse(plan.recorded, self._template.render(messages, kw), codec)
                 if ids is not None:
                     return ids, None
             return original(messages, **kw)
@@ -374,7 +256,7 @@ class PromptMaker:
     def _may_link(self, request: Any) -> bool:
         """Whether a chat that names no conversation may be a turn of one."""
         wanted = self._service.context.settings.snapshot_link_by_prefix
-        return wanted and request.n == 1 and request.input_ids is None and self._plain()
+        return wanted and request.n == 1 and request.input_ids is None and self._template.plain()
 
     def _link(
         self,
@@ -403,14 +285,14 @@ class PromptMaker:
         messages: Any,
         kw: dict[str, Any],
     ) -> tuple[Tag, list[int] | None]:
-        codec = Codec(self._chat.tokenizer_manager, kw["encode_kwargs"])
+        codec = self._template.codec(kw["encode_kwargs"])
         links = self._service.links
         roles = [message["role"] for message in messages]
         first = roles.index("assistant") if "assistant" in roles else len(roles)
-        opening = self._render(messages[:first], {**kw, "add_generation_prompt": True})
+        opening = self._template.render(messages[:first], {**kw, "add_generation_prompt": True})
         if first == len(roles):
             return links.begin(DEFAULT_TENANT, opening), None
-        rendered = self._render(messages, kw)
+        rendered = self._template.render(messages, kw)
         begun = time.monotonic()
         asked = self._candidates(ids, opening, plan.waited)
         try:
@@ -492,17 +374,12 @@ class PromptMaker:
             return start, tokens.tolist()
         if asked.kind == "continue":
             start = await self._recorded.further(branch)
-            return start, self._open_end(start.source)
+            assert start.source is not None
+            return start, self._template.open_end(start.source.tokens)
         start = await self._recorded.start(
             tag.tenant, tag.conversation_id, asked.branch_name, asked.source
         )
         return start, None
-
-    def _open_end(self, turn: Any) -> list[int]:
-        """The tokens of a turn without the one that ended its reply."""
-        ids: list[int] = turn.tokens.tolist()
-        ended = ids[-1] in end_tokens(self._chat.tokenizer_manager)
-        return ids[:-1] if ended and len(ids) > 1 else ids
 
     def _require_possible(self, request: Any) -> None:
         if request.input_ids is not None:
@@ -510,87 +387,10 @@ class PromptMaker:
                 "input_ids cannot be sent with a stateful request: its tokens are recorded",
                 details={"field": "input_ids"},
             )
-        if not self._plain():
+        if not self._template.plain():
             raise UnsupportedError(
                 "this model's prompts are not made by a chat template alone, so that a new "
                 "message cannot be rendered without the ones before",
                 hint=SEND_ALL,
                 details={"field": "stateful"},
             )
-
-    def _plain(self) -> bool:
-        """Whether prompts are texts that a chat template makes, and nothing else."""
-        chat, templates = self._chat, self._chat.template_manager
-        return (
-            chat.chat_encoding_spec is None
-            and templates.chat_template_name is None
-            and templates.python_chat_template is None
-            and not chat._prompt_text_round_trip_is_lossy
-            and not chat.tokenizer_manager.model_config.is_multimodal
-        )
-
-    def _render(self, messages: Any, kw: dict[str, Any]) -> str:
-        """As upstream renders them."""
-        text: str = self._chat.tokenizer_manager.tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            add_generation_prompt=kw.get("add_generation_prompt", True),
-            tools=kw["tools"],
-            return_dict=False,
-            **kw["template_kwargs"],
-        )
-        return text
-
-    def _append(self, recorded: TokenArray, messages: Any, kw: dict[str, Any]) -> list[int]:
-        """All tokens of a prompt whose new messages follow what is recorded."""
-        codec = Codec(self._chat.tokenizer_manager, kw["encode_kwargs"])
-        mark = uuid4().hex
-        part = new_part(lambda all_messages: self._render(all_messages, kw), messages, mark)
-        if part is None:
-            raise UnsupportedError(
-                "this model's chat template renders a message differently with what is before it",
-                hint=SEND_ALL,
-                details={"field": "messages"},
-            )
-        if instructions_missing(lambda found: self._render(found, kw), messages, uuid4().hex):
-            raise UnsupportedError(
-                "this model's chat template states system messages at the beginning only",
-                hint=SEND_ALL,
-                details={"field": "messages"},
-            )
-        if kw["tools"] and self._lacks_tools(recorded, part, messages, kw, codec):
-            raise UnsupportedError(
-                "the conversation began with other tools, or with none, and this model's chat "
-                "template states them at the beginning only",
-                hint="send the tools that its first message had, or begin a conversation",
-                details={"field": "tools"},
-            )
-        ids = join(recorded, part, codec)
-        if ids is None:
-            raise UnsupportedError(
-                "the end of the recorded reply and the new message have no tokens in between at "
-                "which their texts could be told apart",
-                hint=SEND_ALL,
-                details={"field": "messages"},
-            )
-        return ids
-
-    def _lacks_tools(
-        self, recorded: TokenArray, part: str, messages: Any, kw: dict[str, Any], codec: Codec
-    ) -> bool:
-        """Whether the tools of a request are neither in what is recorded nor in the new part."""
-        mark = uuid4().hex
-        without = {**kw, "tools": None}
-        if new_part(lambda found: self._render(found, without), messages, mark) != part:
-            return False  # stated with the newest message
-        text = codec.decode(recorded.tolist())
-        pair = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
-        system = [{"role": "system", "content": "b"}]
-        for history in (pair, [*system, *pair]):
-            try:
-                plain, full = (self._render(history, one).split(mark)[0] for one in (without, kw))
-            except Exception:  # a template that knows no system messages
-                continue
-            if not tools_missing((plain, full), text):
-                return False
-        return True

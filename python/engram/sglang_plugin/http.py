@@ -33,11 +33,12 @@ from engram.server.tool_calls import ToolCallMiddleware
 from engram.service import SnapshotService
 from engram.sglang_plugin.adapters import seed_of, served_by
 from engram.sglang_plugin.args import open_store, settings_of
-from engram.sglang_plugin.chat import WAITED, SglangChat, SglangPrompts, watch_chats
+from engram.sglang_plugin.chat import WAITED, SglangChat, watch_chats
 from engram.sglang_plugin.control import RankClient
 from engram.sglang_plugin.engine import SglangGenerator, SglangRanks
 from engram.sglang_plugin.messages import EngramReply
 from engram.sglang_plugin.replicas import Replicas
+from engram.sglang_plugin.shared_prefix import SglangPrompts
 from engram.store.disk import DiskStore
 
 logger = logging.getLogger(__name__)

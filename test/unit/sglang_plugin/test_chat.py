@@ -29,7 +29,8 @@ from engram.server.tagging import CURRENT_MARK, CURRENT_TAG, HELD, Marked
 from engram.server.wire import error_response
 from engram.service.recorded import Place
 from engram.sglang_plugin import chat as chat_module
-from engram.sglang_plugin.chat import PLAN, raise_refusal, shared_prefix, watch_chats
+from engram.sglang_plugin.chat import PLAN, raise_refusal, watch_chats
+from engram.sglang_plugin.shared_prefix import shared_prefix
 from engram.testing.samples import seeded_random
 from engram.testing.tiny_tokenizer import build_tokenizer
 from unit.service.engine import Server, on_a_loop

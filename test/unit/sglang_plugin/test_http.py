@@ -25,7 +25,6 @@ from engram.server.snapshots import snapshots_router
 from engram.server.tagging import CURRENT_TAG
 from engram.service import SnapshotService
 from engram.sglang_plugin import http as http_module
-from engram.sglang_plugin.chat import SglangPrompts
 from engram.sglang_plugin.engine import SglangGenerator
 from engram.sglang_plugin.http import (
     CHANGING_WEIGHTS,
@@ -35,6 +34,7 @@ from engram.sglang_plugin.http import (
     _watch_weights,
 )
 from engram.sglang_plugin.replicas import Replicas
+from engram.sglang_plugin.shared_prefix import SglangPrompts
 from engram.testing.samples import seeded_random
 from unit.service.engine import Server, on_a_loop
 

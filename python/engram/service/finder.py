@@ -49,6 +49,12 @@ class Found:
         return self.row.turn_number
 
     @property
+    def stored(self) -> SnapshotRow:
+        """The snapshot that it is, or that its branch starts from; only where there is no turn."""
+        assert self.row is not None
+        return self.row
+
+    @property
     def saved(self) -> bool:
         """True when there is nothing left to do."""
         row = self.row

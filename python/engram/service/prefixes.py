@@ -308,7 +308,7 @@ class PrefixKeeper:
                 expires_at=expires_at,
                 rid=None,
             )
-            await context.in_store(self._saver.commit, manifest)
+            await context.in_store(self._saver.manifests.commit, manifest)
             context.stored(manifest)
         context.stats.saves += 1
         return manifest.snapshot_id

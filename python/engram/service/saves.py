@@ -8,42 +8,27 @@ import logging
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
-from typing import Final
 
 from engram.catalog.rows import SnapshotRow
-from engram.conversation.turns import FinishedRequest, Tag, Turn
-from engram.core.ids import DEFAULT_BRANCH, new_snapshot_id
-from engram.core.tokens import tokens_digest
+from engram.conversation.turns import FinishedRequest, Turn
+from engram.core.ids import new_snapshot_id
 from engram.errors import (
     AlreadyExistsError,
-    CaptureLostError,
     EngramError,
-    InternalError,
-    ManifestCorruptError,
     NotFoundError,
     SaveQueueFullError,
-    SnapshotCorruptError,
 )
 from engram.service.boundaries import SnapshotName
 from engram.service.context import ServiceContext
 from engram.service.finder import Found
-from engram.service.ports import EngineInfo, Stored
+from engram.service.manifests import Manifests
+from engram.service.ports import EngineInfo
 from engram.service.queue import Ticket
 from engram.service.results import SaveResult
-from engram.snapshot.manifest import (
-    Durability,
-    LayerConfig,
-    Manifest,
-    change_manifest,
-    make_manifest,
-)
+from engram.service.states import RequestStates
+from engram.snapshot.manifest import Durability
 
 logger = logging.getLogger(__name__)
-
-SAVE_AGAIN: Final = (
-    "this turn was saved, and its snapshot has been damaged since: delete it, then save the turn "
-    "again, or save a later one"
-)
 
 _Place = tuple[tuple[str, str, str], int]
 """A branch and the number of a turn on it."""
@@ -65,6 +50,8 @@ class TurnSaver:
 
     def __init__(self, context: ServiceContext) -> None:
         self._context = context
+        self._states = RequestStates(context)
+        self.manifests = Manifests(context)
         self._turns: dict[_Place, _Saving] = {}
 
     async def save(
@@ -80,7 +67,7 @@ class TurnSaver:
             row = await self._context.row(found.tag, found.number)
             if row is not None:
                 async with self._context.guard.shared():
-                    await self._context.in_store(self._check_whole, row)
+                    await self._context.in_store(self.manifests.check_whole, row)
                 return _result(row, begun, existing=True)
             with self._place(found, snapshot_id) as saving:
                 if found.turn is None:
@@ -99,7 +86,7 @@ class TurnSaver:
         if not ticket.ready:
             # What is gone by then is computed again.
             with contextlib.suppress(EngramError):
-                await self._locate(turn.request)
+                await self._states.locate(turn.request)
         await ticket.admitted()
 
     async def save_later(self, found: Found, snapshot_id: str | None) -> SaveResult:
@@ -115,10 +102,10 @@ class TurnSaver:
             if found.turn is not None:
                 ticket = stack.enter_context(self._ask())
                 request = found.turn.request
-                boundary = await self._locate(request)
+                boundary = await self._states.locate(request)
                 pending = len(request.tokens) - boundary
             else:
-                row = _row(found)
+                row = found.stored
                 boundary, pending = row.token_count, row.pending_count
             held = stack.pop_all()
         self._context.start(self._save_in_background(found, saving, ticket, held))
@@ -184,22 +171,6 @@ class TurnSaver:
             self._context.stats.refused_saves += 1
             raise
 
-    async def _locate(self, request: FinishedRequest) -> int:
-        """Where a snapshot of the request will end, its state computed again if need be."""
-        context = self._context
-
-        async def ask(engine: EngineInfo) -> int:
-            expected = context.expected_boundary(request, engine)
-            return (await context.ranks.locate(engine.namespace.id, request, expected)).boundary
-
-        try:
-            return await context.with_engine(ask)
-        except CaptureLostError as lost:
-            boundary = lost.details.get("boundary")
-            if not isinstance(boundary, int) or boundary < 1:
-                raise
-            return boundary
-
     async def check_free(self, found: Found, snapshot_id: str | None) -> None:
         """Raise `AlreadyExistsError` if the id names the snapshot of another turn."""
         if snapshot_id is None:
@@ -236,7 +207,7 @@ class TurnSaver:
         row = await context.row(found.tag, found.number)
         if row is not None:
             async with context.guard.shared():
-                await context.in_store(self._check_whole, row)
+                await context.in_store(self.manifests.check_whole, row)
             return _result(row, begun, existing=True)
         # So that `reached` below meets a branch that is known.
         await context.learn(found.tag)
@@ -246,13 +217,17 @@ class TurnSaver:
             if found.turn is not None:
                 request = found.turn.request
                 engine, stored, recomputed = await context.with_engine(
-                    lambda engine: self._persist(engine, request)
+                    lambda engine: self._states.persist(engine, request)
                 )
-                manifest = await self._manifest(found, engine, snapshot_id, durability, stored)
+                manifest = await self.manifests.of_turn(
+                    found, engine, snapshot_id, durability, stored
+                )
             else:
-                manifest = await context.in_store(self._branch, found, snapshot_id, durability)
+                manifest = await context.in_store(
+                    self.manifests.of_branch, found, snapshot_id, durability
+                )
             _check_wanted(found, saving)
-            await context.in_store(self.commit, manifest)
+            await context.in_store(self.manifests.commit, manifest)
             context.stored(manifest)
         context.stats.saves += 1
         recomputed = recomputed or again
@@ -283,7 +258,7 @@ class TurnSaver:
             while True:
                 async with guard.shared():
                     # Whatever was removed until now may have shared rows with it.
-                    needed, again = await self._needed(request, boundary)
+                    needed, again = await self._states.needed(request, boundary)
                     recomputed = recomputed or again
                     if needed <= reserved:
                         yield recomputed
@@ -302,7 +277,7 @@ class TurnSaver:
         """The snapshots that a save stands on, as far as they are known."""
         context, tenant = self._context, found.tag.tenant
         if found.turn is None:
-            row = _row(found)
+            row = found.stored
             return [(row.tenant, row.snapshot_id)]
         names: list[SnapshotName] = []
         if found.turn.tag.parent_snapshot is not None:
@@ -329,180 +304,6 @@ class TurnSaver:
             return None
         return await context.in_catalog(context.catalog.newest_at, engine.namespace.id, stored.key)
 
-    async def _needed(self, request: FinishedRequest, boundary: int | None) -> tuple[int, bool]:
-        """Bytes that a save of the request will write."""
-        context = self._context
-
-        async def ask(engine: EngineInfo) -> tuple[int, bool]:
-            expected = boundary or context.expected_boundary(request, engine)
-            again = False
-            while True:
-                try:
-                    located = await context.ranks.locate(
-                        engine.namespace.id, request, expected, measure=True
-                    )
-                    assert located.needed is not None
-                    return located.needed, again
-                except CaptureLostError as lost:
-                    end = lost.details.get("boundary")
-                    if again or not isinstance(end, int) or end < 1:
-                        raise
-                    expected, again = end, True
-                    await self._recompute(request, end)
-
-        return await context.with_engine(ask)
-
-    def commit(self, manifest: Manifest) -> None:
-        """Manifest durable, then its row.  A crash in between is healed at the next start."""
-        catalog, store = self._context.catalog, self._context.store
-        catalog.ensure_free(manifest)
-        entry = store.put_manifest(manifest)
-        try:
-            catalog.insert(manifest, entry)
-        except Exception:
-            # A save that was answered with an error must not come to light later.
-            store.delete_manifest(manifest.snapshot_id, manifest.tenant)
-            raise
-
-    async def _persist(
-        self, engine: EngineInfo, request: FinishedRequest
-    ) -> tuple[EngineInfo, Stored, bool]:
-        """What is durable now, of which engine, and whether it had to be computed again."""
-        await self._context.write_down(engine)
-        ranks, namespace = self._context.ranks, engine.namespace.id
-        expected = self._context.expected_boundary(request, engine)
-        try:
-            return engine, await ranks.persist(namespace, request, expected), False
-        except CaptureLostError as lost:
-            boundary = lost.details.get("boundary")
-            if not isinstance(boundary, int) or boundary < 1:
-                raise
-        again = await self._recompute(request, boundary)
-        return engine, await ranks.persist(namespace, again, boundary), True
-
-    async def _recompute(self, request: FinishedRequest, boundary: int) -> FinishedRequest:
-        """Compute the state at `boundary` again from the recorded tokens.
-
-        A request for exactly those tokens leaves a state at their end when its one token is
-        sampled; the token itself is not used.
-        """
-        prefix = request.tokens[:boundary]
-        logger.info("Engram: computing the state of %s again, %d tokens", request.rid, boundary)
-        generation = await self._context.generator.generate(
-            prefix.tolist(),
-            {"max_new_tokens": 1, "ignore_eos": True},
-            extra_key=request.extra_key,
-            cache_salt=request.cache_salt,
-        )
-        return FinishedRequest(
-            generation.rid, prefix, time.time(), request.extra_key, request.cache_salt
-        )
-
-    async def _manifest(
-        self,
-        found: Found,
-        engine: EngineInfo,
-        snapshot_id: str,
-        durability: Durability,
-        stored: Stored,
-    ) -> Manifest:
-        turn, tag = found.turn, found.tag
-        assert turn is not None
-        tokens = turn.request.tokens
-        if stored.boundary > len(tokens):
-            raise InternalError(
-                f"the state stands at token {stored.boundary}, {len(tokens)} are recorded"
-            )
-        keys = {ref.key for ref in stored.chains[0]}
-        parent = turn.tag.parent_snapshot or await self._context.in_catalog(
-            self._parent, turn, tag, keys
-        )
-        return make_manifest(
-            snapshot_id=snapshot_id,
-            tenant=tag.tenant,
-            conversation_id=tag.conversation_id,
-            branch_name=tag.branch_name,
-            turn_number=turn.number,
-            parent_snapshot=parent,
-            created_at=time.time(),
-            namespace=engine.namespace.id,
-            model_name=engine.model_name,
-            layer_config=LayerConfig(num_layers=engine.num_layers, model_type=engine.model_type),
-            token_count=stored.boundary,
-            pending_tokens=tuple(tokens[stored.boundary :].tolist()),
-            tokens_digest=tokens_digest(tokens),
-            durability=durability,
-            segments=stored.chains,
-            bytes=stored.bytes,
-            unique_bytes=stored.unique_bytes,
-            health=stored.health,
-            user_metadata={},
-            pinned=False,
-            expires_at=None,
-            rid=turn.request.rid,
-            prompt_count=turn.request.prompt_count,
-        )
-
-    def _branch(self, found: Found, snapshot_id: str, durability: Durability) -> Manifest:
-        """The start of a branch: another manifest over the same segments, no state copied."""
-        row = _row(found)
-        origin = self._check_whole(row)
-        same = found.tag.conversation_id == row.conversation_id
-        return change_manifest(
-            origin,
-            snapshot_id=snapshot_id,
-            conversation_id=found.tag.conversation_id,
-            # The request it came from was one of the other conversation.
-            rid=origin.rid if same else None,
-            branch_name=found.tag.branch_name,
-            parent_snapshot=row.snapshot_id,
-            created_at=time.time(),
-            durability=durability,
-            unique_bytes=0,
-            pinned=False,
-            expires_at=None,
-            user_metadata={},
-        )
-
-    def _check_whole(self, row: SnapshotRow) -> Manifest:
-        """The manifest of a snapshot that is about to be acknowledged once more; in the guard.
-
-        Raises `SnapshotCorruptError` if it or a file it names is gone, cut or known as damaged, and
-        `NotFoundError` if it was deleted since ``row`` was read.
-        """
-        store = self._context.store
-        self._context.catalog.get(row.snapshot_id, row.tenant)
-        try:
-            manifest = store.get_manifest(row.snapshot_id, row.tenant)
-            for shard, chain in manifest.shards():
-                for ref in chain:
-                    if not store.has_segment(shard, ref.segment_id, ref.bytes):
-                        # Says what is wrong with it, and moves a damaged file aside.
-                        store.verify_segment(shard, ref.segment_id)
-        except NotFoundError as lost:
-            self._context.stats.corrupt += 1
-            raise ManifestCorruptError(
-                f"the manifest of snapshot {row.snapshot_id!r} is missing",
-                hint=SAVE_AGAIN,
-                details=lost.details,
-            ) from None
-        except SnapshotCorruptError as error:
-            self._context.stats.corrupt += 1
-            error.hint = SAVE_AGAIN
-            raise
-        return manifest
-
-    def _parent(self, turn: Turn, tag: Tag, keys: set[str]) -> str | None:
-        """The newest earlier snapshot that this one stands on, on its branch or where it began."""
-        catalog = self._context.catalog
-        branches = (tag.branch_name, turn.tag.branch_name, DEFAULT_BRANCH)
-        for branch in dict.fromkeys(branches):
-            earlier = catalog.earlier(tag.tenant, tag.conversation_id, branch, turn.number)
-            for snapshot_id, key in earlier:
-                if key in keys:
-                    return snapshot_id
-        return None
-
 
 def _check_wanted(found: Found, saving: _Saving) -> None:
     if saving.deleted:
@@ -512,11 +313,6 @@ def _check_wanted(found: Found, saving: _Saving) -> None:
             f"its turn {found.number} was being saved",
             details={"conversation_id": tag.conversation_id},
         )
-
-
-def _row(found: Found) -> SnapshotRow:
-    assert found.row is not None
-    return found.row
 
 
 def _result(

@@ -467,7 +467,7 @@ async def test_a_snapshot_deleted_meanwhile_is_not_taken_for_a_damaged_one(serve
     row = server.catalog.get(saved.snapshot_id)
     await server.service.delete(row)
     with pytest.raises(NotFoundError):
-        server.service._saver._check_whole(row)
+        server.service._saver.manifests.check_whole(row)
     assert server.service.context.stats.corrupt == 0
 
 

@@ -187,6 +187,9 @@ class EngramRadixCache(UnifiedRadixCache):
         # What is no text is computed by encoders, whose pieces SGLang cuts in its own way.
         if req.input_embeds is not None or req.multimodal_inputs is not None:
             return None
+        # Of a prefill in pieces SGLang returns the hidden states of the last piece alone.
+        if req.return_hidden_states is True:
+            return None
         return next_point(start, len(req.origin_input_ids), self.page_size, self.rank.interval)
 
     def at_point(self, req: Any, end: int) -> bool:

@@ -40,6 +40,7 @@ from sglang.srt.mem_cache.unified_cache.components import ComponentType
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinkerWrapper
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
+from engram.core.canonical import blake3_hex
 from engram.sglang_plugin.contain import Containment, contained
 from engram.sglang_plugin.linker import EngramLinker
 from engram.sglang_plugin.live_state import LiveStateComponent
@@ -133,8 +134,18 @@ class EngramRadixCache(UnifiedRadixCache):
         """Paths that are locked because a copy of them is running."""
         return len(self._locks)
 
-    def weights_changed(self, name: str) -> None:
-        """The model computes with other weights from here on; on the scheduler thread."""
+    def weights_changed(self, name: str | None) -> None:
+        """The model computes with the weights of this name from here on, or with weights that
+        nothing names; on the scheduler thread, on every rank alike.
+
+        Each rank has read the directory for itself, and one may have failed to, or met another
+        content: then the weights are nobody's on all of them.
+        """
+        if not self._ranks_agree(name or ""):
+            logger.warning("Engram: the ranks do not agree on the name of the weights")
+            name = None
+        if name is None:
+            name = self.rank.runtime_weights()
         if not self.rank.change_weights(name):
             return
         self._stale = not self._empty
@@ -346,6 +357,14 @@ class EngramRadixCache(UnifiedRadixCache):
         least = torch.tensor([number], dtype=torch.int)
         self._all_reduce_attn_groups(least, torch.distributed.ReduceOp.MIN)
         return int(least.item())
+
+    def _ranks_agree(self, text: str) -> bool:
+        """Whether every tensor-parallel rank says the same; all must ask at the same place."""
+        number = int(blake3_hex(text.encode())[:15], 16)
+        both = torch.tensor([number, -number], dtype=torch.int64)
+        self._all_reduce_attn_groups(both, torch.distributed.ReduceOp.MIN)
+        least, minus_most = both.tolist()
+        return bool(least == -minus_most)
 
     # ---- what the control plane asks ----
 

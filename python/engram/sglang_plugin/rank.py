@@ -99,11 +99,16 @@ class RankContext:
             "model_name": self.model_name,
         }
 
+    @property
+    def weights(self) -> str:
+        """What the namespace calls the weights that the model computes with."""
+        return str(self.namespace.fields[WEIGHTS])
+
     def runtime_weights(self) -> str:
         """A name for weights that nothing else has: no state made with them ever matches again.
 
-        It is counted, not drawn, so that all ranks of a server, which see the same updates in the
-        same order, agree.
+        It is counted, not drawn, so that all ranks of a server agree: each of them takes one when
+        any does (`EngramRadixCache.weights_changed`).
         """
         self._runtime += 1
         return runtime_name(self.launch.id, self._runtime)

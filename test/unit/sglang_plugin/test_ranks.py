@@ -11,17 +11,23 @@ import threading
 from array import array
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
 
 import pytest
 import torch
+from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
+from engram.core.weights import Checkpoint
 from engram.errors import EngramError
+from engram.sglang_plugin import weights
 from engram.sglang_plugin.keys import page_keys
 from engram.sglang_plugin.messages import PersistRequest
+from engram.sglang_plugin.rank import Launch
 from unit.sglang_plugin.test_cache import random_tokens
+from unit.sglang_plugin.test_weights import Scheduler, answer, model
 from unit.sglang_plugin.tree import NewRank, Rank, Served, ToyRequest
 
 Result = TypeVar("Result")
@@ -224,6 +230,43 @@ def test_a_save_asks_the_tree_of_every_rank_alike(
         lambda rank: [rank.cache.resident(array("q", one), None, None).length for one in tokens]
     )
     assert left == [20, 0, 0]
+
+
+@pytest.mark.parametrize("unlucky", ["cannot read", "could not load"])
+def test_ranks_that_name_the_weights_differently_take_a_name_of_their_own_together(
+    new_group: Callable[..., Group], rng: Random, tmp_path: Path, unlucky: str
+) -> None:
+    """The directory they have already, or another one: to one of them nothing has changed."""
+    group = new_group(1 << 24, 1 << 24)
+    home = model(tmp_path / "home", 1.0)
+    folder = home if unlucky == "cannot read" else model(tmp_path / "other", 2.0)
+    checkpoint = Checkpoint.read(home, "fast")
+    for rank in group.ranks:
+        rank.linker.rank.launch = Launch("a-launch", "auto", "fast", checkpoint)
+    group.each(lambda rank: rank.cache.weights_changed(checkpoint.digest))
+    tokens = random_tokens(rng, 60)
+    group.each(lambda rank: rank.serve(tokens[:40], rid="first"))
+
+    def update(rank: Rank, *, well: bool) -> str:
+        """Not flushed: requests were running."""
+        done = answer(True)
+        if not well and unlucky == "could not load":
+            done = answer(False, "Failed to get weights iterator: no memory")
+        if not well and unlucky == "cannot read":
+            rank.linker.rank.launch = Launch("a-launch", "auto", "fast", None)
+        request = UpdateWeightFromDiskReqInput(model_path=str(folder), load_format="auto")
+        weights.update_from_disk(done, Scheduler(rank), request)
+        return rank.linker.rank.weights
+
+    name = group.alike(lambda rank: update(rank, well=rank is group.ranks[0]))
+    assert name.startswith("runtime-")
+    assert group.alike(lambda rank: rank.cache.stale)
+    group.alike(lambda rank: rank.serve(tokens, rid="second"))
+    group.each(lambda rank: rank.cache.weights_changed(None))
+    assert group.alike(lambda rank: rank.linker.rank.weights).startswith("runtime-")
+    group.each(Rank.clear_vram)
+    group.alike(lambda rank: rank.serve(tokens, rid="third"))
+    assert group.alike(lambda rank: rank.boundaries(tokens)) == [60]
 
 
 def test_any_traffic_of_two_ranks(

@@ -290,6 +290,19 @@ REFUSED: Final = (
         "the session radix cache",
         "drop --enable-session-radix-cache",
     ),
+    # Kept beside the slots of the pools: those of a restored prefix are another request's.
+    (
+        "enable_return_routed_experts",
+        False,
+        "routed experts in replies",
+        "drop --enable-return-routed-experts",
+    ),
+    (
+        "enable_return_indexer_topk",
+        False,
+        "indexer choices in replies",
+        "drop --enable-return-indexer-topk",
+    ),
     # They change what the model computes, and no fingerprint would tell.
     ("kt_weight_path", None, "experts of KTransformers", "drop --kt-weight-path"),
     ("forward_hooks", None, "forward hooks", "drop --forward-hooks"),

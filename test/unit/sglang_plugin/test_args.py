@@ -256,6 +256,8 @@ REFUSALS = [
     ("--smg-grpc-mode",),
     ("--use-ray",),
     ("--encoder-only",),
+    ("--enable-return-routed-experts",),
+    ("--enable-return-indexer-topk",),
     ("--is-embedding",),
     ("--dllm-algorithm", "LowConfidence"),
     ("--enable-streaming-session",),

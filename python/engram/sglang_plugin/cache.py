@@ -284,20 +284,24 @@ class EngramRadixCache(UnifiedRadixCache):
         if not keys:
             return None
         end = len(keys) * self.page_size
+        if self._has_state and self._state_slot(node) is None:
+            return None
         token = self._lock(node)
-        queued = False
-        try:
-            known = self.tiers.boundary(keys[-1])
-            if known is not None and self.tiers.ram.whole(known):
-                self.tiers.ram.touch(known.ancestors())
-            elif self._has_state and self._state_slot(node) is None:
-                return None
-            else:
-                queued = self._copy(token, node, keys, token_ids)
-        finally:
-            if not queued:
-                self._copied.add(token)
+        # Where the turn stands is known to all ranks alike, also to one whose copy fails here.
+        queued = self.containment.run(
+            "capture", lambda: self._keep(token, node, keys, token_ids), False
+        )
+        if not queued:
+            self._copied.add(token)
         return FinishedTurn(keys[-1], end)
+
+    def _keep(self, token: int, node: Any, keys: list[str], token_ids: Sequence[int]) -> bool:
+        """Queue the copy of a locked path, unless what is at its end is held already."""
+        known = self.tiers.boundary(keys[-1])
+        if known is not None and self.tiers.ram.whole(known):
+            self.tiers.ram.touch(known.ancestors())
+            return False
+        return self._copy(token, node, keys, token_ids)
 
     def _copy(self, token: int, node: Any, keys: list[str], token_ids: Sequence[int]) -> bool:
         """Queue the copy of a locked path; False if the RAM tier has no room for it."""

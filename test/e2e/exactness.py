@@ -39,6 +39,9 @@ PROMPT = 150
 INTERVAL = 64
 LONG, SHORT = 40, 20
 """New tokens of two replies to one prompt: the shorter ends inside the longer one's path."""
+BRANCH_NEXT = 30
+"""Tokens of the message after the shorter one. Its reply crosses the end of a page: with pages
+above 1 the turn would else stand inside its own prompt, and that prompt again start there."""
 
 
 @dataclass(frozen=True)
@@ -133,10 +136,12 @@ VARIANTS = (
     Variant("granite-hybrid", "bfloat16", page=16, interval=INTERVAL),
     Variant("granite-moe", "float32"),
     Variant("granite-moe", "bfloat16"),
+    Variant("granite-moe", "float32", page=1),
     Variant("mamba2", "float32", quick=True),
     Variant("mamba2", "bfloat16"),
     Variant("falcon-h1", "float32"),
     Variant("falcon-h1", "bfloat16"),
+    Variant("falcon-h1", "float32", page=1),
     Variant("mamba", "float32"),
     Variant("mamba", "bfloat16"),
     Variant("falcon-mamba", "float32"),
@@ -147,17 +152,24 @@ VARIANTS = (
     Variant("lfm2-moe", "bfloat16"),
     Variant("qwen3-next", "float32"),
     Variant("qwen3-next", "bfloat16"),
+    Variant("qwen3-next", "float32", page=1),
     Variant("qwen3.5", "float32"),
     Variant("qwen3.5", "bfloat16"),
+    Variant("qwen3.5", "float32", page=1),
     Variant("qwen3.5-moe", "float32"),
     Variant("qwen3.5-moe", "bfloat16"),
+    Variant("qwen3.5-moe", "float32", page=1),
     Variant("nemotron-h", "float32"),
     Variant("nemotron-h", "bfloat16"),
+    Variant("nemotron-h", "float32", page=1),
     Variant("nemotron-h-latent", "float32"),
     Variant("nemotron-h-latent", "bfloat16"),
+    Variant("nemotron-h-latent", "float32", page=1),
     Variant("kimi-linear", "float32"),
     Variant("kimi-linear", "bfloat16"),
+    Variant("kimi-linear", "float32", page=1),
     Variant("llama", "float32"),
+    Variant("llama", "float32", page=16),
     Variant("llama", "float32", quick=True, adapters=True),
     Variant("llama", "bfloat16"),
     Variant("qwen3", "float32"),
@@ -269,11 +281,12 @@ def _parted(client: Client, numbers: random.Random) -> list[tuple[int, Reply, Re
     parted = [
         [*path[:common], *random_ids(numbers, NEXT_LENGTH)] for common in (PROMPT - 10, PROMPT + 50)
     ]
-    warm = [client.generate(tokens) for tokens in parted]
+    # Replies long enough that no turn ends on a page of its own prompt, which RAM would have.
+    warm = [client.generate(tokens, SHORT) for tokens in parted]
     cold = []
     for tokens in parted:
         client.flush()
-        cold.append(client.generate(tokens))
+        cold.append(client.generate(tokens, SHORT))
     assert [reply.cached for reply in cold] == [0, 0]
     commons = [len(tokens) - NEXT_LENGTH for tokens in parted]
     return list(zip(commons, warm, cold, strict=True))
@@ -301,5 +314,5 @@ def _branch(client: Client, numbers: random.Random) -> Case:
     assert len(short.tokens) == SHORT < len(long.tokens)
     talk.history = [*prompt, *short.tokens]
     saved = client.save(conversation_id="branch")
-    message = talk.message(numbers, NEXT_LENGTH)
+    message = talk.message(numbers, BRANCH_NEXT)
     return Case("branch", talk, saved, message, talk.peek(client, message))

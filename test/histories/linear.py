@@ -171,8 +171,8 @@ class Play:
             self._request(client, self.reference, step)
         for step in before:
             self._request(client, self.restarted, step)
-        for history in self.block.histories:
-            if history.tag and history.before < len(history.turns):
+        for index, history in enumerate(self.block.histories):
+            if history.tag and history.before < len(history.turns) and self._stands(index):
                 client.save(conversation_id=history.name)
                 self.counts["saves"] += 1
         if self.block.caught is not None:
@@ -189,7 +189,7 @@ class Play:
             if step.history not in met:
                 met.add(step.history)
                 self.counts["taken up"] += 1
-                if history.restored:
+                if history.restored and self._stands(step.history):
                     restored = client.restore(conversation_id=history.name)
                     told = len(self.restarted.told[step.history])
                     assert restored["token_count"] == self._boundary(told - 1)
@@ -232,8 +232,14 @@ class Play:
         reply = client.generate(prompt, turn.new_tokens, **fields)
         side.replies[step.history, step.turn] = reply
         side.told[step.history] = [*prompt, *reply.tokens]
-        if side is self.restarted:
+        if side is self.restarted and self._stands(step.history):
             self._save(client, history, step.turn, reply.rid)
+
+    def _stands(self, index: int) -> bool:
+        """Whether there is a state of a history yet: with large pages it may fill none."""
+        stands = self._boundary(len(self.restarted.told[index]) - 1) > 0
+        self.counts["too short to save"] += not stands
+        return stands
 
     def _fields(self, side: Side, history: History) -> dict[str, Any]:
         if side is self.reference:

@@ -202,8 +202,16 @@ class RankControl:
         keys = page_keys(request.tokens, page_size, request.extra_key, request.cache_salt)
         end = self._end(request, keys)
         if end % page_size or not 0 < end <= len(keys) * page_size:
+            if end == 0:
+                raise CaptureLostError(
+                    f"the turn's {len(request.tokens)} tokens fill no page of {page_size}: there "
+                    "is no state of it to keep",
+                    hint="save a later turn, or start the server with --page-size 1",
+                    details={"boundary": end},
+                )
             raise CaptureLostError(
                 f"there is no boundary at token {end} of {len(request.tokens)}",
+                hint="save a later turn",
                 details={"boundary": end},
             )
         keys = keys[: end // page_size]

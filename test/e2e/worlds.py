@@ -107,16 +107,20 @@ class Stage:
         self._recorded: dict[str, World] = {}
         self._failed: dict[str, BaseException] = {}
         self._models: dict[str, Path] = {}
+        self._made: list[ServerProcess] = []
 
     def world(self, name: str, make: Callable[[Stage, Path], World]) -> World:
         if name in self._failed:
             pytest.fail(f"the world could not be made: {self._failed[name]}", pytrace=False)
         if name not in self._worlds:
             self.clear()
+            self._made.clear()
             try:
                 world = make(self, self.folder / name)
             except BaseException as error:
                 self._failed[name] = error
+                for server in self._made:
+                    server.kill()
                 raise
             self._worlds[name] = self._recorded[name] = world
         return self._worlds[name]
@@ -150,9 +154,12 @@ class Stage:
     ) -> ServerProcess:
         """A server that is not started yet; its log is in `folder`."""
         where = [] if store is None else ["--snapshot-dir", str(store)]
-        return ServerProcess(
-            model or self.model(seed), [*args, *where], env, folder / "server.log", timeout=600
+        self._made.append(
+            ServerProcess(
+                model or self.model(seed), [*args, *where], env, folder / "server.log", timeout=600
+            )
         )
+        return self._made[-1]
 
 
 # ---- the published command, bfloat16 ----

@@ -5,7 +5,8 @@
     python test/e2e/matrix.py
 
 The first two write a file for each variant of which all tests were run, on a CPU and on a GPU; the
-last puts the files' tables into docs/models.md.
+last puts the files' tables into docs/models.md, and with `--check` says by its exit status whether
+they are there.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -238,4 +240,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # As pytest has it; a script finds its own folder alone.
+    sys.path[0] = str(ROOT / "test")
+    if sys.argv[1:] == ["--check"]:
+        sys.exit(any(documented(device) != made(device) for device in DEVICES))
     main()

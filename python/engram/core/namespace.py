@@ -15,6 +15,8 @@ Scalar: TypeAlias = str | int | float | bool | None
 FieldValue: TypeAlias = Scalar | Sequence[Scalar]
 
 ABSENT: Final = "<absent>"
+POOL: Final = "pool."
+"""How the names of the fields begin that say what the pools hold."""
 MAX_NAMESPACE_BYTES: Final = 1 << 20
 """Of the canonical form, where it is read from outside."""
 
@@ -69,11 +71,16 @@ class Namespace:
         return [(n, w, f) for n, w, f in pairs if canonical_json(w) != canonical_json(f)]
 
     def require(self, found: Namespace) -> None:
-        """Raise `NamespaceMismatchError` for the first differing field; details list them all."""
+        """Raise `NamespaceMismatchError` for the first differing field; details list them all.
+
+        One that says what is in the pools is named only where no other differs: their shapes follow
+        from the model and from the number of ranks, which are the reason then.
+        """
         differences = self.difference(found)
         if not differences:
             return
-        error = NamespaceMismatchError.of(*differences[0])
+        reasons = [one for one in differences if not one[0].startswith(POOL)]
+        error = NamespaceMismatchError.of(*(reasons or differences)[0])
         error.details["differences"] = [list(difference) for difference in differences]
         raise error
 

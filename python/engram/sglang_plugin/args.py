@@ -264,7 +264,9 @@ REFUSED: Final = (
     ("enable_dp_attention", False, "data-parallel attention", "drop --enable-dp-attention"),
     ("attn_dp_size", 1, "data-parallel attention", "use --attn-dp-size 1"),
     ("attn_cp_size", 1, "context parallelism", "use --attn-cp-size 1"),
+    ("enable_prefill_cp", False, "context parallelism", "drop --enable-prefill-cp"),
     ("dcp_size", 1, "decode context parallelism", "use --dcp-size 1"),
+    ("dwdp_size", 1, "distributed weight data parallelism", "use --dwdp-size 1"),
     ("ep_size", 1, "expert parallelism", "use --ep-size 1"),
     ("nnodes", 1, "more than one node", "use --nnodes 1: every rank needs the same folder"),
     ("speculative_algorithm", None, "speculative decoding", "drop --speculative-algorithm"),
@@ -288,7 +290,21 @@ REFUSED: Final = (
         "the session radix cache",
         "drop --enable-session-radix-cache",
     ),
+    # Kept beside the slots of the pools: those of a restored prefix are another request's.
+    (
+        "enable_return_routed_experts",
+        False,
+        "routed experts in replies",
+        "drop --enable-return-routed-experts",
+    ),
+    (
+        "enable_return_indexer_topk",
+        False,
+        "indexer choices in replies",
+        "drop --enable-return-indexer-topk",
+    ),
     # They change what the model computes, and no fingerprint would tell.
+    ("kt_weight_path", None, "experts of KTransformers", "drop --kt-weight-path"),
     ("forward_hooks", None, "forward hooks", "drop --forward-hooks"),
     ("decrypted_config_file", None, "a decrypted config", "drop --decrypted-config-file"),
     # Other front ends than the HTTP server: nothing would answer a save there.
@@ -296,6 +312,9 @@ REFUSED: Final = (
     ("smg_grpc_mode", False, "the gRPC server", "drop --smg-grpc-mode"),
     ("use_ray", False, "Ray", "drop --use-ray"),
     ("encoder_only", False, "an encoder server", "drop --encoder-only"),
+    # What they compute of a prompt is no prefix of anything, and must not be cut into pieces.
+    ("is_embedding", False, "an embedding server", "drop --is-embedding"),
+    ("dllm_algorithm", None, "diffusion language models", "drop --dllm-algorithm"),
     ("enable_streaming_session", False, "streaming sessions", "drop --enable-streaming-session"),
 )
 """What persistence cannot work with yet: field, the value that is fine, its name, what to do."""

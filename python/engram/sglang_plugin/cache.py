@@ -40,6 +40,7 @@ from sglang.srt.mem_cache.unified_cache.components import ComponentType
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinkerWrapper
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
+from engram.core.canonical import blake3_hex
 from engram.sglang_plugin.contain import Containment, contained
 from engram.sglang_plugin.linker import EngramLinker
 from engram.sglang_plugin.live_state import LiveStateComponent
@@ -133,8 +134,18 @@ class EngramRadixCache(UnifiedRadixCache):
         """Paths that are locked because a copy of them is running."""
         return len(self._locks)
 
-    def weights_changed(self, name: str) -> None:
-        """The model computes with other weights from here on; on the scheduler thread."""
+    def weights_changed(self, name: str | None) -> None:
+        """The model computes with the weights of this name from here on, or with weights that
+        nothing names; on the scheduler thread, on every rank alike.
+
+        Each rank has read the directory for itself, and one may have failed to, or met another
+        content: then the weights are nobody's on all of them.
+        """
+        if not self._ranks_agree(name or ""):
+            logger.warning("Engram: the ranks do not agree on the name of the weights")
+            name = None
+        if name is None:
+            name = self.rank.runtime_weights()
         if not self.rank.change_weights(name):
             return
         self._stale = not self._empty
@@ -186,6 +197,9 @@ class EngramRadixCache(UnifiedRadixCache):
             return None
         # What is no text is computed by encoders, whose pieces SGLang cuts in its own way.
         if req.input_embeds is not None or req.multimodal_inputs is not None:
+            return None
+        # Of a prefill in pieces SGLang returns the hidden states of the last piece alone.
+        if req.return_hidden_states is True:
             return None
         return next_point(start, len(req.origin_input_ids), self.page_size, self.rank.interval)
 
@@ -270,20 +284,24 @@ class EngramRadixCache(UnifiedRadixCache):
         if not keys:
             return None
         end = len(keys) * self.page_size
+        if self._has_state and self._state_slot(node) is None:
+            return None
         token = self._lock(node)
-        queued = False
-        try:
-            known = self.tiers.boundary(keys[-1])
-            if known is not None and self.tiers.ram.whole(known):
-                self.tiers.ram.touch(known.ancestors())
-            elif self._has_state and self._state_slot(node) is None:
-                return None
-            else:
-                queued = self._copy(token, node, keys, token_ids)
-        finally:
-            if not queued:
-                self._copied.add(token)
+        # Where the turn stands is known to all ranks alike, also to one whose copy fails here.
+        queued = self.containment.run(
+            "capture", lambda: self._keep(token, node, keys, token_ids), False
+        )
+        if not queued:
+            self._copied.add(token)
         return FinishedTurn(keys[-1], end)
+
+    def _keep(self, token: int, node: Any, keys: list[str], token_ids: Sequence[int]) -> bool:
+        """Queue the copy of a locked path, unless what is at its end is held already."""
+        known = self.tiers.boundary(keys[-1])
+        if known is not None and self.tiers.ram.whole(known):
+            self.tiers.ram.touch(known.ancestors())
+            return False
+        return self._copy(token, node, keys, token_ids)
 
     def _copy(self, token: int, node: Any, keys: list[str], token_ids: Sequence[int]) -> bool:
         """Queue the copy of a locked path; False if the RAM tier has no room for it."""
@@ -343,6 +361,14 @@ class EngramRadixCache(UnifiedRadixCache):
         least = torch.tensor([number], dtype=torch.int)
         self._all_reduce_attn_groups(least, torch.distributed.ReduceOp.MIN)
         return int(least.item())
+
+    def _ranks_agree(self, text: str) -> bool:
+        """Whether every tensor-parallel rank says the same; all must ask at the same place."""
+        number = int(blake3_hex(text.encode())[:15], 16)
+        both = torch.tensor([number, -number], dtype=torch.int64)
+        self._all_reduce_attn_groups(both, torch.distributed.ReduceOp.MIN)
+        least, minus_most = both.tolist()
+        return bool(least == -minus_most)
 
     # ---- what the control plane asks ----
 

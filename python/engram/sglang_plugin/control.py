@@ -202,16 +202,17 @@ class RankControl:
         page_size = self._rank.page_size
         keys = page_keys(request.tokens, page_size, request.extra_key, request.cache_salt)
         end = self._end(request, keys)
-        if end == 0:
-            raise CaptureLostError(
-                f"a turn of {len(request.tokens)} tokens is too short to be saved: states are kept "
-                f"at the ends of pages, of {page_size} tokens",
-                hint="save it when the conversation is longer, or serve with a smaller --page-size",
-                details={"boundary": 0},
-            )
         if end % page_size or not 0 < end <= len(keys) * page_size:
+            if end == 0:
+                raise CaptureLostError(
+                    f"the turn's {len(request.tokens)} tokens fill no page of {page_size}: there "
+                    "is no state of it to keep",
+                    hint="save a later turn, or start the server with --page-size 1",
+                    details={"boundary": end},
+                )
             raise CaptureLostError(
                 f"there is no boundary at token {end} of {len(request.tokens)}",
+                hint="save a later turn",
                 details={"boundary": end},
             )
         keys = keys[: end // page_size]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from engram.core.namespace import POOL
 from engram.errors import UnsupportedError
 from engram.tiers.payload import DTYPE_NAMES
 
@@ -96,7 +97,7 @@ class DevicePools:
     def describe(self) -> dict[str, str]:
         """Fields of the namespace: what each slot of each buffer holds."""
         return {
-            f"pool.{buffer.name}": f"{DTYPE_NAMES[tensor.dtype]}{list(tensor.shape[1:])}"
+            f"{POOL}{buffer.name}": f"{DTYPE_NAMES[tensor.dtype]}{list(tensor.shape[1:])}"
             for buffer in self.buffers
             for tensor in (buffer.tensor,)
         }

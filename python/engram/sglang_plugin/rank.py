@@ -21,6 +21,7 @@ from engram.core.canonical import blake3_hex, canonical_json
 from engram.core.namespace import FieldValue, Namespace
 from engram.core.settings import Settings
 from engram.core.weights import Checkpoint, config_digest
+from engram.errors import UnsupportedError
 from engram.sglang_plugin.args import open_store
 from engram.sglang_plugin.keys import page_keys_after
 from engram.sglang_plugin.pools import DevicePools
@@ -99,11 +100,16 @@ class RankContext:
             "model_name": self.model_name,
         }
 
+    @property
+    def weights(self) -> str:
+        """What the namespace calls the weights that the model computes with."""
+        return str(self.namespace.fields[WEIGHTS])
+
     def runtime_weights(self) -> str:
         """A name for weights that nothing else has: no state made with them ever matches again.
 
-        It is counted, not drawn, so that all ranks of a server, which see the same updates in the
-        same order, agree.
+        It is counted, not drawn, so that all ranks of a server agree: each of them takes one when
+        any does (`EngramRadixCache.weights_changed`).
         """
         self._runtime += 1
         return runtime_name(self.launch.id, self._runtime)
@@ -151,12 +157,21 @@ MODEL_CONFIG: ContextVar[Any] = ContextVar("MODEL_CONFIG")
 def open_rank(
     server_args: Any, params: Any, pools: DevicePools, extra_config: dict[str, Any]
 ) -> RankContext:
-    """Build the context of this process's rank; called once, while the cache is constructed."""
+    """Build the context of this process's rank; called once, while the cache is constructed.
+
+    Raises `UnsupportedError` for a model that generates nothing.
+    """
     from sglang.srt.runtime_context import get_serving
 
     settings = Settings.model_validate(extra_config["settings"])
     rank, world_size = _shard_of(params)
     model = MODEL_CONFIG.get()
+    if not model.is_generation:
+        raise UnsupportedError(
+            "snapshots are of conversations, and this model generates nothing: SGLang serves it "
+            "for embeddings or rewards",
+            hint="start the server without --enable-snapshot-persistence",
+        )
     path = model_dir(model.model_path, model.revision)
     launch = Launch(
         extra_config["launch_id"],

@@ -46,15 +46,17 @@ def update_from_disk(original: Callable[..., Any], manager: Any, request: Any) -
         return original(manager, request)
     before = _identity(request.model_path)
     output = original(manager, request)
+    name: str | None = None
     if output.success or output.message.startswith(FLUSH_REFUSED):
         name = cache.containment.run(
             "the fingerprint of the new weights",
             lambda: _directory_name(cache.rank.launch, request, before),
             None,
         )
-        cache.weights_changed(name or cache.rank.runtime_weights())
-    elif not output.message.startswith(UNTOUCHED):
-        cache.weights_changed(cache.rank.runtime_weights())
+    elif output.message.startswith(UNTOUCHED):
+        name = cache.rank.weights
+    # In every case: what has failed here may have been done on another rank.
+    cache.weights_changed(name)
     return output
 
 
@@ -70,7 +72,7 @@ def update_at_runtime(original: Callable[..., Any], manager: Any, request: Any) 
     in_session = manager._session is not None
     output = original(manager, request)
     if output.success or in_session or manager._session is not None:
-        cache.weights_changed(cache.rank.runtime_weights())
+        cache.weights_changed(None)
     return output
 
 
@@ -79,7 +81,7 @@ def update_from_ipc(original: Callable[..., Any], manager: Any, request: Any) ->
     cache = engram_tree(manager)
     output = original(manager, request)
     if cache is not None:
-        cache.weights_changed(cache.rank.runtime_weights())
+        cache.weights_changed(None)
     return output
 
 
@@ -96,7 +98,7 @@ def release_memory(original: Callable[..., Any], manager: Any, request: Any) -> 
     output = original(manager, request)
     released = not request.tags or WEIGHTS_TAG in request.tags
     if released and manager.memory_saver_adapter.enabled and not _weights_are_backed_up():
-        cache.weights_changed(cache.rank.runtime_weights())
+        cache.weights_changed(None)
     return output
 
 

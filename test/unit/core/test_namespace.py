@@ -68,6 +68,21 @@ def test_the_first_differing_field_is_named_with_both_values() -> None:
     json.dumps(caught.value.to_dict())
 
 
+def test_the_number_of_ranks_is_the_reason_for_other_pools() -> None:
+    """By their names the shapes would come first, which an operator cannot make sense of."""
+    two = Namespace({"page_size": 1, "pool.k.1": "F32[1, 32]", "tp_size": 2, "zone": "a"})
+    one = Namespace({"page_size": 1, "pool.k.1": "F32[2, 32]", "tp_size": 1, "zone": "a"})
+    with pytest.raises(
+        NamespaceMismatchError, match=r"'tp_size': this server has 1, .* 2 "
+    ) as caught:
+        one.require(two)
+    assert caught.value.details["field"] == "tp_size"
+    assert [name for name, _, _ in caught.value.details["differences"]] == ["pool.k.1", "tp_size"]
+    other = Namespace({**one.fields, "pool.k.1": "BF16[2, 32]"})
+    with pytest.raises(NamespaceMismatchError, match=r"'pool.k.1'"):
+        one.require(other)
+
+
 @pytest.mark.parametrize(("left", "right"), [(1, True), (1, 1.0), (0, False), ([1], 1)])
 def test_values_python_calls_equal_are_told_apart(left: object, right: object) -> None:
     one, other = Namespace({"field": left}), Namespace({"field": right})  # type: ignore[dict-item]

@@ -4,19 +4,42 @@ from __future__ import annotations
 
 import inspect
 import json
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from sglang.srt.arg_groups.overrides import supports_mamba_cache_extra_buffer
 
 from e2e import matrix, test_families
-from e2e.exactness import REFUSALS, VARIANTS
-from e2e.matrix import COLUMNS, DEVICES, REFUSED, Recorder, documented, made, pools_of, results
-from engram.testing.tiny_model import write_tiny_model
+from e2e.exactness import REFUSALS, VARIANTS, Variant
+from e2e.matrix import (
+    COLUMNS,
+    DEVICES,
+    DOCUMENT,
+    REFUSED,
+    ROOT,
+    Recorder,
+    documented,
+    made,
+    pools_of,
+    results,
+)
+from engram.testing.tiny_model import FAMILIES, write_tiny_model
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_table_is_that_of_the_results(device: str) -> None:
     assert documented(device) == made(device)
+
+
+def test_the_command_that_writes_the_table_runs_as_it_is_documented() -> None:
+    """Without what pytest puts on the path."""
+    text = DOCUMENT.read_text()
+    assert "`python test/e2e/matrix.py`" in text
+    command = [sys.executable, "test/e2e/matrix.py", "--check"]
+    subprocess.run(command, cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -37,6 +60,25 @@ def test_every_result_is_of_a_variant_and_of_tests_there_are(device: str) -> Non
             continue
         assert set(found["run"]) <= tests
         assert found["pools"]
+
+
+@pytest.mark.parametrize(
+    "family", [family for family in sorted(FAMILIES) if Variant(family, "float32").has_state]
+)
+def test_every_family_with_states_is_under_both_strategies_or_sglang_refuses(
+    family: str, tmp_path: Path
+) -> None:
+    """A class is in one of the two lists, as SGLang's own says."""
+    config = json.loads((write_tiny_model(tmp_path / "model", family) / "config.json").read_text())
+    [name] = config["architectures"]
+    supported = supports_mamba_cache_extra_buffer(
+        SimpleNamespace(linear_attn_backend="triton"), SimpleNamespace(architectures=[name])
+    )
+    run = {variant.page is None for variant in VARIANTS if variant.family == family}
+    assert run == ({True, False} if supported else {True})
+    refused = {one.strategy for one in REFUSALS if one.family == family}
+    assert ("extra_buffer" in refused) is not supported
+    assert "no_buffer" in refused  # pages above 1
 
 
 def test_pools_are_named_by_kind_with_their_shapes_and_layers() -> None:

@@ -37,10 +37,10 @@ def step(rank: Rank, chunk: int | None = CHUNK) -> PrefillAdder:
     return PrefillAdder(1, rank.cache, rank.slots, None, 1.0, 4096, chunk)
 
 
-def request(rank: Rank, rng: Random, count: int) -> Req:
+def request(rank: Rank, rng: Random, count: int, **fields: Any) -> Req:
     """A request that has been matched, as the scheduler does before it asks for admission."""
     ids = array("q", [rng.randrange(1000) for _ in range(count)])
-    req = Req(f"r{count}", "", ids, SamplingParams(max_new_tokens=8))
+    req = Req(f"r{count}", "", ids, SamplingParams(max_new_tokens=8), **fields)
     req.init_next_round_input(rank.cache)
     return req
 
@@ -57,6 +57,17 @@ def test_a_prompt_is_cut_and_its_last_token_follows(rank: Rank, rng: Random) -> 
     second = step(rank)
     assert second.add_chunked_req(req) is None
     assert (req.extend_end, second.new_chunked_req) == (100, None)
+
+
+@pytest.mark.parametrize(("mode", "end"), [(True, 100), ("last", 99), (False, 99)])
+def test_a_prompt_whose_hidden_states_are_returned_is_not_cut(
+    rank: Rank, rng: Random, mode: Any, end: int
+) -> None:
+    """SGLang returns those of a prefill's last piece: after a cut, of one token."""
+    req, adder = request(rank, rng, 100, return_hidden_states=mode), step(rank)
+    assert add(adder, req) is AddReqResult.CONTINUE
+    assert req.extend_end == end
+    assert adder.new_chunked_req is (None if end == 100 else req)
 
 
 def test_a_long_prompt_goes_by_chunks_to_its_point(rank: Rank, rng: Random) -> None:

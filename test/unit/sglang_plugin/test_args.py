@@ -237,6 +237,8 @@ REFUSALS = [
     ("--attn-dp-size", "2"),
     ("--attn-cp-size", "2"),
     ("--dcp-size", "2"),
+    ("--enable-prefill-cp",),
+    ("--dwdp-size", "2"),
     ("--ep-size", "2"),
     ("--nnodes", "2"),
     ("--speculative-algorithm", "NGRAM"),
@@ -254,9 +256,14 @@ REFUSALS = [
     ("--smg-grpc-mode",),
     ("--use-ray",),
     ("--encoder-only",),
+    ("--enable-return-routed-experts",),
+    ("--enable-return-indexer-topk",),
+    ("--is-embedding",),
+    ("--dllm-algorithm", "LowConfidence"),
     ("--enable-streaming-session",),
     ("--forward-hooks", '[{"name": "a"}]'),
     ("--decrypted-config-file", "config.json"),
+    ("--kt-weight-path", "experts"),
     ("--strip-thinking-cache",),
 ]
 

@@ -254,6 +254,18 @@ async def test_what_nobody_has_is_lost_and_says_where(rank: Rank, rng: Random) -
 
 
 @on_a_loop
+async def test_a_turn_shorter_than_a_page_says_why_it_cannot_be_saved(
+    rank: Rank, rng: Random
+) -> None:
+    rank.linker.rank.page_size = 16
+    ranks = SglangRanks(Wire(rank).client)
+    with pytest.raises(CaptureLostError, match="9 tokens fill no page of 16") as caught:
+        await ranks.persist(rank.namespace, finished(random_tokens(rng, 9), "short"), 0)
+    assert "--page-size 1" in caught.value.hint
+    assert caught.value.details == {"boundary": 0}
+
+
+@on_a_loop
 async def test_errors_of_a_rank_arrive_as_what_they_are(
     new_rank: NewRank, rng: Random, monkeypatch: pytest.MonkeyPatch
 ) -> None:

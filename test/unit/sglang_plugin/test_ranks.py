@@ -11,17 +11,24 @@ import threading
 from array import array
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
 
 import pytest
 import torch
+from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
+from engram.core.weights import Checkpoint
 from engram.errors import EngramError
+from engram.sglang_plugin import weights
 from engram.sglang_plugin.keys import page_keys
 from engram.sglang_plugin.messages import PersistRequest
+from engram.sglang_plugin.rank import Launch
+from engram.tiers.capture import Capturer
 from unit.sglang_plugin.test_cache import random_tokens
+from unit.sglang_plugin.test_weights import Scheduler, answer, model
 from unit.sglang_plugin.tree import NewRank, Rank, Served, ToyRequest
 
 Result = TypeVar("Result")
@@ -226,6 +233,74 @@ def test_a_save_asks_the_tree_of_every_rank_alike(
     assert left == [20, 0, 0]
 
 
+def test_a_turn_stands_at_one_place_though_the_copy_of_one_rank_failed(
+    new_group: Callable[..., Group], rng: Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The service expects another one: a stop token was computed that it cannot know of."""
+    group = new_group(1 << 24, 1 << 24)
+    tokens = random_tokens(rng, 30)
+
+    def full(*args: Any, **kw: Any) -> bool:
+        raise MemoryError("no memory for the tables of a copy")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Capturer, "capture", OnOneRank(Capturer.capture, full, group.ranks[1]))
+        group.each(lambda rank: rank.serve(tokens, rid="r"))
+    assert [rank.stats.contained_errors for rank in group.ranks] == [0, 1]
+    request = PersistRequest(
+        call_id="c",
+        namespace=group.ranks[0].namespace,
+        request_rid="r",
+        tokens=[*tokens, 7],
+        boundary=29,
+        locate=True,
+    )
+    wires = {id(rank): Silent(rank) for rank in group.ranks}
+    group.each(lambda rank: wires[id(rank)].control.handlers[PersistRequest](request))
+    group.alike(tree_of)
+    group.each(Rank.settle)
+    replies = [reply for rank in group.ranks for reply in wires[id(rank)].replies]
+    assert [reply.result["boundary"] for reply in replies] == [30, 30]
+    group.each(Rank.check_pools)
+
+
+@pytest.mark.parametrize("unlucky", ["cannot read", "could not load"])
+def test_ranks_that_name_the_weights_differently_take_a_name_of_their_own_together(
+    new_group: Callable[..., Group], rng: Random, tmp_path: Path, unlucky: str
+) -> None:
+    """The directory they have already, or another one: to one of them nothing has changed."""
+    group = new_group(1 << 24, 1 << 24)
+    home = model(tmp_path / "home", 1.0)
+    folder = home if unlucky == "cannot read" else model(tmp_path / "other", 2.0)
+    checkpoint = Checkpoint.read(home, "fast")
+    for rank in group.ranks:
+        rank.linker.rank.launch = Launch("a-launch", "auto", "fast", checkpoint)
+    group.each(lambda rank: rank.cache.weights_changed(checkpoint.digest))
+    tokens = random_tokens(rng, 60)
+    group.each(lambda rank: rank.serve(tokens[:40], rid="first"))
+
+    def update(rank: Rank, *, well: bool) -> str:
+        """Not flushed: requests were running."""
+        done = answer(True)
+        if not well and unlucky == "could not load":
+            done = answer(False, "Failed to get weights iterator: no memory")
+        if not well and unlucky == "cannot read":
+            rank.linker.rank.launch = Launch("a-launch", "auto", "fast", None)
+        request = UpdateWeightFromDiskReqInput(model_path=str(folder), load_format="auto")
+        weights.update_from_disk(done, Scheduler(rank), request)
+        return rank.linker.rank.weights
+
+    name = group.alike(lambda rank: update(rank, well=rank is group.ranks[0]))
+    assert name.startswith("runtime-")
+    assert group.alike(lambda rank: rank.cache.stale)
+    group.alike(lambda rank: rank.serve(tokens, rid="second"))
+    group.each(lambda rank: rank.cache.weights_changed(None))
+    assert group.alike(lambda rank: rank.linker.rank.weights).startswith("runtime-")
+    group.each(Rank.clear_vram)
+    group.alike(lambda rank: rank.serve(tokens, rid="third"))
+    assert group.alike(lambda rank: rank.boundaries(tokens)) == [60]
+
+
 def test_any_traffic_of_two_ranks(
     new_group: Callable[..., Group], rng: Random, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,6 +362,17 @@ def test_any_traffic_of_two_ranks(
     group.each(Rank.check_pools)
     assert loaded > 0, "a run that loads nothing shows nothing"
     assert all(rank.stats.contained_errors == 0 for rank in group.ranks)
+
+
+class OnOneRank:
+    """A method that is another one on one rank."""
+
+    def __init__(self, method: Any, other: Any, rank: Rank) -> None:
+        self._method, self._other, self._ram = method, other, rank.tiers.ram
+
+    def __get__(self, owner: Any, kind: Any = None) -> Any:
+        chosen = self._other if owner._ram is self._ram else self._method
+        return lambda *args, **kw: chosen(owner, *args, **kw)
 
 
 class Silent:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from engram.errors import CaptureLostError, InternalError
+from engram.errors import InternalError
 from engram.sglang_plugin.control import RankControl
 from engram.sglang_plugin.keys import page_keys
 from engram.sglang_plugin.messages import PersistRequest
@@ -70,11 +70,3 @@ def test_tokens_that_are_not_those_of_the_state_are_not_saved(rank: Rank, rng: R
         located(rank, "r", random_tokens(rng, 20))
     with pytest.raises(InternalError, match="not those of its state"):
         located(rank, "r", tokens[:10])
-
-
-def test_a_turn_shorter_than_a_page_is_refused_with_the_reason(rank: Rank, rng: Random) -> None:
-    request = persist(rank, None, random_tokens(rng, 11))
-    request.boundary = 0
-    with pytest.raises(CaptureLostError, match="12 tokens is too short to be saved") as refused:
-        control(rank)._locate(request)
-    assert "--page-size" in refused.value.hint

@@ -79,6 +79,7 @@ class ToyRequest:
     input_embeds: Any = None
     multimodal_inputs: Any = None
     discard_output_reason: Any = None
+    return_hidden_states: bool = False
     inflight_middle_chunks: int = 0
     origin: list[int] | None = None
     """Its prompt, where that is not all of its tokens so far."""

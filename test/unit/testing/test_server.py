@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from e2e import worlds
 from engram.testing.server import ServerError, ServerProcess
 
 STAND_IN = """
@@ -95,6 +96,22 @@ def test_it_waits_until_it_serves_and_leaves_nothing_behind(
     assert_ends(worker)
     assert server.process is None
     assert not (server.log_path.parent / "asked").exists()
+
+
+def test_a_world_that_cannot_be_made_leaves_no_server_behind(tmp_path: Path) -> None:
+    """Or each failure keeps a core and a gigabyte from what is run after it."""
+    started: list[int] = []
+
+    def make(stage: worlds.Stage, folder: Path) -> worlds.World:
+        folder.mkdir()
+        server = stage.server(folder, [], model=Path("usual"), kind=StandIn)
+        server.start()
+        started.append(int((folder / "worker").read_text()))
+        raise ValueError("a reply was not as expected")
+
+    with pytest.raises(ValueError, match="not as expected"):
+        worlds.Stage(tmp_path).world("broken", make)
+    assert_ends(started[0])
 
 
 def test_stop_asks_before_it_kills(stand_in: Callable[..., StandIn]) -> None:

@@ -100,6 +100,12 @@ class Client:
     def delete(self, **body: Any) -> dict[str, Any]:
         return self.ok("/delete_snapshot", body)
 
+    def count(self, text: str) -> int:
+        """How many tokens the server makes of a text."""
+        body = {"prompt": text, "add_special_tokens": False}
+        counted: int = self.post("/tokenize", body).raise_for_status().json()["count"]
+        return counted
+
     def flush(self) -> None:
         """Empty SGLang's tree: nothing is in VRAM any more."""
         self.http.post("/flush_cache", params={"timeout": 30}).raise_for_status()

@@ -27,6 +27,10 @@ DOCUMENT: Final = ROOT / "docs" / "models.md"
 RECORD: Final = "ENGRAM_MATRIX_RECORD"
 DEVICES: Final = ("cpu", "gpu")
 """Of each there is a table in the document and, in `RESULTS`, a folder of files."""
+MATRIX: Final = "matrix, "
+HISTORIES: Final = "random histories"
+TABLES: Final = (*(MATRIX + device for device in DEVICES), HISTORIES)
+"""What is generated in the document, by the name between its marks."""
 
 COLUMNS: Final[dict[str, tuple[str, ...]]] = {
     "served": ("test_replies_are_those_of_transformers",),
@@ -209,14 +213,24 @@ def _cell(result: Mapping[str, Any], tests: Iterable[str]) -> str:
     return f"{passed} of {run}" if run else "no test"
 
 
-def documented(device: str) -> str:
-    """The table that the document has of a device."""
-    begin, end = _marks(device)
+def documented(name: str) -> str:
+    """What the document has under the name of one of `TABLES`."""
+    begin, end = _marks(name)
     return DOCUMENT.read_text().split(begin)[1].split(end)[0].strip()
 
 
-def made(device: str) -> str:
-    """The tables that it should have: of all variants and refusals, or that none was run."""
+def made(name: str) -> str:
+    """What it should have there."""
+    from engram.testing.tiny_model import FAMILIES
+    from histories import results as histories
+
+    if name == HISTORIES:
+        return histories.table(sorted(FAMILIES), histories.results())
+    return _of_device(name.removeprefix(MATRIX))
+
+
+def _of_device(device: str) -> str:
+    """The tables of all variants and refusals, or that none was run."""
     from e2e.exactness import REFUSALS, VARIANTS
 
     found = results(device)
@@ -227,21 +241,21 @@ def made(device: str) -> str:
     return f"{served}\n\n{UNSERVED}\n\n{refused}"
 
 
-def _marks(device: str) -> tuple[str, str]:
-    return f"<!-- matrix, {device}: begin -->", f"<!-- matrix, {device}: end -->"
+def _marks(name: str) -> tuple[str, str]:
+    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
 
 
 def main() -> None:
     """Write the tables into the document."""
-    for device in DEVICES:
-        begin, end = _marks(device)
+    for name in TABLES:
+        begin, end = _marks(name)
         head, rest = DOCUMENT.read_text().split(begin)
-        DOCUMENT.write_text(f"{head}{begin}\n{made(device)}\n{end}{rest.split(end)[1]}")
+        DOCUMENT.write_text(f"{head}{begin}\n{made(name)}\n{end}{rest.split(end)[1]}")
 
 
 if __name__ == "__main__":
     # As pytest has it; a script finds its own folder alone.
     sys.path[0] = str(ROOT / "test")
     if sys.argv[1:] == ["--check"]:
-        sys.exit(any(documented(device) != made(device) for device in DEVICES))
+        sys.exit(any(documented(name) != made(name) for name in TABLES))
     main()

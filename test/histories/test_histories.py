@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 from typing import Protocol
 
 import pytest
@@ -17,9 +18,10 @@ import pytest
 from e2e.exactness import Variant
 from e2e.helpers import Client
 from e2e.worlds import launcher
-from engram.testing.samples import seeded_random
+from engram.testing.samples import drawn_seed
 from engram.testing.tiny_model import FAMILIES, write_tiny_model
 from histories import linear, trees
+from histories.results import KINDS, record
 
 COUNT = int(os.environ.get("ENGRAM_HISTORY_COUNT", "1000"))
 A_RESTART = 50
@@ -38,7 +40,8 @@ class Play(Protocol):
 @pytest.mark.timeout(TIMEOUT_S)
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_histories_have_the_bits_of_an_uninterrupted_server(tmp_path: Path, family: str) -> None:
-    variant, numbers = Variant(family, "bfloat16"), seeded_random()
+    variant, seed = Variant(family, KINDS["linear"]), drawn_seed()
+    numbers = Random(seed)
     counts: Counter[str] = Counter()
 
     def plays() -> Iterator[tuple[Play, bool]]:
@@ -50,12 +53,14 @@ def test_histories_have_the_bits_of_an_uninterrupted_server(tmp_path: Path, fami
     print(f"{family}: {dict(counts)}")  # noqa: T201  for the report of a run
     assert counts["histories"] == COUNT
     assert counts["killed"] + counts["stopped"] == len(_blocks(COUNT))
+    record(family, "linear", seed, counts)
 
 
 @pytest.mark.timeout(TIMEOUT_S)
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_branches_say_what_an_uninterrupted_server_says(tmp_path: Path, family: str) -> None:
-    variant, numbers = Variant(family, "float32"), seeded_random()
+    variant, seed = Variant(family, KINDS["branching"]), drawn_seed()
+    numbers = Random(seed)
     counts: Counter[str] = Counter()
     total = max(1, COUNT // 5)
 
@@ -67,6 +72,7 @@ def test_branches_say_what_an_uninterrupted_server_says(tmp_path: Path, family: 
     play_all(tmp_path, variant, plays)
     print(f"{family}, branches: {dict(counts)}")  # noqa: T201  for the report of a run
     assert counts["histories"] == total
+    record(family, "branching", seed, counts)
 
 
 def _blocks(total: int) -> list[int]:

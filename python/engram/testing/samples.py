@@ -18,11 +18,16 @@ SEED_VARIABLE: Final = "ENGRAM_TEST_SEED"
 SHARD: Final = Shard(blake3_hex(b"a namespace"), 0, 1)
 
 
-def seeded_random() -> random.Random:
-    """A generator whose seed is printed; set ``ENGRAM_TEST_SEED`` to repeat a failure."""
+def drawn_seed() -> int:
+    """A seed, which is printed; set ``ENGRAM_TEST_SEED`` to repeat a failure."""
     seed = int(os.environ.get(SEED_VARIABLE) or int.from_bytes(os.urandom(4), "big"))
     print(f"{SEED_VARIABLE}={seed}")  # noqa: T201  pytest shows it with a failure
-    return random.Random(seed)
+    return seed
+
+
+def seeded_random() -> random.Random:
+    """A generator of `drawn_seed`."""
+    return random.Random(drawn_seed())
 
 
 @dataclass(frozen=True)

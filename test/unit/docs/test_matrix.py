@@ -20,6 +20,7 @@ from e2e.matrix import (
     DOCUMENT,
     REFUSED,
     ROOT,
+    TABLES,
     Recorder,
     documented,
     made,
@@ -29,9 +30,9 @@ from e2e.matrix import (
 from engram.testing.tiny_model import FAMILIES, write_tiny_model
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_the_table_is_that_of_the_results(device: str) -> None:
-    assert documented(device) == made(device)
+@pytest.mark.parametrize("name", TABLES)
+def test_the_table_is_that_of_the_results(name: str) -> None:
+    assert documented(name) == made(name)
 
 
 def test_the_command_that_writes_the_table_runs_as_it_is_documented() -> None:

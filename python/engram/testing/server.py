@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -18,6 +19,10 @@ from typing import IO
 import httpx
 
 HOST = "127.0.0.1"
+
+# Below the range that Linux hands out (net.ipv4.ip_local_port_range, from 32768) and clear of the
+# one that SGLang draws its own ports from (22000 to 29999, get_free_port_below_ephemeral).
+PORTS = range(10_000, 22_000)
 
 
 class ServerError(RuntimeError):
@@ -173,8 +178,20 @@ class ServerProcess:
 
 
 def _free_port() -> int:
-    """Return a port that is free now, as the operating system gives it."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Return a port that is free now and that nobody is given unasked.
+
+    A server binds its port seconds after it was chosen here, and again after a restart. Ports that
+    the system hands out (bind to 0, the near end of a connection) could be gone by then: to a
+    socket of the server's own collectives, even to the connection of a client that asks whether
+    the server is there yet.
+    """
+    for port in random.sample(PORTS, len(PORTS)):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            # As uvicorn binds: connections of a server that was killed may linger on its port.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((HOST, port))
+            except OSError:
+                continue
+            return port
+    raise ServerError(f"none of the ports {PORTS.start} to {PORTS.stop - 1} is free")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -146,6 +147,22 @@ def test_a_killed_server_starts_again_on_its_port(stand_in: Callable[..., StandI
         with pytest.raises(ServerError, match="already started"):
             server.start()
     assert server.log_tail().count("launched") == 2
+
+
+def test_no_port_is_one_that_the_system_hands_out_or_that_is_taken(
+    stand_in: Callable[..., StandIn], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handed_out = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    if handed_out.exists():
+        assert stand_in("serving").port < int(handed_out.read_text().split()[0])
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monkeypatch.setattr("engram.testing.server.PORTS", range(port, port + 1))
+        with pytest.raises(ServerError, match=f"none of the ports {port} to {port} is free"):
+            stand_in("serving")
+    assert stand_in("serving").port == port
 
 
 def test_a_server_that_ends_early_shows_its_log(stand_in: Callable[..., StandIn]) -> None:

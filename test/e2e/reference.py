@@ -51,10 +51,15 @@ def expect(folder: Path, prompts: Sequence[Sequence[int]]) -> list[Expected]:
             logits = model(output.unsqueeze(0)).logits[0, :-1].float()
         scores = torch.log_softmax(logits, -1).gather(1, output[1:, None])[:, 0]
         found.append(Expected(list(prompt), output[len(prompt) :].tolist(), scores.tolist()))
+    assert_varied(found)
+    return found
+
+
+def assert_varied(found: Sequence[Expected]) -> None:
+    """No reply is right by chance."""
     for expected in found:
         assert len(set(expected.reply)) >= VARIETY, expected
     assert len({tuple(expected.reply) for expected in found}) == len(found)
-    return found
 
 
 def prompts_of(seed: int) -> list[list[int]]:

@@ -12,12 +12,14 @@ LAYER_KINDS = ("mamba",)
 DEFAULT_LAYERS = ("mamba",) * 6
 
 
-def build(layers: Sequence[str], vocab_size: int, max_length: int) -> Mamba2ForCausalLM:
+def build(
+    layers: Sequence[str], vocab_size: int, max_length: int, groups: int = 1
+) -> Mamba2ForCausalLM:
     """Return the model in float32.
 
     `intermediate_size` and `rms_norm` are no fields of transformers' configuration, but SGLang
-    reads them and published checkpoints have them.  There is one group: with more, transformers
-    normalises over all groups at once where SGLang, as the original code, does it group by group.
+    reads them and published checkpoints have them.  With more than one of `groups` transformers
+    normalises over all of them at once where SGLang, as the original code, does it group by group.
     """
     config = Mamba2Config(
         vocab_size=vocab_size,
@@ -26,7 +28,7 @@ def build(layers: Sequence[str], vocab_size: int, max_length: int) -> Mamba2ForC
         num_heads=8,
         head_dim=32,
         expand=2,
-        n_groups=1,
+        n_groups=groups,
         conv_kernel=4,
         chunk_size=32,
         num_hidden_layers=len(layers),

@@ -166,13 +166,19 @@ class Play:
                 client.restore(rid=node.reply.rid)
                 replies.append(client.generate(prompt, LONGEST_REPLY, cache_salt=node.key))
             first, second = replies
-            assert (
-                first.cached
-                == second.cached
-                == self._boundary(len(node.told) - 1, len(node.prompt))
-            )
+            assert first.cached == second.cached == self._nearest(node, prompt)
             assert first.output == second.output
             self.counts["restored twice"] += 1
+
+    def _nearest(self, node: Node, prompt: list[int]) -> int:
+        """Where the nearest of the kept turns of its tree ends that the prompt goes on from.
+
+        Mostly the node itself; where its prompt was asked for again, a reply of one token more may
+        begin with all of the node's.
+        """
+        (nodes,) = (nodes for nodes in self.restarted.nodes.values() if node in nodes)
+        ends = [(self._boundary(len(one.told) - 1, len(one.prompt)), one) for one in nodes]
+        return max(end for end, one in ends if one.told[:end] == tuple(prompt[:end]))
 
     def _together(self, client: Client, side: Side, group: Sequence[Request]) -> list[Node]:
         """The turns of a group, asked for at the same time."""

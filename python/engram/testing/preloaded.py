@@ -124,6 +124,8 @@ class _Forked:
 
 def main() -> None:
     """Import everything; then start a server for each line, and say its id and how it ended."""
+    # Before the models, as every process of SGLang does: some cannot be imported on a CPU without.
+    importlib.import_module("sglang.srt.plugins").load_plugins()
     for name in MODULES:
         importlib.import_module(name)
     for line in sys.stdin:

@@ -10,6 +10,7 @@ from typing import Any
 
 from e2e.clients import PACKAGES, TOOLS, record, record_own
 from e2e.helpers import Client, Reply, random_ids
+from e2e.responses import STORED, record_responses
 from e2e.talks import ChatTalk, GenerateTalk
 from e2e.worlds import (
     FLOAT32,
@@ -37,12 +38,13 @@ def small_world(stage: Stage, folder: Path) -> World:
     folder = fresh(folder)
     numbers = seeded_random()
     store = folder / "store" / "snapshots"
-    args = (*SMALL, *TOOLS, "--snapshot-link-by-prefix")
+    args = (*SMALL, *TOOLS, *STORED, "--snapshot-link-by-prefix")
     world = start(stage.server(folder, args, store=store, env=FLOAT32), store)
     client = world.client
     for name, complete in PACKAGES.items():
         world.facts[name] = record(client, name, complete)
     world.facts["own"] = record_own(client)
+    world.facts["responses"] = record_responses(client)
     world.cases["lost"] = _lost(client, numbers)
     world.cases["evicted"] = _evicted(world, numbers)
     world.cases["short"] = _short(client, numbers)

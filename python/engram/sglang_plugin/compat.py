@@ -22,6 +22,7 @@ HTTP: Final = SRT + "entrypoints.http_server."
 TOKENIZER: Final = SRT + "managers.tokenizer_manager.TokenizerManager."
 SCHEDULER: Final = SRT + "managers.scheduler.Scheduler."
 CHAT: Final = SRT + "entrypoints.openai.serving_chat.OpenAIServingChat."
+RESPONSES: Final = SRT + "entrypoints.openai.serving_responses.OpenAIServingResponses."
 WEIGHTS: Final = SRT + "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
 ADDER: Final = SRT + "managers.schedule_policy.PrefillAdder."
 RESULTS: Final = (
@@ -122,6 +123,16 @@ EXPECTED: Final[dict[str, str]] = {
     CHAT + "_convert_to_internal_request": "self, request, raw_request=",
     CHAT + "_render_and_encode_chat_template": "self, messages, *, tools, template_kwargs, "
     "encode_kwargs, use_cache, add_generation_prompt=",
+    RESPONSES + "create_responses": "self, request, raw_request=",
+    RESPONSES + "retrieve_responses": "self, response_id",
+    RESPONSES + "cancel_responses": "self, response_id",
+    RESPONSES + "create_error_response": "self, message, err_type=, status_code=, param=",
+    RESPONSES + "responses_full_generator": "self, request, sampling_params, result_generator, "
+    "context, model_name, tokenizer, request_metadata, created_time=, *, require_reasoning, "
+    "output_items=, tool_adapter=",
+    RESPONSES + "responses_stream_generator_non_harmony": "self, request, sampling_params, "
+    "result_generator, model_name, tokenizer, request_metadata, created_time=, *, "
+    "require_reasoning, tool_adapter=",
     SRT + "managers.io_struct.hook_custom_types": "*new_types",
     SRT + "managers.io_struct.sock_send": "socket, obj, flags=",
     SRT + "utils.auth.auth_level": "level",

@@ -38,6 +38,7 @@ from engram.sglang_plugin.control import RankClient
 from engram.sglang_plugin.engine import SglangGenerator, SglangRanks
 from engram.sglang_plugin.messages import EngramReply
 from engram.sglang_plugin.replicas import Replicas
+from engram.sglang_plugin.responses import watch_responses
 from engram.sglang_plugin.shared_prefix import SglangPrompts
 from engram.store.disk import DiskStore
 
@@ -110,7 +111,7 @@ def before_setup_and_run_http_server(
 
     service = service_around(tokenizer_manager, _opened, server_args)
     mount(app, service)
-    _watch_chats(app, service)
+    _watch_chats(app, service, _opened.store)
     _save_before_the_end(app, tokenizer_manager, service)
     if _opened.settings.enable_agent_tools:
         from engram.sglang_plugin.agents import mount_agents
@@ -164,14 +165,18 @@ def mount(app: Any, service: SnapshotService) -> None:
     app.add_middleware(HoldingMiddleware)
 
 
-def _watch_chats(app: Any, service: SnapshotService) -> None:
-    """Wrap SGLang's object that serves chats, which is made when the app starts."""
+def _watch_chats(app: Any, service: SnapshotService, store: DiskStore) -> None:
+    """Wrap SGLang's objects that serve chats, which are made when the app starts."""
     serve = app.router.lifespan_context
 
     @asynccontextmanager
     async def lifespan(running: Any) -> AsyncIterator[Any]:
         async with serve(running) as state:
             watch_chats(app.state.openai_serving_chat, service)
+            # Upstream goes without where it cannot make it.
+            responses = getattr(app.state, "openai_serving_responses", None)
+            if responses is not None and responses.enable_response_store:
+                watch_responses(responses, service.context, encrypted=store.encrypted)
             yield state
 
     app.router.lifespan_context = lifespan

@@ -21,6 +21,7 @@ from engram.core.tokens import TokenArray
 from engram.snapshot.conversation import ConversationRecord
 from engram.snapshot.listing import DamagedManifest, ManifestEntry
 from engram.snapshot.manifest import Manifest
+from engram.snapshot.response import ResponseRecord
 from engram.snapshot.segment import SegmentHeader, Shard
 
 BufferProvider: TypeAlias = Callable[[SegmentHeader], memoryview]
@@ -193,6 +194,27 @@ class ConversationStore(ABC):
         a newer version."""
 
 
+class ResponseStore(ABC):
+    """Kept replies of `/v1/responses`. Errors as above."""
+
+    @abstractmethod
+    def put_response(self, record: ResponseRecord) -> int:
+        """Store a response's record, in place of the one there is, durable on return; its bytes.
+
+        `InvalidRequestError` for one that is too long.
+        """
+
+    @abstractmethod
+    def get_response(self, response_id: str) -> ResponseRecord | None:
+        """A response's record, verified; None if there is none. A damaged one is quarantined, and
+        then there is none; `StoreFormatError` for one of a newer version."""
+
+    @abstractmethod
+    def trim_responses(self, count: int, nbytes: int, seconds: float) -> int:
+        """Remove all records but the newest ``count``, and the newest that have ``nbytes``
+        together, and those written more than so many ``seconds`` ago; how many."""
+
+
 @dataclass(frozen=True)
 class StoreHealth:
     """What is wrong, or was and has been healed; sizes in bytes.
@@ -208,7 +230,7 @@ class StoreHealth:
     free_bytes: int | None
 
 
-class Store(SegmentStore, NamespaceStore, ManifestStore, ConversationStore):
+class Store(SegmentStore, NamespaceStore, ManifestStore, ConversationStore, ResponseStore):
     """All of them: what a server keeps its snapshots in."""
 
     @abstractmethod

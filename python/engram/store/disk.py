@@ -33,6 +33,7 @@ from engram.store.marker import Marker, check_marker, write_marker
 from engram.store.quarantine import Quarantine, QuarantinedFile
 from engram.store.record_files import DiskManifests, DiskNamespaces, read_small_file
 from engram.store.reserve import Reserve
+from engram.store.response_files import DiskResponses
 from engram.store.segment_files import DiskSegments
 
 
@@ -47,8 +48,10 @@ class StoreStats:
     free_bytes: int | None
 
 
-class DiskStore(DiskSegments, DiskNamespaces, DiskManifests, DiskConversations, Store):
-    """Segments, manifests, namespaces and conversation records below one directory.
+class DiskStore(
+    DiskSegments, DiskNamespaces, DiskManifests, DiskConversations, DiskResponses, Store
+):
+    """Segments, manifests, namespaces and records of conversations and responses below a directory.
 
     The format is in ``docs/format/store.md``.
 
@@ -135,6 +138,11 @@ class DiskStore(DiskSegments, DiskNamespaces, DiskManifests, DiskConversations, 
     def catalog_path(self) -> Path:
         """Where the catalog of this store belongs."""
         return self._layout.catalog
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether new segments are encrypted; records never are."""
+        return self._keyring is not None
 
     def free_bytes(self) -> int | None:
         """Bytes that may still be written; None where the system cannot tell."""

@@ -60,6 +60,10 @@ class Layout:
         return self.root / "conversations"
 
     @property
+    def responses(self) -> Path:
+        return self.root / "responses"
+
+    @property
     def quarantine(self) -> Path:
         return self.root / "quarantine"
 
@@ -73,6 +77,9 @@ class Layout:
 
     def conversation(self, name: str) -> Path:
         return self.conversations / name[:2] / name
+
+    def response(self, name: str) -> Path:
+        return self.responses / name[:2] / name
 
     def namespace(self, namespace_id: str) -> Path:
         """Raises `InvalidRequestError` for an id that is no digest."""

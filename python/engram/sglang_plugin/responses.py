@@ -120,7 +120,9 @@ class KeptResponses:
         try:
             record = ResponseRecord(
                 response_id=response_id,
-                response=response.model_dump_json(exclude={"usage"}),
+                # Not pydantic's own JSON: it writes no infinite logprobs, and reads less nesting
+                # than it writes.
+                response=json.dumps(response.model_dump(mode="json", exclude={"usage"})),
                 # Upstream writes it in another shape than it reads.
                 usage=json.dumps(None if response.usage is None else response.usage.model_dump()),
                 messages=json.dumps(self._serving.msg_store[response_id]),
@@ -172,7 +174,7 @@ def _read(record: ResponseRecord) -> tuple[Any, Any]:
     """Upstream's objects.  Raises ValueError for what this SGLang does not take."""
     from sglang.srt.entrypoints.openai.protocol import ResponsesResponse, UsageInfo
 
-    response = ResponsesResponse.model_validate_json(record.response)
+    response = ResponsesResponse.model_validate(json.loads(record.response))
     usage = json.loads(record.usage)
     response.usage = None if usage is None else UsageInfo.model_validate(usage)
     return response, json.loads(record.messages)

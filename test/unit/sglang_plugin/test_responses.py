@@ -20,7 +20,7 @@ from engram.testing.faults import FaultyFileSystem
 from engram.testing.samples import seeded_random
 from unit.service.engine import Server, on_a_loop
 
-MESSAGE = {
+MESSAGE: dict[str, Any] = {
     "type": "message",
     "id": "msg_1",
     "role": "assistant",
@@ -87,7 +87,7 @@ class Serving:
             output=request.output,
             status=request.status,
             usage=UsageInfo(prompt_tokens=7, completion_tokens=3, total_tokens=10),
-            metadata={"z": "1", "a": "2"},
+            metadata=request.metadata,
             temperature=0.25,
         )
         if request.store:
@@ -98,10 +98,15 @@ class Serving:
 
 
 def request(response_id: str, **fields: Any) -> Any:
-    usual = {"previous_response_id": None, "stream": False, "store": True, "status": "completed"}
-    return SimpleNamespace(
-        **{"request_id": response_id, "output": [REASONING, MESSAGE, CALL], **usual, **fields}
-    )
+    usual = {
+        "previous_response_id": None,
+        "stream": False,
+        "store": True,
+        "status": "completed",
+        "metadata": {"z": "1", "a": "2"},
+        "output": [REASONING, MESSAGE, CALL],
+    }
+    return SimpleNamespace(request_id=response_id, **{**usual, **fields})
 
 
 @pytest.fixture
@@ -136,6 +141,22 @@ async def test_a_reply_is_as_it_was(server: Server) -> None:
     third = await again(server).create_responses(request("resp_3", previous_response_id="resp_2"))
     assert third.id == "resp_3"
     assert len(await _messages(server, "resp_3")) == 3
+
+
+@on_a_loop
+async def test_a_reply_with_what_pydantics_json_has_not_is_as_it_was(server: Server) -> None:
+    metadata: dict[str, Any] = {}
+    inner = metadata
+    for _ in range(230):
+        inner["a"] = inner = {}
+    top = {"token": "b", "logprob": float("-inf"), "bytes": [98]}
+    logprob = {"token": "z", "logprob": -0.5, "bytes": [122], "top_logprobs": [top]}
+    message = {**MESSAGE, "content": [{**MESSAGE["content"][0], "logprobs": [logprob]}]}
+    asked = request("resp_1", output=[message], metadata=metadata)
+    reply = await Serving(server).create_responses(asked)
+    then = await again(server).retrieve_responses("resp_1")
+    assert then.model_dump(mode="json") == reply.model_dump(mode="json")
+    assert then.output[0].content[0].logprobs[0].top_logprobs[0].logprob == float("-inf")
 
 
 async def _messages(server: Server, response_id: str) -> list[Any]:

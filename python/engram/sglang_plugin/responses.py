@@ -63,6 +63,9 @@ class KeptResponses:
         self._serving = serving
         self._context = context
         self._untrimmed = TRIM_EVERY_BYTES
+        self._writing: dict[str, asyncio.Task[None]] = {}
+        """Id of each reply that is on its way to the disk -> what ends when it is there, or is not
+        going to be."""
 
     def around_create(self, original: Any) -> Any:
         """Have the reply at hand that a request goes on from."""
@@ -78,7 +81,13 @@ class KeptResponses:
 
         async def look(response_id: str) -> Any:
             problem = await self._recall(response_id)
-            return problem or await original(response_id)
+            if problem is not None:
+                return problem
+            answer = await original(response_id)
+            # Whoever is shown that a reply has ended finds it after a kill.
+            if response_id in self._writing:
+                await asyncio.wait({self._writing[response_id]})
+            return answer
 
         return look
 
@@ -115,8 +124,20 @@ class KeptResponses:
     async def _keep(self, response_id: str, before: Any) -> Any:
         """Write down the reply of that id if it is another than `before`; which it is now."""
         response = self._ended(response_id)
-        if response is before:
-            return before
+        if response is not before:
+            messages = self._serving.msg_store[response_id]
+            # A stop waits for it, and it does not end with a client that has gone.
+            writing = self._context.start(self._write_down(response_id, response, messages))
+            self._writing[response_id] = writing
+            writing.add_done_callback(lambda task: self._written(response_id, task))
+            await asyncio.shield(writing)
+        return response
+
+    def _written(self, response_id: str, task: asyncio.Task[None]) -> None:
+        if self._writing.get(response_id) is task:
+            del self._writing[response_id]
+
+    async def _write_down(self, response_id: str, response: Any, messages: Any) -> None:
         try:
             record = ResponseRecord(
                 response_id=response_id,
@@ -125,7 +146,7 @@ class KeptResponses:
                 response=json.dumps(response.model_dump(mode="json", exclude={"usage"})),
                 # Upstream writes it in another shape than it reads.
                 usage=json.dumps(None if response.usage is None else response.usage.model_dump()),
-                messages=json.dumps(self._serving.msg_store[response_id]),
+                messages=json.dumps(messages),
             )
             await within(TIMEOUT_S, self._context.in_store(self._write, record))
         except (*UNREADABLE, TypeError) as error:
@@ -133,7 +154,6 @@ class KeptResponses:
             problem = str(error) or f"the store did not answer in {TIMEOUT_S:g} s"
             self._context.stats.note(f"response {response_id[:80]}: {problem}")
             logger.error("Engram: response %.80s was not kept: %s", response_id, problem)
-        return response
 
     def _write(self, record: ResponseRecord) -> None:
         """On a thread of the store."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -252,6 +253,54 @@ async def test_a_disk_that_hangs_holds_a_reply_so_long(
     answer = await again(server).retrieve_responses("resp_1")
     assert (answer.status_code, answer.err_type) == (503, "server_error")
     assert "did not answer" in answer.message
+
+
+def slow_writes(server: Server, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Have the store write no response before the event is set."""
+    over, write = threading.Event(), server.store.put_response
+
+    def put_response(record: Any) -> int:
+        assert over.wait(30)
+        return write(record)
+
+    monkeypatch.setattr(server.store, "put_response", put_response)
+    return over
+
+
+@on_a_loop
+async def test_a_reply_is_shown_to_nobody_before_it_is_kept(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serving, over = Serving(server), slow_writes(server, monkeypatch)
+    making = asyncio.create_task(serving.create_responses(request("resp_1")))
+    await asyncio.sleep(0)
+    looks = [
+        asyncio.create_task(look("resp_1"))
+        for look in (serving.retrieve_responses, serving.cancel_responses)
+    ]
+    done, _ = await asyncio.wait({making, *looks}, timeout=0.1)
+    assert not done
+    over.set()
+    assert [(await task).id for task in (making, *looks)] == ["resp_1"] * 3
+    assert await again(server).retrieve_responses("resp_1") != "not found"
+    await serving.retrieve_responses("resp_1")
+
+
+@on_a_loop
+async def test_a_stop_waits_for_a_reply_whose_client_has_gone(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serving, over = Serving(server), slow_writes(server, monkeypatch)
+    making = asyncio.create_task(serving.create_responses(request("resp_1")))
+    await asyncio.sleep(0)
+    making.cancel()
+    await asyncio.wait({making})
+    closing = asyncio.create_task(server.service.close())
+    done, _ = await asyncio.wait({closing}, timeout=0.1)
+    assert not done
+    over.set()
+    await closing
+    assert server.store.get_response("resp_1") is not None
 
 
 @on_a_loop

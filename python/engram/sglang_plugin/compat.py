@@ -130,6 +130,9 @@ EXPECTED: Final[dict[str, str]] = {
     RESPONSES + "responses_full_generator": "self, request, sampling_params, result_generator, "
     "context, model_name, tokenizer, request_metadata, created_time=, *, require_reasoning, "
     "output_items=, tool_adapter=",
+    RESPONSES + "_run_background_request": "self, request, sampling_params, result_generator, "
+    "context, model_name, tokenizer, request_metadata, created_time=, *, require_reasoning, "
+    "tool_adapter=",
     RESPONSES + "responses_stream_generator_non_harmony": "self, request, sampling_params, "
     "result_generator, model_name, tokenizer, request_metadata, created_time=, *, "
     "require_reasoning, tool_adapter=",

@@ -51,6 +51,7 @@ def watch_responses(serving: Any, context: ServiceContext, *, encrypted: bool) -
         serving.retrieve_responses = kept.around_look(serving.retrieve_responses)
         serving.cancel_responses = kept.around_look(serving.cancel_responses)
         serving.responses_full_generator = kept.around_reply(serving.responses_full_generator)
+        serving._run_background_request = kept.around_background(serving._run_background_request)
         serving.responses_stream_generator_non_harmony = kept.around_stream(
             serving.responses_stream_generator_non_harmony
         )
@@ -101,6 +102,18 @@ class KeptResponses:
             return reply
 
         return responses_full_generator
+
+    def around_background(self, original: Any) -> Any:
+        """Keep what upstream makes of a reply in the background that could not be made."""
+
+        async def _run_background_request(request: Any, *args: Any, **kw: Any) -> None:
+            queued = self._serving.response_store.get(request.request_id)
+            await original(request, *args, **kw)
+            # Any other is another object, and was kept when it was there.
+            if self._ended(request.request_id) is queued:
+                await self._keep(request.request_id, None)
+
+        return _run_background_request
 
     def around_stream(self, original: Any) -> Any:
         """Keep a reply before its last event is sent."""

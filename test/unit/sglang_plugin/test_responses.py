@@ -71,6 +71,22 @@ class Serving:
     async def responses_full_generator(self, request: Any) -> Any:
         return self._made(request)
 
+    async def in_the_background(self, request: Any) -> None:
+        """What `create_responses` does about a reply in the background, to its end."""
+        self.response_store[request.request_id] = self._reply(request, "queued")
+        self.msg_store[request.request_id] = [{"role": "user", "content": "a"}]
+        await self._run_background_request(request)
+
+    async def _run_background_request(self, request: Any) -> None:
+        queued = self.response_store[request.request_id]
+        queued.status = "in_progress"
+        try:
+            await self.responses_full_generator(request)
+        except ZeroDivisionError:
+            queued.status = "failed"
+        if request.status == "cancelled":
+            queued.status = "cancelled"
+
     async def responses_stream_generator_non_harmony(self, request: Any) -> AsyncIterator[str]:
         yield "created"
         self._made(request)
@@ -82,20 +98,25 @@ class Serving:
         return SimpleNamespace(message=message, err_type=err_type, status_code=status_code)
 
     def _made(self, request: Any) -> Any:
-        reply = ResponsesResponse(
-            id=request.request_id,
-            model="m",
-            output=request.output,
-            status=request.status,
-            usage=UsageInfo(prompt_tokens=7, completion_tokens=3, total_tokens=10),
-            metadata=request.metadata,
-            temperature=0.25,
-        )
+        if request.status == "raised":
+            raise ZeroDivisionError
+        reply = self._reply(request, request.status)
         if request.store:
             self.response_store[request.request_id] = reply
             said = self.msg_store.get(request.previous_response_id, [])
             self.msg_store[request.request_id] = [*said, {"role": "user", "content": "\ud83d"}]
         return reply
+
+    def _reply(self, request: Any, status: Any) -> ResponsesResponse:
+        return ResponsesResponse(
+            id=request.request_id,
+            model="m",
+            output=request.output,
+            status=status,
+            usage=UsageInfo(prompt_tokens=7, completion_tokens=3, total_tokens=10),
+            metadata=request.metadata,
+            temperature=0.25,
+        )
 
 
 def request(response_id: str, **fields: Any) -> Any:
@@ -174,6 +195,30 @@ async def test_a_stream_ends_when_its_reply_is_kept(server: Server) -> None:
         async for event in await serving.create_responses(request("resp_1", stream=True))
     ]
     assert seen == [("created", False), ("completed", True)]
+
+
+@pytest.mark.parametrize("status", ["completed", "failed", "raised", "cancelled"])
+@on_a_loop
+async def test_what_ends_in_the_background_is_kept(
+    server: Server, monkeypatch: pytest.MonkeyPatch, status: str
+) -> None:
+    written, write = [], server.store.put_response
+
+    def put_response(record: Any) -> int:
+        written.append(record.response_id)
+        return write(record)
+
+    monkeypatch.setattr(server.store, "put_response", put_response)
+    serving = Serving(server)
+    await serving.in_the_background(request("resp_1", status=status))
+    reply, then = await serving.retrieve_responses("resp_1"), again(server)
+    if status == "cancelled":
+        assert written == []
+        return
+    assert written == ["resp_1"]
+    assert shown(await then.retrieve_responses("resp_1")) == shown(reply)
+    assert reply.status == ("failed" if status == "raised" else status)
+    assert then.msg_store == serving.msg_store
 
 
 @on_a_loop

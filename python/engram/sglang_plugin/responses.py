@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any, Final
@@ -24,8 +25,10 @@ logger = logging.getLogger(__name__)
 MAX_RESPONSES: Final = 10_000
 MAX_BYTES: Final = 4 << 30
 MAX_AGE_S: Final = 30 * 86_400.0
+TRIM_EVERY: Final = 500
 TRIM_EVERY_BYTES: Final = 64 << 20
-"""So much is written between two looks at how much there is."""
+TRIM_EVERY_S: Final = 3600.0
+"""So many are written, or so much, or so much time passes between two looks at what there is."""
 TIMEOUT_S: Final = 10.0
 """How long a request waits for the disk."""
 UNREADABLE: Final = (EngramError, ValueError, RecursionError, asyncio.TimeoutError)
@@ -63,7 +66,9 @@ class KeptResponses:
     def __init__(self, serving: Any, context: ServiceContext) -> None:
         self._serving = serving
         self._context = context
-        self._untrimmed = TRIM_EVERY_BYTES
+        self._untrimmed = self._untrimmed_bytes = 0
+        self._trim_at = 0.0
+        """When a reply that is written has the old ones removed, on the monotonic clock."""
         self._writing: dict[str, asyncio.Task[None]] = {}
         """Id of each reply that is on its way to the disk -> what ends when it is there, or is not
         going to be."""
@@ -161,20 +166,38 @@ class KeptResponses:
                 usage=json.dumps(None if response.usage is None else response.usage.model_dump()),
                 messages=json.dumps(messages),
             )
-            await within(TIMEOUT_S, self._context.in_store(self._write, record))
+            nbytes = await within(
+                TIMEOUT_S, self._context.in_store(self._context.store.put_response, record)
+            )
         except (*UNREADABLE, TypeError) as error:
             # The client has its reply, and this server goes on from it. The next one will not.
             problem = str(error) or f"the store did not answer in {TIMEOUT_S:g} s"
             self._context.stats.note(f"response {response_id[:80]}: {problem}")
             logger.error("Engram: response %.80s was not kept: %s", response_id, problem)
+        else:
+            self._count(nbytes)
 
-    def _write(self, record: ResponseRecord) -> None:
-        """On a thread of the store."""
-        store = self._context.store
-        self._untrimmed += store.put_response(record)
-        if self._untrimmed >= TRIM_EVERY_BYTES:
-            self._untrimmed = 0
-            store.trim_responses(MAX_RESPONSES, MAX_BYTES, MAX_AGE_S)
+    def _count(self, nbytes: int) -> None:
+        """A reply of so many bytes is written: have the old ones removed now and then."""
+        self._untrimmed += 1
+        self._untrimmed_bytes += nbytes
+        if (
+            self._untrimmed >= TRIM_EVERY
+            or self._untrimmed_bytes >= TRIM_EVERY_BYTES
+            or time.monotonic() >= self._trim_at
+        ):
+            self._untrimmed = self._untrimmed_bytes = 0
+            self._trim_at = time.monotonic() + TRIM_EVERY_S
+            # No reply waits for it: it may be thousands of files.
+            self._context.start(self._trim())
+
+    async def _trim(self) -> None:
+        try:
+            trim = self._context.store.trim_responses
+            await self._context.in_store(trim, MAX_RESPONSES, MAX_BYTES, MAX_AGE_S)
+        except EngramError as error:
+            self._context.stats.note(f"old responses are still there: {error}")
+            logger.error("Engram: old responses are still there: %s", error)
 
     async def _recall(self, response_id: str | None) -> Any:
         """Read a reply back that upstream does not know; the answer to the client if that fails."""

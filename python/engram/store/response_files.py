@@ -18,7 +18,13 @@ from engram.snapshot.response import (
     response_name,
 )
 from engram.store.base import ResponseStore
-from engram.store.durable import DirectoryMaker, store_error, unlink_durable, write_durable
+from engram.store.durable import (
+    DirectoryMaker,
+    store_error,
+    unlink_durable,
+    walk_names,
+    write_durable,
+)
 from engram.store.filesystem import FileSystem
 from engram.store.layout import Layout
 from engram.store.quarantine import Quarantine
@@ -72,14 +78,18 @@ class DiskResponses(ResponseStore):
     def _response_files(self) -> list[tuple[float, int, Path]]:
         """When each was written, in seconds since the epoch, its bytes, and where it is."""
         found = []
-        for path in self._layout.responses.glob("??/*.json"):
-            try:
-                status = os.stat(path)
-            except FileNotFoundError:
-                continue
-            except OSError as error:
-                raise store_error("look at", path, error) from error
-            found.append((status.st_mtime, status.st_size, path))
+        for directory, names in walk_names(self._layout.responses):
+            for name in names:
+                if not name.endswith(".json"):
+                    continue
+                path = directory / name
+                try:
+                    status = os.stat(path)
+                except FileNotFoundError:
+                    continue
+                except OSError as error:
+                    raise store_error("look at", path, error) from error
+                found.append((status.st_mtime, status.st_size, path))
         return found
 
 

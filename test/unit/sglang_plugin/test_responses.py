@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from sglang.srt.entrypoints.openai.protocol import ResponsesResponse, UsageInfo
 
+from engram.errors import StoreError
 from engram.sglang_plugin import responses as module
 from engram.sglang_plugin.responses import watch_responses
 from engram.store.layout import Layout
@@ -384,13 +385,38 @@ async def test_what_is_not_written_is_told_at_launch(
     assert not Layout(server.root).responses.exists()
 
 
+@pytest.mark.parametrize("every", ["TRIM_EVERY", "TRIM_EVERY_BYTES", "TRIM_EVERY_S"])
 @on_a_loop
-async def test_the_oldest_go(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_oldest_go(server: Server, monkeypatch: pytest.MonkeyPatch, every: str) -> None:
     monkeypatch.setattr(module, "MAX_RESPONSES", 5)
-    monkeypatch.setattr(module, "TRIM_EVERY_BYTES", 3000)
+    monkeypatch.setattr(
+        module, every, {"TRIM_EVERY": 3, "TRIM_EVERY_BYTES": 3000, "TRIM_EVERY_S": 0.0}[every]
+    )
     serving = Serving(server)
     for number in range(20):
         await serving.create_responses(request(f"resp_{number}"))
+        await server.service.context.drain()
         assert len(list(Layout(server.root).responses.rglob("*.json"))) <= 8
     assert await again(server).retrieve_responses("resp_0") == "not found"
     assert await again(server).retrieve_responses("resp_19") != "not found"
+
+
+@on_a_loop
+async def test_no_reply_waits_until_the_oldest_are_gone(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    over, problem = threading.Event(), StoreError("cannot list responses")
+
+    def trim_responses(*_: Any) -> int:
+        assert over.wait(30)
+        raise problem
+
+    monkeypatch.setattr(server.store, "trim_responses", trim_responses)
+    context = server.service.context
+    reply = await asyncio.wait_for(Serving(server).create_responses(request("resp_1")), 10)
+    assert reply.id == "resp_1"
+    assert context.stats.last_failures == []
+    over.set()
+    await context.drain()
+    assert context.stats.last_failures == [f"old responses are still there: {problem}"]
+    assert await again(server).retrieve_responses("resp_1") != "not found"

@@ -1,5 +1,6 @@
 """Kept replies of `/v1/responses`."""
 
+import errno
 import os
 import time
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engram.errors import InvalidRequestError, StoreFormatError
+from engram.errors import InvalidRequestError, StoreError, StoreFormatError
 from engram.snapshot import response
 from engram.snapshot.envelope import seal_record
 from engram.snapshot.response import (
@@ -125,3 +126,18 @@ def test_the_oldest_go(tmp_path: Path) -> None:
         sizes = {age: len(encode_response(record(f"resp_{age}"))) for age in kept()}
         assert store.trim_responses(15, sum(sizes[age] for age in kept()[:3]), 1e6) == 5
         assert kept() == sorted(ages)[:3]
+
+
+def test_what_cannot_be_listed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with DiskStore.open(tmp_path) as store:
+        store.put_response(record())
+
+        def refuse(path: object = ".") -> object:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        monkeypatch.setattr(os, "scandir", refuse)
+        monkeypatch.setattr(os, "listdir", refuse)
+        with pytest.raises(StoreError, match="cannot list"):
+            store.trim_responses(0, 0, 0.0)
+        monkeypatch.undo()
+        assert store.get_response("resp_a") == record()

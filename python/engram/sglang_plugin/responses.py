@@ -171,7 +171,7 @@ class KeptResponses:
             )
         except (*UNREADABLE, TypeError) as error:
             # The client has its reply, and this server goes on from it. The next one will not.
-            problem = str(error) or f"the store did not answer in {TIMEOUT_S:g} s"
+            problem = _problem(error)
             self._context.stats.note(f"response {response_id[:80]}: {problem}")
             logger.error("Engram: response %.80s was not kept: %s", response_id, problem)
         else:
@@ -212,9 +212,8 @@ class KeptResponses:
                 return None
             response, messages = _read(record)
         except UNREADABLE as error:
-            problem = str(error) or f"the store did not answer in {TIMEOUT_S:g} s"
             return serving.create_error_response(
-                f"response {response_id!r} cannot be read: {problem}",
+                f"response {response_id!r} cannot be read: {_problem(error)}",
                 err_type="server_error",
                 status_code=503,
                 param="response_id",
@@ -224,6 +223,11 @@ class KeptResponses:
             serving.msg_store[response_id] = messages
             serving.response_store[response_id] = response
         return None
+
+
+def _problem(error: Exception) -> str:
+    """What an error says; that time is up has no words of its own."""
+    return str(error) or f"the store did not answer in {TIMEOUT_S:g} s"
 
 
 def _read(record: ResponseRecord) -> tuple[Any, Any]:

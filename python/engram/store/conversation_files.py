@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 
 from engram.errors import StoreFormatError
@@ -12,13 +11,12 @@ from engram.snapshot.conversation import (
     decode_conversation,
     encode_conversation,
 )
-from engram.snapshot.envelope import open_record
 from engram.store.base import ConversationStore
 from engram.store.durable import DirectoryMaker, unlink_durable, write_durable
 from engram.store.filesystem import FileSystem
 from engram.store.layout import Layout
 from engram.store.quarantine import Quarantine
-from engram.store.record_files import read_small_file
+from engram.store.record_files import read_small_file, refuse_newer
 
 
 class DiskConversations(ConversationStore):
@@ -44,7 +42,7 @@ class DiskConversations(ConversationStore):
             if data is None:
                 continue  # deleted meanwhile
             try:
-                _refuse_newer(data)
+                refuse_newer("a conversation record", data, 1)
                 record = decode_conversation(data)
                 if record.name != path.name:
                     raise ValueError("it is the record of another conversation")
@@ -54,10 +52,3 @@ class DiskConversations(ConversationStore):
                 self._quarantine.take(path, f"conversation record: {error}")
                 continue
             yield record
-
-
-def _refuse_newer(data: bytes) -> None:
-    with contextlib.suppress(ValueError):
-        version = open_record(data).get("version")
-        if type(version) is int and version > 1:
-            raise StoreFormatError.of("a conversation record", version, 1)

@@ -17,6 +17,7 @@ from engram.errors import (
     StoreError,
     StoreFormatError,
 )
+from engram.snapshot.envelope import open_record
 from engram.snapshot.listing import DamagedManifest, ManifestEntry, manifest_name
 from engram.snapshot.manifest import (
     MAX_MANIFEST_BYTES,
@@ -225,6 +226,15 @@ def read_small_file(path: Path, limit: int, fs: FileSystem) -> bytes | None:
         raise store_error("read", path, error) from error
     finally:
         fs.close(fd)
+
+
+def refuse_newer(what: str, data: bytes, known: int) -> None:
+    """Raise `StoreFormatError` for an intact record of a newer version than ``known``."""
+    version: object = None
+    with contextlib.suppress(ValueError):
+        version = open_record(data).get("version")
+    if type(version) is int and version > known:
+        raise StoreFormatError.of(what, version, known)
 
 
 def _entry(file: str, name: str) -> ManifestEntry | None:

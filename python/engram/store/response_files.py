@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from pathlib import Path
 from typing import Final
 
-from engram.errors import InvalidRequestError, StoreFormatError
-from engram.snapshot.envelope import open_record
+from engram.errors import InvalidRequestError
 from engram.snapshot.response import (
     MAX_RESPONSE_BYTES,
     ResponseRecord,
@@ -28,7 +26,7 @@ from engram.store.durable import (
 from engram.store.filesystem import FileSystem
 from engram.store.layout import Layout
 from engram.store.quarantine import Quarantine
-from engram.store.record_files import read_small_file
+from engram.store.record_files import read_small_file, refuse_newer
 
 VERSION: Final = 1
 
@@ -57,7 +55,8 @@ class DiskResponses(ResponseStore):
         if data is None:
             return None
         try:
-            _refuse_newer(response_id, data)
+            # One that is newer stays where it is.
+            refuse_newer(f"the record of response {response_id!r}", data, VERSION)
             record = decode_response(data)
             if record.response_id != response_id:
                 raise ValueError("it is the record of another response")
@@ -91,12 +90,3 @@ class DiskResponses(ResponseStore):
                     raise store_error("look at", path, error) from error
                 found.append((status.st_mtime, status.st_size, path))
         return found
-
-
-def _refuse_newer(response_id: str, data: bytes) -> None:
-    """Raise `StoreFormatError` for an intact record of a newer version, which stays where it is."""
-    version: object = None
-    with contextlib.suppress(ValueError):
-        version = open_record(data).get("version")
-    if type(version) is int and version > VERSION:
-        raise StoreFormatError.of(f"the record of response {response_id!r}", version, VERSION)

@@ -15,7 +15,7 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -178,10 +178,16 @@ def results(device: str) -> dict[str, dict[str, Any]]:
     return {path.stem: json.loads(path.read_text()) for path in files}
 
 
+def table_of(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table as Markdown has it."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def markdown(variants: Iterable[str], found: Mapping[str, Mapping[str, Any]]) -> str:
     """The table: a row for each variant, run or not."""
     headings = ["variant", "model class", "pools", *COLUMNS, "run on"]
-    rows = [headings, ["---"] * len(headings)]
+    rows = []
     for name in variants:
         if name not in found:
             rows.append([f"`{name}`", *["not run"] * (len(headings) - 1)])
@@ -191,20 +197,21 @@ def markdown(variants: Iterable[str], found: Mapping[str, Mapping[str, Any]]) ->
         cells = [_cell(result, tests) for tests in COLUMNS.values()]
         where = f"{result['device']}, {result['date']}"
         rows.append([f"`{name}`", f"`{result['model_class']}`", pools, *cells, where])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return table_of(headings, rows)
 
 
 def refusals(names: Iterable[str], found: Mapping[str, Mapping[str, Any]]) -> str:
     """The table of what SGLang does not serve, in its own words."""
-    rows = [["what", "model class", "what SGLang says", "run on"], ["---"] * 4]
+    headings = ["what", "model class", "what SGLang says", "run on"]
+    rows = []
     for name in names:
         if name not in found:
-            rows.append([f"`{name}`", *["not run"] * 3])
+            rows.append([f"`{name}`", *["not run"] * (len(headings) - 1)])
             continue
         refusal = found[name]
         where = f"{refusal['device']}, {refusal['date']}"
         rows.append([f"`{name}`", f"`{refusal['model_class']}`", refusal["refusal"], where])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return table_of(headings, rows)
 
 
 def _cell(result: Mapping[str, Any], tests: Iterable[str]) -> str:

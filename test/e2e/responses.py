@@ -32,7 +32,7 @@ class Responses:
 
 def respond(url: str, **body: Any) -> dict[str, Any]:
     """One greedy response; of a stream, what its last event says."""
-    client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    client = _openai(url)
     (model,) = client.models.list().data
     made: Any = client.responses.create(
         model=model.id, **{"temperature": 0, "max_output_tokens": 12, **body}
@@ -93,10 +93,14 @@ def fetch(client: Client, response_id: str) -> Any:
 
 
 def _ended(url: str, response: dict[str, Any]) -> dict[str, Any]:
-    client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    client = _openai(url)
     deadline = time.monotonic() + WAIT_S
     while response["status"] in ("queued", "in_progress"):
         assert time.monotonic() < deadline, response
         time.sleep(0.05)
         response = client.responses.retrieve(response["id"]).to_dict(mode="json")
     return response
+
+
+def _openai(url: str) -> OpenAI:
+    return OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)

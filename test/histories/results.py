@@ -16,6 +16,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Final
 
+from e2e.matrix import table_of
+
 RESULTS: Final = Path(__file__).parents[1] / "data" / "histories"
 RECORD: Final = "ENGRAM_HISTORY_RECORD"
 KINDS: Final = {"linear": "bfloat16", "branching": "float32"}
@@ -45,7 +47,7 @@ def results() -> dict[tuple[str, str], dict[str, Any]]:
 def table(families: Iterable[str], found: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
     """A row for each family and kind, run or not."""
     headings = ["family", "kind", "histories", "turns", "ends of the server", "seen", "seed", "run"]
-    rows = [headings, ["---"] * len(headings)]
+    rows = []
     for family in families:
         for kind, dtype in KINDS.items():
             begin = [f"`{family}`", f"{kind}, {dtype}"]
@@ -63,4 +65,4 @@ def table(families: Iterable[str], found: Mapping[tuple[str, str], Mapping[str, 
             }[kind]
             cells = [f"{counts[name]:,}" for name in ("histories", "turns")]
             rows.append([*begin, *cells, ends, seen, str(result["seed"]), result["date"]])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return table_of(headings, rows)
